@@ -1,0 +1,168 @@
+"""Any plain timm VisionTransformer as embed / attend / mlp / head on packed rows. The model itself is never changed.
+
+Blocks are run through their own submodules (norm1, attn.qkv, ls1, mlp, ...). The one thing done here instead of by timm
+is the attention between q, k, v and proj, because it must not cross the borders of the packed images. Whatever this
+could get wrong is refused by exact type, so an unknown block never runs approximately.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tokengame.attention import attention
+from tokengame.errors import TokenGameError
+from tokengame.ops import Layout, segment_mean
+
+ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one block's attention offers to observations and matching."""
+
+    query: Tensor
+    """[B, H, D] the class token's query; without a class token the mean query of all rows"""
+    keys: Tensor
+    """[M, H, D]"""
+    scale: float
+    """factor on q.k"""
+
+
+class Backbone:
+    """View of a timm `model` that can run on packed rows.
+
+    Raises:
+        TokenGameError: the model cannot be run exactly; the sentence names the part and why.
+    """
+
+    def __init__(self, model: nn.Module):
+        check_supported(model)
+        self.model: VisionTransformer = model  # type: ignore[assignment]
+        self.blocks: list[Block] = list(self.model.blocks)  # type: ignore[arg-type]
+        self.depth, self.dim = len(self.blocks), self.model.embed_dim
+        self.heads = self.blocks[0].attn.num_heads
+        self.prefix = self.model.num_prefix_tokens
+        self.patches = self.model.patch_embed.num_patches
+        """patch tokens of an image of the model's own input size"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embed.proj.weight.device
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
+        x = self.model._pos_embed(self.model.patch_embed(images))
+        return self.model.norm_pre(self.model.patch_drop(x))
+
+    def attend(self, index: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> tuple[Tensor, Heads]:
+        """First half of block `index` on packed rows x [M, C]: attention with its residual.
+
+        `bias` [M] is added to the attention logits of each key.
+        """
+        block = self.blocks[index]
+        attn, hidden = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(hidden).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # [M, H, D]
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        out = attn.norm(attention(q, k, v, layout, bias))
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(hidden).sigmoid()
+        x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+        query = (
+            q[layout.start] if self.model.has_class_token else segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
+        )
+        return x, Heads(query, k, attn.scale)
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        """Second half of block `index`: MLP with its residual, rows independent."""
+        block = self.blocks[index]
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def head(self, x: Tensor, layout: Layout, size: Tensor | None = None) -> Tensor:
+        """Final norm, pooling over the rows that are left, classifier: [M, C] -> [B, classes].
+
+        A row of `size` s stands for s patches (merging) and weighs as much in average and attention pooling.
+        """
+        model, x = self.model, self.model.norm(x)
+        if model.attn_pool is not None:
+            return self._attention_pool(x, layout, size)
+        if model.global_pool in ("token", ""):
+            prefix = layout.start[:, None] + torch.arange(self.prefix, device=x.device)
+            return model.forward_head(x[prefix])
+        rows = layout.pad(x)
+        first = 0 if model.pool_include_prefix else self.prefix
+        mask = layout.mask.clone()
+        mask[:, :first] = False
+        pooled = self._pool(model.global_pool, rows, mask, None if size is None else layout.pad(size))
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    @staticmethod
+    def _pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
+        weight = mask.to(rows.dtype) if size is None else (size * mask).to(rows.dtype)
+        mean = torch.einsum("blc,bl->bc", rows, weight) / weight.sum(1, keepdim=True)
+        if kind == "avg":
+            return mean
+        top = rows.masked_fill(~mask[..., None], float("-inf")).amax(1)
+        return top if kind == "max" else 0.5 * (top + mean)
+
+    def _attention_pool(self, x: Tensor, layout: Layout, size: Tensor | None) -> Tensor:
+        rows = x.new_zeros(layout.rows) if size is None else size.log().to(x.dtype)
+        first = 0 if self.model.pool_include_prefix else self.prefix
+        bias = layout.pad(rows, float("-inf"))[:, None, None, first:]
+        pooled = self.model.attn_pool(layout.pad(x)[:, first:], attn_mask=bias)
+        return self.model.head(self.model.head_drop(self.model.fc_norm(pooled)))
+
+    def shape(self) -> dict[str, int | list[int]]:
+        """What a policy must agree with."""
+        size = self.model.patch_embed.img_size or (0, 0)
+        return {
+            "dim": self.dim,
+            "depth": self.depth,
+            "heads": self.heads,
+            "patch": list(self.model.patch_embed.patch_size),
+            "prefix_tokens": self.prefix,
+            "input_size": list(size),
+        }
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise TokenGameError, naming the part, unless `model` can be run exactly on packed rows."""
+    name = type(model).__name__
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise TokenGameError(
+            f"{name} is not a plain timm VisionTransformer: windows, pooled grids, rotary positions or other blocks "
+            "tie a token to its neighbours, so removing it would not be exact"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise TokenGameError(f"{name} embeds patches with {type(model.patch_embed).__name__}; only PatchEmbed is plain")
+    if model.num_prefix_tokens and not model.has_class_token and model.global_pool == "token":
+        raise TokenGameError(f"{name} pools a class token it does not have")
+    if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
+        raise TokenGameError(f"{name} pools by {model.global_pool!r}, which depends on every token of the grid")
+    if model.attn_pool is not None and model.attn_pool.pos_embed is not None:
+        raise TokenGameError(f"{name} adds positions in its pooling, which needs the whole grid")
+    for index, block in enumerate(model.blocks):
+        _check_block(f"{name} block {index}", block)
+
+
+def _check_block(where: str, block: nn.Module) -> None:
+    if type(block) is not Block:
+        raise TokenGameError(f"{where} is a {type(block).__name__}; only the pre-norm Block can be split exactly")
+    if type(block.attn) is not Attention:
+        raise TokenGameError(f"{where} attends with {type(block.attn).__name__}; only plain Attention is exact")
+    if not isinstance(block.mlp, ROWWISE_MLPS) or getattr(block.mlp, "use_conv", False):
+        raise TokenGameError(f"{where} has the MLP {type(block.mlp).__name__}, which may mix tokens")
+    mixing = [m for m in block.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    if mixing:
+        raise TokenGameError(
+            f"{where} normalises with {type(mixing[0]).__name__}, whose result depends on other tokens"
+        )

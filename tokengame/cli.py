@@ -1,0 +1,100 @@
+"""The command line: one dataclass a command, its flags and help generated from the fields."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Annotated, Any, Union
+
+import tyro
+
+from tokengame.commands import Bench, Eval, Show, Train
+from tokengame.config import TrainConfig
+from tokengame.console import console
+from tokengame.errors import TokenGameError
+from tokengame.quickstart import Quickstart
+
+EXAMPLES: dict[type, tuple[str, str]] = {
+    Quickstart: ("quickstart", "tokengame quickstart\ntokengame quickstart --updates 300 --json > result.json"),
+    Train: (
+        "train",
+        "tokengame train --backbone vit_small_patch16_224 --images train/ --output policy.safetensors\n"
+        "tokengame train --backbone vit_tiny_patch16_224 --weights vit.safetensors --images images.tar "
+        "--class-map classes.txt --gmacs-ratio 0.68\n"
+        "tokengame train --preset rl4evit --backbone deit_base_patch16_224 --images train/",
+    ),
+    Eval: (
+        "eval",
+        "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
+        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy vit_tiny_patch16_224 --gmacs-ratio 0.6",
+    ),
+    Show: (
+        "show",
+        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --count 6",
+    ),
+    Bench: (
+        "bench",
+        "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
+        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --json",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when it did its work, 2 after a sentence on bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            command = parse(arguments)
+            result = command.run()
+    except TokenGameError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; what was finished is on disk")
+        return 130
+    if command.json:
+        print(json.dumps(result))
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command that `arguments` ask for; exits with 2 and a sentence on unknown ones."""
+    defaults: dict[type, Any] = {}
+    named = [value for flag, value in zip(arguments, [*arguments[1:], ""], strict=True) if flag == "--preset"]
+    named += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
+    if named:
+        preset = TrainConfig.from_preset(named[-1])
+        defaults = {
+            Train: Train(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
+            Quickstart: Quickstart(config=preset),
+        }
+    subcommands = tuple(
+        Annotated[
+            command,
+            tyro.conf.subcommand(
+                name,
+                description=f"{command.__doc__}\n\nExamples:\n\n" + examples.replace("\n", "\n\n"),
+                **({"default": defaults[command]} if command in defaults else {}),
+            ),
+        ]
+        for command, (name, examples) in EXAMPLES.items()
+    )
+    return tyro.cli(
+        Union[subcommands],  # type: ignore[arg-type]  # noqa: UP007
+        prog="tokengame",
+        description="Make a trained Vision Transformer faster: its tokens play a game for who may stay.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)

@@ -1,0 +1,268 @@
+"""The commands: each a dataclass of its flags with a `run` that returns the JSON document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from tokengame.bench import bench
+from tokengame.config import GameConfig, TrainConfig
+from tokengame.console import console, progress, show_rows, show_table
+from tokengame.data import (
+    BadImages,
+    Batch,
+    ImageSource,
+    Subset,
+    Views,
+    checked,
+    label_images,
+    open_images,
+    split_images,
+    transform_for,
+)
+from tokengame.errors import TokenGameError
+from tokengame.evaluate import Scores, dial_for, evaluate
+from tokengame.figures import denormalise, png, stack, strip
+from tokengame.models import load_model, preprocessing_of
+from tokengame.report import table, verdict
+from tokengame.runtime import PrunedViT, prune
+from tokengame.session import Session, require_writable
+
+
+@dataclass(kw_only=True)
+class Common:
+    """Flags of every command."""
+
+    json: bool = False
+    """print one JSON document on stdout, everything else on stderr"""
+    seed: int = 0
+    """of everything random"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """`model` on the chosen device."""
+        try:
+            return model.to(self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise TokenGameError(f"no device {self.device!r} here ({str(error).splitlines()[0]})") from None
+
+    @property
+    def torch_device(self) -> str:
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+@dataclass(kw_only=True)
+class OnImages(Common):
+    """Flags of commands that run a backbone on images."""
+
+    backbone: str
+    """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
+    images: str
+    """folder of class folders, .tar of the same, or Hugging Face data set"""
+    weights: str | None = None
+    """local checkpoint; without one timm downloads its own"""
+    class_map: str | None = None
+    """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
+    split: str = "validation"
+    """of a Hugging Face data set"""
+    workers: int = 1
+    """processes that decode images"""
+
+    def load(self) -> tuple[nn.Module, ImageSource]:
+        """Model and images, labelled; the cheaper mistakes are found first."""
+        source = open_images(self.images, self.split)
+        model = self.place(load_model(self.backbone, self.weights))
+        label_images(source, self.class_map, model.num_classes)
+        return model, source
+
+    def measure(self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any]) -> Scores:
+        """Native beside pruned on all images of `source`."""
+        tally = BadImages(len(source.names))
+        views = Views(source, range(len(source.names)), transform_for(preprocessing, train=False))
+        loader = views.loader(batch_size, self.workers)
+        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)))
+        report_bad(tally)
+        return scores
+
+
+def report_bad(tally: BadImages) -> None:
+    """Say which images were skipped."""
+    if tally.reasons:
+        name, reason = next(iter(tally.reasons.items()))
+        console.print(f"skipped {len(tally.reasons)} unreadable of {tally.total} images, the first is {name}: {reason}")
+
+
+@dataclass(kw_only=True)
+class Train(OnImages):
+    """Learn a policy for a backbone and images."""
+
+    output: Path = Path("policy.safetensors")
+    """the policy file; metrics and checkpoints go beside it, into NAME_log"""
+    holdout: float = 0.2
+    """share of the images held back and measured on at the end"""
+    gmacs_ratio: float | None = None
+    """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
+    resume: bool = False
+    """go on from the checkpoint in NAME_log"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("tokengame")
+    )
+
+    def run(self) -> dict[str, Any]:
+        """Train, calibrate, validate."""
+        require_writable(self.output)
+        model, source = self.load()
+        learn, validate = split_images(source, self.holdout, self.seed)
+        session = Session(
+            model, self.backbone, self.config, learn, self.output,
+            seed=self.seed, device=self.torch_device, resume=self.resume, workers=self.workers,
+        )  # fmt: skip
+        session.run(progress)
+        fast = session.finish(progress, self.gmacs_ratio)
+        report_bad(session.tally)
+        scores = self.measure(fast, validate, self.config.batch_size, session.preprocessing)
+        result = {**session.result(), **scores.summary(), "dial": fast.dial}
+        show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
+        console.print(verdict(result))
+        return result
+
+
+@dataclass(kw_only=True)
+class Eval(OnImages):
+    """Native beside pruned on the same images."""
+
+    policy: str
+    """policy file, or the name of a shipped one"""
+    dial: float | None = None
+    """operating point: 0 keeps all tokens, 0.5 is the policy's own choice, 1 prunes most"""
+    gmacs_ratio: float | None = None
+    """operating point: pruned / native compute, by the policy's calibration"""
+    max_drop: float | None = None
+    """operating point: the fastest that lost at most so many points of top-1 in calibration (an estimate, no bound)"""
+    batch_size: int = 32
+    """images a batch, in the timing too"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what both models compute in"""
+    holdout: float | None = None
+    """measure only on the share that `train` held back with the same --holdout and --seed"""
+
+    def run(self) -> dict[str, Any]:
+        """Measure."""
+        if sum(point is not None for point in (self.dial, self.gmacs_ratio, self.max_drop)) > 1:
+            raise TokenGameError("give one of --dial, --gmacs-ratio and --max-drop")
+        model, source = self.load()
+        if self.holdout is not None:
+            source = split_images(source, self.holdout, self.seed)[1]
+        fast = prune(model.to(getattr(torch, self.dtype)), self.policy, self.dial)
+        if self.gmacs_ratio is not None or self.max_drop is not None:
+            fast.dial = dial_for(fast.card["calibration"], self.gmacs_ratio, self.max_drop)
+        result = self.measure(fast, source, self.batch_size, preprocessing_of(model)).summary()
+        result |= {"dial": fast.dial, "dtype": self.dtype}
+        show_table(f"{self.backbone}, dial {fast.dial:.3f}", table(result))
+        console.print(verdict(result))
+        return result
+
+
+@dataclass(kw_only=True)
+class Show(OnImages):
+    """Pictures of the tokens kept, stage by stage."""
+
+    policy: str
+    """policy file, or the name of a shipped one"""
+    output: Path = Path("tokens.png")
+    """PNG of one strip per image"""
+    count: int = 8
+    """how many images, picked at random by the seed"""
+    dial: float | None = None
+    """between 0 and 1; default is the policy's recommendation"""
+    side: int = 160
+    """height of a panel in pixels"""
+
+    def run(self) -> dict[str, Any]:
+        """Draw."""
+        require_writable(self.output)
+        model, source = self.load()
+        order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        chosen = Subset(source, order[: self.count])
+        fast = prune(model, self.policy, self.dial)
+        preprocessing = preprocessing_of(model)
+        views = Views(chosen, range(len(chosen.names)), transform_for(preprocessing, train=False))
+        tally = BadImages(10**9)
+        strips = []
+        for batch in progress(checked(views.loader(16, self.workers), tally), "drawing", -(-len(chosen.names) // 16)):
+            strips += draw_strips(fast, batch, preprocessing, self.side)
+        report_bad(tally)
+        if not strips:
+            raise TokenGameError(f"none of the {len(chosen.names)} images picked can be read; see the reasons above")
+        self.output.write_bytes(png(stack(strips)))
+        console.print(f"wrote {self.output}")
+        return {"files": [str(self.output)]}
+
+
+@torch.inference_mode()
+def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], side: int) -> list[Any]:
+    """One strip per image: input, and what is left after each stage."""
+    weight = next(fast.model.parameters())
+    images = batch.images.to(weight.device, weight.dtype)
+    alive = fast.trace(images).cpu().numpy()  # [T, B, N]
+    rows, columns = (s // p for s, p in zip(images.shape[2:], fast.model.patch_embed.patch_size, strict=True))
+    stages = fast.game.stages
+    strips = []
+    for number, pixels in enumerate(denormalise(images, preprocessing)):
+        shares = alive[:, number].mean(1)
+        captions = ["input", *(f"block {block}: {share:.0%}" for block, share in zip(stages, shares, strict=True))]
+        strips.append(strip(pixels, alive[:, number], (rows, columns), captions, side))
+    return strips
+
+
+@dataclass(kw_only=True)
+class Bench(Common):
+    """Honest timing, native and pruned interleaved in one run."""
+
+    backbone: str
+    """timm model name; random weights serve unless --policy is given"""
+    weights: str | None = None
+    """local checkpoint"""
+    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
+    """forced shares of tokens alive after each stage, spread over images"""
+    stages: tuple[int, ...] = ()
+    """blocks at which tokens leave; empty: evenly spaced"""
+    transition: Literal["drop", "merge"] = "drop"
+    """what becomes of pruned tokens"""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """images a batch"""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
+    """what both models compute in"""
+    seconds: float = 10.0
+    """time spent on each row"""
+
+    def run(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Time."""
+        import timm
+
+        if self.weights is None and self.backbone != "fashion":
+            if not timm.is_model(self.backbone):
+                raise TokenGameError(f"timm knows no model {self.backbone!r}")
+            model = timm.create_model(self.backbone).eval()
+        else:
+            model = load_model(self.backbone, self.weights)
+        game = GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition)
+        jobs = len(self.dtypes) * len(self.batch_sizes)
+        ticks = iter(progress(range(jobs), "timing", jobs))
+        next(ticks)
+        rows = bench(
+            self.place(model), self.backbone, game=game, keep=self.keep, batch_sizes=self.batch_sizes,
+            dtypes=tuple(getattr(torch, d) for d in self.dtypes), seconds=self.seconds, seed=self.seed,
+            report=lambda row: next(ticks, None),
+        )  # fmt: skip
+        columns = ["dtype", "batch_size", "images_per_second_native", "images_per_second_pruned", "speedup"]
+        show_rows(rows, [*columns, "gmacs_speedup", "efficiency", "verdict"])
+        return rows

@@ -1,0 +1,162 @@
+"""Every setting, as frozen dataclasses; the command line is generated from them. Presets are a table of overrides.
+
+What `rl4evit` takes from the paper (Lu et al., ICME 2025, arXiv 2503.23459), numbered:
+ 1. Stages before blocks 3, 6, 9 of 12; evenly spaced likewise in other depths.          `GameConfig.stage_count`
+ 2. Pruned tokens leave for good (`drop`); the class token is never pruned.              `GameConfig.transition`
+ 3. Observation: the agent's own token and a one-hot agent id.                           `ActorConfig.observation`
+ 4. Actor shared by all agents, C + N -> 64 -> 256 -> 64 -> 2, tanh, orthogonal.         `ActorConfig.hidden`
+ 5. Critic on the agent-specific global state [x_i ; x_CLS], same hidden sizes.          `networks.Critic`
+ 6. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `rewards.share`
+ 7. PPO clip 0.2, gamma 0.99, GAE lambda 0.95, entropy 0.01, 4 epochs, gradient norm 10, Adam.
+Ours, since we know no published value: alpha = 100 and beta = 1 (about half of 196 tokens in equilibrium), learning
+rate 3e-4, 2 minibatches, images per update. Where their code and paper differ we follow the paper; preset `rl4evit-code`
+has the reward that the code runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+
+from tokengame.errors import TokenGameError
+
+GAME_VERSION = 1
+"""Raised whenever the same policy would decide differently."""
+
+
+@dataclass(frozen=True)
+class GameConfig:
+    stages: tuple[int, ...] = ()
+    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced"""
+    stage_count: int = 3
+    """how many stages where `stages` is empty; the model's depth or more means every block"""
+    transition: Literal["drop", "merge"] = "drop"
+    """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it,
+    after the block's attention and before its MLP"""
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Stages in a model of `depth` blocks.
+
+        Raises:
+            TokenGameError: a stage lies outside the model, or stages do not increase.
+        """
+        stages = self.stages
+        if not stages:
+            count = min(self.stage_count, depth)
+            stages = (
+                tuple(range(depth))
+                if count == depth
+                else tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
+            )
+        if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
+            raise TokenGameError(
+                f"stages {list(stages)} do not fit a model of {depth} blocks: give increasing numbers from 0 to {depth - 1}"
+            )
+        return stages
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    observation: Literal["token_id", "context"] = "token_id"
+    """token_id: own token and one-hot agent id (RL4EViT). context: normalised own and class token, stage, attention
+    paid to the agent, its size and its similarity to the others; holds at any resolution"""
+    hidden: tuple[int, ...] = (64, 256, 64)
+    """widths of the hidden layers"""
+    keep_logit: float = 0.0
+    """keep logit at the start of training, the same for every token on average"""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    kind: Literal["share", "target", "fidelity"] = "share"
+    """see `tokengame.rewards`"""
+    alpha: float = 100.0
+    """share, target: what all survivors of a correctly classified image divide among them"""
+    beta: float = 1.0
+    """share: what one token's staying costs it at each stage"""
+    keep_target: float = 0.7
+    """target: share of the living kept at each stage"""
+    target_kl: float = 0.06
+    """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
+    kl_weight: float = 2.4
+    """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
+    kl_clamp: float = 1.5
+    """fidelity: largest KL one image can be charged for"""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    lr: float = 3e-4
+    """Adam step size at the start; falls linearly to 0"""
+    gamma: float = 0.99
+    """discount through the stages"""
+    gae_lambda: float = 0.95
+    """generalised advantage estimation's lambda"""
+    clip: float = 0.2
+    """PPO's clip range"""
+    epochs: int = 4
+    """passes over each update's experience"""
+    minibatches: int = 2
+    """parts a pass is cut into"""
+    entropy: float = 0.01
+    """weight of the entropy bonus"""
+    value: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 10.0
+    """gradient norm is clipped to this"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    preset: str = "tokengame"
+    """name of the preset these settings started from"""
+    game: GameConfig = field(default_factory=GameConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    updates: int = 400
+    """rollout + PPO update, this many times"""
+    batch_size: int = 32
+    """images per update"""
+    rollouts: int = 1
+    """games played on each image of an update; two or more serve as each other's baseline"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """the backbone's while training; auto: bfloat16 where the device computes in it, else float32"""
+
+    @staticmethod
+    def from_preset(name: str) -> TrainConfig:
+        """Settings of preset `name`.
+
+        Raises:
+            TokenGameError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise TokenGameError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+        return merge(TrainConfig(preset=name), PRESETS[name])
+
+
+def merge(config: Any, overrides: dict[str, Any]) -> Any:
+    """`config` with nested `overrides` applied; unknown keys raise TypeError."""
+    known = {f.name for f in fields(config)}
+    values = {
+        k: merge(getattr(config, k), v) if k in known and is_dataclass(getattr(config, k)) else _tuples(v)
+        for k, v in overrides.items()
+    }
+    return replace(config, **values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tokengame": {
+        "game": {"stage_count": 5, "transition": "merge"},
+        "actor": {"observation": "context", "hidden": (32,), "keep_logit": 1.0},
+        "reward": {"kind": "fidelity"},
+        "ppo": {"lr": 5e-4, "gamma": 1.0, "gae_lambda": 1.0, "epochs": 2, "minibatches": 2, "max_grad_norm": 0.5},
+        "rollouts": 4,
+    },
+    "rl4evit": {},
+    "rl4evit-code": {"reward": {"kind": "target", "alpha": 24.0}},
+}

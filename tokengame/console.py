@@ -1,0 +1,47 @@
+"""What people see: progress with an ETA, tables, all on stderr; stdout belongs to --json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True)
+
+
+def progress(iterable: Iterable, description: str, total: int) -> Iterable:
+    """`iterable` behind a progress bar with count and ETA."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total)
+        for item in iterable:
+            yield item
+            bar.advance(task)
+
+
+def show_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns, label and value."""
+    grid = Table(title=title, show_header=False, title_justify="left")
+    grid.add_column()
+    grid.add_column(justify="right")
+    for label, value in rows:
+        grid.add_row(label, value)
+    console.print(grid)
+
+
+def show_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """One line a row, numbers to three digits."""
+    grid = Table(*columns)
+    for row in rows:
+        grid.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    console.print(grid)

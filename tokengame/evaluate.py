@@ -1,0 +1,198 @@
+"""Native beside pruned on the same images in the same run: quality, compute, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokengame.data import Batch
+from tokengame.errors import TokenGameError
+from tokengame.policy import threshold
+from tokengame.rewards import fidelity_loss
+from tokengame.runtime import PrunedViT
+
+CALIBRATION_DIALS = tuple(round(1 / (1 + 2.718281828**-logit), 4) for logit in np.arange(-4, 4.01, 0.5))
+
+
+@dataclass
+class Scores:
+    """One entry per image, in the loader's order."""
+
+    index: list[int] = field(default_factory=list)
+    correct_native: list[bool] = field(default_factory=list)
+    correct_pruned: list[bool] = field(default_factory=list)
+    agree: list[bool] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    macs: list[float] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    """tokens alive after each stage"""
+    positions: list[Tensor] = field(default_factory=list)
+    """grid positions alive at the end"""
+    macs_native: float = 0.0
+    tokens: int = 0
+    seconds_native: list[float] = field(default_factory=list)
+    """of each full batch after the first"""
+    seconds_pruned: list[float] = field(default_factory=list)
+    batch_size: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The JSON keys of `eval`."""
+        count, macs = len(self.agree), np.asarray(self.macs)
+        if not count:
+            raise TokenGameError("no readable image to measure on")
+        native = self.batch_size / float(np.median(self.seconds_native))
+        pruned = self.batch_size / float(np.median(self.seconds_pruned))
+        return {
+            "images": count,
+            **self._labelled(),
+            "agreement": float(np.mean(self.agree)),
+            "kl": float(np.mean(self.kl)),
+            "gmacs_native": self.macs_native / 1e9,
+            "gmacs_pruned": float(macs.mean()) / 1e9,
+            "gmacs_ratio": float(macs.mean()) / self.macs_native,
+            "gmacs_ratio_std": float(macs.std()) / self.macs_native,
+            "tokens_kept": [float(n) for n in np.mean(self.kept, 0)],
+            "tokens": self.tokens,
+            "batch_size": self.batch_size,
+            "images_per_second_native": native,
+            "images_per_second_pruned": pruned,
+            "speedup": pruned / native,
+        }
+
+    def _labelled(self) -> dict[str, Any]:
+        if not self.correct_native:
+            return dict.fromkeys(("top1_native", "top1_pruned", "drop_pp", "drop_pp_ci95"))
+        native, pruned = np.asarray(self.correct_native, float), np.asarray(self.correct_pruned, float)
+        lost = 100 * (native - pruned)  # paired: each image is its own control
+        half = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else float("nan")
+        drop = float(lost.mean())
+        return {
+            "top1_native": float(native.mean()),
+            "top1_pruned": float(pruned.mean()),
+            "drop_pp": drop,
+            "drop_pp_ci95": [drop - half, drop + half],
+        }
+
+
+def _timed(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
+    """Measure the pruned model against the model it wraps.
+
+    Every batch goes through both, in turn first and second; the first batch also warms up and is not timed, nor is a
+    batch of another size than the first's. The time is the whole call, policy and packing included.
+    """
+    weight = next(fast.model.parameters())
+    scores = Scores()
+    for number, batch in enumerate(batches):
+        images = batch.images.to(weight.device, weight.dtype)
+        if not number:
+            scores.batch_size, scores.tokens = (
+                len(images),
+                fast.game.backbone.embed(images[:1]).shape[1] - fast.game.backbone.prefix,
+            )
+            fast.model(images), fast(images)
+        calls = [lambda x=images: fast.model(x), lambda x=images: _play(fast, x)]
+        timed = [_timed(weight.device, call) for call in (calls if number % 2 else calls[::-1])]
+        (native, seconds_native), ((state, pruned), seconds_pruned) = timed if number % 2 else timed[::-1]
+        if len(images) == scores.batch_size and (number or len(scores.seconds_native) == 0):
+            scores.seconds_native.append(seconds_native)
+            scores.seconds_pruned.append(seconds_pruned)
+        _score(scores, fast, batch, native.float(), pruned.float(), state)
+    return scores
+
+
+def _play(fast: PrunedViT, images: Tensor):
+    game = fast.game
+    state = game.play(images, fast.actor, threshold(fast.dial))
+    return state, game.logits(state)
+
+
+def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned: Tensor, state) -> None:
+    if not native.isfinite().all():
+        raise TokenGameError("the native model's prediction is not finite; check its weights")
+    scores.index += batch.index.tolist()
+    if batch.labels is not None:
+        labels = batch.labels.to(native.device)
+        scores.correct_native += (native.argmax(1) == labels).tolist()
+        scores.correct_pruned += (pruned.argmax(1) == labels).tolist()
+    scores.agree += (native.argmax(1) == pruned.argmax(1)).tolist()
+    scores.kl += fidelity_loss(native, pruned).tolist()
+    scores.macs_native, macs = fast.macs(state)
+    scores.macs += macs.tolist()
+    scores.kept += torch.stack(state.kept, 1).tolist()
+    alive = state.position[state.agent_rows].cpu()
+    scores.positions += alive.split(state.agents.counts)
+
+
+@torch.inference_mode()
+def calibrate(
+    fast: PrunedViT, batches: Iterable[Batch], dials: tuple[float, ...] = CALIBRATION_DIALS
+) -> list[dict[str, Any]]:
+    """What each dial costs and keeps: rows of dial, gmacs_ratio, agreement, kl, drop_pp, drop_pp_ci95, images."""
+    weight, wanted = next(fast.model.parameters()), fast.dial
+    scores = {dial: Scores() for dial in dials}
+    for batch in batches:
+        images = batch.images.to(weight.device, weight.dtype)
+        native = fast.model(images).float()
+        for dial, score in scores.items():
+            fast.dial = dial
+            state, pruned = _play(fast, images)
+            _score(score, fast, batch, native, pruned.float(), state)
+    fast.dial = wanted
+    rows = []
+    for dial, score in scores.items():
+        score.seconds_native, score.seconds_pruned = [float("nan")], [float("nan")]
+        summary = score.summary()
+        names = ("gmacs_ratio", "agreement", "kl", "drop_pp", "drop_pp_ci95", "images")
+        rows.append({"dial": dial, **{name: summary[name] for name in names}})
+    return rows
+
+
+def dial_for(
+    calibration: list[dict[str, Any]], gmacs_ratio: float | None = None, max_drop: float | None = None
+) -> float:
+    """The dial that calibration says meets a wish.
+
+    Args:
+        calibration: rows of `calibrate`.
+        gmacs_ratio: pruned / native compute wanted, interpolated between rows.
+        max_drop: points of top-1 that may be lost by calibration's estimate; of the dials that keep to it, with all
+            gentler ones, the fastest.
+
+    Raises:
+        TokenGameError: no calibration, or the wish lies outside what was calibrated.
+    """
+    rows = sorted(calibration, key=lambda row: row["dial"])
+    if not rows:
+        raise TokenGameError("the policy's card holds no calibration; choose the operating point with --dial")
+    if gmacs_ratio is not None:
+        ratios = [row["gmacs_ratio"] for row in rows]
+        if not min(ratios) <= gmacs_ratio <= max(ratios):
+            raise TokenGameError(
+                f"gmacs ratio {gmacs_ratio} lies outside the calibrated {min(ratios):.2f} to {max(ratios):.2f}"
+            )
+        return float(np.interp(-gmacs_ratio, [-r for r in ratios], [row["dial"] for row in rows]))
+    if rows[0]["drop_pp"] is None:
+        raise TokenGameError(
+            "the policy was calibrated without labels and promises no drop; use --dial or --gmacs-ratio"
+        )
+    dial = 0.0
+    for row in rows:
+        if row["drop_pp"] > max_drop:
+            break
+        dial = row["dial"]
+    return dial

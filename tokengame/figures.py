@@ -1,0 +1,120 @@
+"""Pictures: overlays of kept tokens, calibration and training curves. Data in, image out."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+GAP, CAPTION = 6, 18
+
+
+def denormalise(images: Tensor, preprocessing: dict[str, Any]) -> np.ndarray:
+    """uint8 [B, height, width, 3] as the model saw it, from normalised [B, 3, height, width]."""
+    mean, std = (torch.tensor(preprocessing[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
+    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def overlay(pixels: np.ndarray, alive: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """`pixels` [height, width, 3] with every patch whose token is gone faded to a light grey."""
+    height, width = pixels.shape[:2]
+    mask = np.kron(alive.reshape(grid), np.ones((height // grid[0], width // grid[1]), bool))
+    full = np.zeros((height, width), bool)
+    full[: mask.shape[0], : mask.shape[1]] = mask
+    faded = (0.18 * pixels + 0.82 * 225).astype(np.uint8)
+    return np.where(full[..., None], pixels, faded)
+
+
+def strip(
+    pixels: np.ndarray, alive: np.ndarray, grid: tuple[int, int], captions: list[str], side: int = 224
+) -> Image.Image:
+    """One image's row: input, then what is left after each stage.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        alive: bool [T, N].
+        grid: rows and columns of patches.
+        captions: T + 1 short texts below the panels.
+        side: height of a panel in pixels.
+    """
+    panels = [pixels, *(overlay(pixels, stage, grid) for stage in alive)]
+    scale = side / pixels.shape[0]
+    width = round(pixels.shape[1] * scale)
+    canvas = Image.new("RGB", (len(panels) * (width + GAP) - GAP, side + CAPTION), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = number * (width + GAP)
+        resample = Image.Resampling.NEAREST if scale >= 1.5 else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(panel).resize((width, side), resample), (left, 0))
+        draw.text((left + 2, side + 3), caption, fill="black")
+    return canvas
+
+
+def stack(strips: list[Image.Image]) -> Image.Image:
+    """Strips under one another."""
+    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height + GAP for s in strips) - GAP), "white")
+    top = 0
+    for image in strips:
+        canvas.paste(image, (0, top))
+        top += image.height + GAP
+    return canvas
+
+
+def png(image: Image.Image, colours: int | None = None) -> bytes:
+    """Compressed PNG; with `colours`, reduced to a palette, which photographs in docs survive well."""
+    buffer = io.BytesIO()
+    (image.quantize(colours) if colours else image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def calibration_figure(rows: list[dict[str, Any]], point: dict[str, Any]) -> bytes:
+    """SVG: agreement with the native model over compute, the dial's curve and the measured operating point."""
+    figure, axes = _figure()
+    rows = [row for row in sorted(rows, key=lambda r: r["gmacs_ratio"]) if row["agreement"] > 0.5]
+    axes.plot([r["gmacs_ratio"] for r in rows], [r["agreement"] for r in rows], "o-", ms=4, label="dial (calibration)")
+    axes.plot([point["gmacs_ratio"]], [point["agreement"]], "*", ms=14, label="this run, fresh images")
+    axes.set(xlabel="compute, pruned / native (policy included)", ylabel="same top-1 as the native model")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def training_figure(metrics: list[dict[str, float]]) -> bytes:
+    """SVG: KL and compute of the sampled games over updates."""
+    figure, axes = _figure()
+    steps = [m["update"] for m in metrics]
+    right = axes.twinx()
+    axes.plot(steps, _smooth([m["game/kl"] for m in metrics]), color="C3")
+    right.plot(steps, _smooth([m["game/gmacs_ratio"] for m in metrics]), color="C0")
+    axes.set_xlabel("update")
+    axes.set_ylabel("KL(native || pruned), nats", color="C3")
+    right.set_ylabel("compute, pruned / native", color="C0")
+    right.spines["right"].set_visible(True)
+    return _svg(figure)
+
+
+def _smooth(values: list[float], width: int = 9) -> np.ndarray:
+    padded = np.pad(values, (width // 2, width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, "valid")
+
+
+def _figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,272 @@
+"""The Markov game: every patch token of an image is an agent that decides, stage after stage, whether it stays.
+
+One image is one episode; a batch is played at once on packed rows, and a pruned agent's row is really gone. Prefix
+tokens never play. Pruning is final. Training, run time and measurement all play this one game.
+
+`drop`: stage at block s decides before block s; attention is observed in block s - 1.
+`merge`: it decides after the attention of block s and before its MLP; each pruned token is absorbed by the survivor
+whose key is most similar (cosine of the keys averaged over heads, as in ToMe, Bolya et al. 2023): size-weighted mean of
+the rows, sizes added, log size added to the attention logits from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokengame.backbone import Backbone, Heads
+from tokengame.config import GameConfig
+from tokengame.ops import Layout, keep_at_least_one, most_similar_keeper, segment_mean
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What A living agents of S scenes (an image at a stage) see. Rows of one scene lie together."""
+
+    token: Tensor
+    """[A, C] the agent's own row"""
+    cls: Tensor
+    """[S, C] class token of the scene; without one, the mean of its rows"""
+    features: Tensor
+    """[A, heads + 4] per head: log attention from the class token times the number of rows; then the mean over heads,
+    centred in the image; log size; highest key similarity to another agent; share of agents alive"""
+    scene: Tensor
+    """[A] index into S"""
+    agent: Tensor
+    """[A] agent id: position in the grid, row by row"""
+    stage: Tensor
+    """[S] stage index"""
+    layout: Layout | None = None
+    """of the A agents over the S scenes; None for an arbitrary selection of agents"""
+
+    def take(self, rows: Tensor) -> Observation:
+        """The same for some of the agents."""
+        return replace(
+            self,
+            token=self.token[rows],
+            features=self.features[rows],
+            scene=self.scene[rows],
+            agent=self.agent[rows],
+            layout=None,
+        )
+
+    @staticmethod
+    def concat(parts: list[Observation]) -> Observation:
+        """All agents of several stages in one."""
+        offsets = [0]
+        for part in parts[:-1]:
+            offsets.append(offsets[-1] + len(part.cls))
+        return Observation(
+            token=torch.cat([p.token for p in parts]),
+            cls=torch.cat([p.cls for p in parts]),
+            features=torch.cat([p.features for p in parts]),
+            scene=torch.cat([p.scene + offset for p, offset in zip(parts, offsets, strict=True)]),
+            agent=torch.cat([p.agent for p in parts]),
+            stage=torch.cat([p.stage for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of images somewhere in the network, about to decide or at the end."""
+
+    x: Tensor
+    """[M, C] packed rows, prefix tokens first in each image"""
+    position: Tensor
+    """[M] agent id of each row, -1 for prefix tokens"""
+    layout: Layout
+    """of the M rows"""
+    agents: Layout
+    """of the A living agents"""
+    total: int
+    """agents of each image at the start (N)"""
+    size: Tensor | None = None
+    """[M] patches each row stands for, once something was merged"""
+    heads: Heads | None = None
+    """attention before (drop) or around (merge) the decision; None where there was none or nobody looks"""
+    similarity: Tensor | None = None
+    """[B, L, L] cosine of the agents' keys, in merge games"""
+    kept: tuple[Tensor, ...] = ()
+    """[B] agents alive after each decision so far"""
+
+    @property
+    def stage(self) -> int:
+        """Decisions taken so far."""
+        return len(self.kept)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[M] added to the attention logits of each key"""
+        return None if self.size is None else self.size.log()
+
+    @property
+    def prefix(self) -> int:
+        return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
+
+    @property
+    def agent_rows(self) -> Tensor:
+        """[A] the agents' rows among all rows"""
+        return torch.arange(self.agents.rows, device=self.x.device) + self.prefix * (self.agents.image + 1)
+
+    def repeat(self, times: int) -> State:
+        """The same before any decision, with every image `times` times in a row, to be played differently."""
+        rows, layout = self.layout.repeat(times)
+        heads = self.heads and replace(
+            self.heads, query=self.heads.query.repeat_interleave(times, 0), keys=self.heads.keys[rows]
+        )
+        return replace(
+            self,
+            x=self.x[rows],
+            position=self.position[rows],
+            layout=layout,
+            agents=self.agents.repeat(times)[1],
+            heads=heads,
+            similarity=None if self.similarity is None else self.similarity.repeat_interleave(times, 0),
+        )
+
+
+Decide = Callable[[Observation], Tensor]
+"""A policy: observation -> [A] keep logits."""
+
+
+class TokenGame:
+    """The game on one backbone: `reset`, then `observe` and `step` for each stage, then `logits`.
+
+    Args:
+        backbone: the network that is played through.
+        config: stages and transition.
+        features: whether observations carry attention features; where nobody looks at them they stay zero.
+    """
+
+    def __init__(self, backbone: Backbone, config: GameConfig, features: bool = True):
+        self.backbone, self.features = backbone, features
+        self.merge = config.transition == "merge"
+        self.stages = config.blocks(backbone.depth)
+
+    def reset(self, images: Tensor) -> State:
+        """Embed a batch [B, channels, height, width] and run it to the first decision."""
+        tokens, prefix = self.backbone.embed(images), self.backbone.prefix
+        batch, rows, _ = tokens.shape
+        position = torch.arange(-prefix, rows - prefix, device=tokens.device).clamp(min=-1)
+        state = State(
+            x=tokens.flatten(0, 1),
+            position=position.repeat(batch),
+            layout=Layout([rows] * batch, tokens.device),
+            agents=Layout([rows - prefix] * batch, tokens.device),
+            total=rows - prefix,
+        )
+        return self._advance(state, 0)
+
+    def observe(self, state: State) -> Observation:
+        """What the living agents see before the next decision."""
+        rows, device = state.agent_rows, state.x.device
+        cls = (
+            state.x[state.layout.start] if self.backbone.model.has_class_token else segment_mean(state.x, state.layout)
+        )
+        features = torch.zeros(len(rows), self.backbone.heads + 4, device=device)
+        if self.features and state.heads is not None:
+            features = self._features(state, rows)
+        stage = torch.full((state.layout.images,), state.stage, device=device)
+        return Observation(state.x[rows], cls, features, state.agents.image, state.position[rows], stage, state.agents)
+
+    def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
+        """Remove the agents that decided to leave, then play on to the next decision or the end.
+
+        Args:
+            state: before the decision.
+            keep: [A] bool, the agents' actions.
+            logits: [A] keep logits; they say who stays where all of an image's agents would leave.
+        """
+        keep = keep_at_least_one(keep, logits, state.agents)
+        stays = torch.ones(state.layout.rows, dtype=torch.bool, device=keep.device)
+        stays[state.agent_rows] = keep
+        rows, layout = state.layout.select(stays)
+        x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x[rows], None)
+        agents = Layout([n - state.prefix for n in layout.counts], keep.device)
+        block, kept = self.stages[state.stage], (*state.kept, agents.count)
+        if self.merge:
+            x, block = self.backbone.mlp(block, x), block + 1
+        return self._advance(State(x, state.position[rows], layout, agents, state.total, size, kept=kept), block)
+
+    def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
+        """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
+        state = self.reset(images)
+        for _ in self.stages:
+            logits = decide(self.observe(state))
+            state = self.step(state, logits > threshold, logits)
+        return state
+
+    def logits(self, state: State) -> Tensor:
+        """[B, classes] the network's prediction at the end of the game."""
+        return self.backbone.head(state.x, state.layout, state.size)
+
+    def _advance(self, state: State, block: int) -> State:
+        """Run from `block` to the next decision, or through the last block."""
+        last = state.stage == len(self.stages)
+        stop = self.backbone.depth if last else self.stages[state.stage]
+        x, heads, bias = state.x, None, state.bias
+        for index in range(block, stop):
+            x, heads = self.backbone.attend(index, x, state.layout, bias)
+            x = self.backbone.mlp(index, x)
+        if last:
+            return replace(state, x=x)
+        similarity = None
+        if self.merge:
+            x, heads = self.backbone.attend(stop, x, state.layout, bias)
+            similarity = self._similarity(state, heads)
+        return replace(state, x=x, heads=heads, similarity=similarity)
+
+    @staticmethod
+    def _similarity(state: State, heads: Heads) -> Tensor:
+        """Cosine of keys; -1 to oneself and to padding, who cannot absorb anybody."""
+        metric = F.normalize(heads.keys.mean(1), dim=1)[state.agent_rows]
+        metric = state.agents.pad(metric)  # [B, L, D]
+        similarity = metric @ metric.transpose(1, 2)
+        similarity.diagonal(dim1=1, dim2=2).fill_(-1)
+        return similarity if state.agents.uniform else similarity.masked_fill_(~state.agents.mask[:, None], -1)
+
+    def _features(self, state: State, rows: Tensor) -> Tensor:
+        heads, layout, agents = state.heads, state.layout, state.agents
+        assert heads is not None
+        scores = (heads.query[layout.image] * heads.keys).sum(2).float() * heads.scale  # [M, H]
+        scores = scores if state.bias is None else scores + state.bias[:, None]
+        total = layout.pad(scores, float("-inf")).logsumexp(1)  # [B, H]
+        attention = scores[rows] - total[agents.image] + layout.count.log()[agents.image, None]  # [A, H]
+        mean = attention.logsumexp(1, keepdim=True)
+        centred = mean - segment_mean(mean, agents)[agents.image]
+        size = torch.zeros_like(centred) if state.size is None else state.size[rows].log()[:, None]
+        alive = (agents.count / state.total)[agents.image, None]
+        return torch.cat([attention, centred, size, self._highest_similarity(state), alive], 1)
+
+    @staticmethod
+    def _highest_similarity(state: State) -> Tensor:
+        if state.similarity is None:
+            return torch.zeros(state.agents.rows, 1, device=state.x.device)
+        return state.agents.unpad(state.similarity.amax(2))[:, None].float()
+
+    @staticmethod
+    def _absorb(state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and sizes of the survivors `rows`, every leaving agent's row added to its most similar survivor's.
+
+        In float32 whatever the network computes in: many small rows may meet in one.
+        """
+        agents, agent_rows = state.agents, state.agent_rows
+        assert state.similarity is not None
+        target = (
+            agents.unpad(most_similar_keeper(state.similarity, agents.pad(keep, False))) + agents.start[agents.image]
+        )
+        leaving = torch.nonzero_static(~keep, size=state.layout.rows - len(rows)).squeeze(1)
+        leaving_rows, target_rows = agent_rows[leaving], agent_rows[target[leaving]]
+        survivor = (stays.cumsum(0) - 1)[target_rows]  # index among the survivors
+        x, absorbed = state.x[rows].float(), state.x[leaving_rows].float()
+        size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
+        if state.size is not None:
+            size, gone = state.size[rows], state.size[leaving_rows]
+            x, absorbed = x.mul_(size[:, None]), absorbed.mul_(gone[:, None])
+        size = size.index_add(0, survivor, gone)
+        x = x.index_add_(0, survivor, absorbed).div_(size[:, None])
+        return x.to(state.x.dtype), size

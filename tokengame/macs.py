@@ -1,0 +1,71 @@
+"""Multiply-accumulates, counted analytically: one multiply-accumulate is one (DeiT-S is 4.6 G).
+
+Counted as the field and `torch.utils.flop_counter` do: convolutions, linear layers and the two products of attention;
+normalisation and activations are left out. The policy and the matching of `merge` are included.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from tokengame.backbone import Backbone
+from tokengame.game import TokenGame
+from tokengame.networks import Actor
+
+
+def _linear_macs(module: nn.Module | None) -> int:
+    """MACs of one row through every linear layer of `module`."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)) if module is not None else 0
+
+
+def native_macs(backbone: Backbone, agents: int) -> float:
+    """MACs of one image with `agents` patch tokens through the untouched model."""
+    return float(_model_macs(backbone, [], False, torch.zeros(0, 1), agents))
+
+
+def pruned_macs(game: TokenGame, actor: Actor | None, kept: Tensor, agents: int) -> Tensor:
+    """[B] MACs of each image through the game, policy and matching included.
+
+    Args:
+        game: stages and transition.
+        actor: its own cost is added; None where the decisions are free.
+        kept: [T, B] agents alive after each stage.
+        agents: at the start.
+    """
+    kept = kept.double()
+    macs = _model_macs(game.backbone, list(game.stages), game.merge, kept, agents)
+    deciding = torch.cat([torch.full_like(kept[:1], agents), kept[:-1]])  # [T, B]
+    if actor is not None:
+        macs = macs + (deciding * actor.macs_per_agent()).sum(0)
+    head_dim = game.backbone.blocks[0].attn.head_dim
+    if game.merge:
+        macs = macs + (deciding**2 * head_dim).sum(0)
+    if game.features:
+        macs = macs + (deciding * game.backbone.dim).sum(0)
+    return macs
+
+
+def _model_macs(backbone: Backbone, stages: list[int], merge: bool, kept: Tensor, agents: int) -> Tensor:
+    prefix, model = backbone.prefix, backbone.model
+    rows = torch.full_like(kept[0] if len(kept) else torch.zeros(1, dtype=torch.double), agents + prefix).double()
+    macs = torch.full_like(rows, float(agents * model.patch_embed.proj.weight.numel()))
+    for index, block in enumerate(backbone.blocks):
+        decides = index in stages
+        after = kept[stages.index(index)] + prefix if decides else rows
+        rows = after if decides and not merge else rows
+        macs = macs + rows * _linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * block.attn.head_dim
+        rows = after
+        macs = macs + rows * _linear_macs(block.mlp)
+    return macs + _head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
+
+
+def _head_macs(model: nn.Module, rows: Tensor) -> Tensor:
+    heads = _linear_macs(model.head) + _linear_macs(getattr(model, "head_dist", None))
+    pool = model.attn_pool
+    if not isinstance(pool, AttentionPoolLatent):
+        return rows * 0 + heads
+    latent = pool.latent_len
+    fixed = latent * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
+    return rows * (_linear_macs(pool.kv) + 2 * latent * pool.num_heads * pool.head_dim) + fixed + heads

@@ -1,0 +1,118 @@
+"""Actor and critic: small networks shared by all agents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.config import ActorConfig
+from tokengame.game import Observation
+
+WARM_SLOPE = 1.5
+"""Start value of the context actor's linear term on centred log attention; alone it is a fair adaptive threshold."""
+
+
+def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _mlp(widths: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, width in zip(widths, widths[1:], strict=False):
+        layers += [_linear(inputs, width), nn.Tanh()]
+    return nn.Sequential(*layers, _linear(widths[-1], outputs, last_gain))
+
+
+class TokenActor(nn.Module):
+    """RL4EViT's actor: [x_i, one-hot agent id] -> 64 -> 256 -> 64 -> (prune, keep), tanh, orthogonal.
+
+    The one-hot's part of the first layer is a row look-up. Bound to `agents` positions, so to one resolution.
+    """
+
+    def __init__(self, dim: int, agents: int, hidden: tuple[int, ...], keep_logit: float = 0.0):
+        super().__init__()
+        joint = torch.empty(hidden[0], dim + agents)
+        nn.init.orthogonal_(joint, math.sqrt(2))
+        self.token = nn.Linear(dim, hidden[0])
+        self.token.weight.data.copy_(joint[:, :dim])
+        nn.init.zeros_(self.token.bias)
+        self.identity = nn.Parameter(joint[:, dim:].T.contiguous())
+        self.rest = _mlp(hidden, 2, 0.01)
+        self.rest[-1].bias.data[1] = keep_logit  # type: ignore[index]
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] keep logits: a softmax over (prune, keep) is a Bernoulli of their difference."""
+        hidden = torch.tanh(self.token(obs.token.to(self.token.weight.dtype)) + self.identity[obs.agent])
+        prune, keep = self.rest(hidden).unbind(1)
+        return keep - prune
+
+    def macs_per_agent(self) -> int:
+        """Multiply-accumulates of one decision; the identity look-up costs none."""
+        return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
+
+
+class ContextActor(nn.Module):
+    """Own and class token (normalised), stage and attention features -> one keep logit; holds at any resolution."""
+
+    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], keep_logit: float = 0.0):
+        super().__init__()
+        self.norm_token = nn.LayerNorm(dim)
+        self.norm_cls = nn.LayerNorm(dim)
+        self.token = _linear(dim, hidden[0])
+        self.cls = _linear(dim, hidden[0])
+        self.features = _linear(heads + 4, hidden[0])
+        self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
+        self.rest = _mlp(hidden, 1, 0.01)
+        self.slope = nn.Parameter(torch.full((stages,), WARM_SLOPE))
+        self.bias = nn.Parameter(torch.full((stages,), keep_logit))
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] keep logits."""
+        scene = self.cls(self.norm_cls(obs.cls.to(self.cls.weight.dtype))) + self.stage[obs.stage]  # [S, h]
+        own = self.token(self.norm_token(obs.token.to(self.token.weight.dtype))) + self.features(
+            obs.features.to(self.token.weight.dtype)
+        )
+        residual = self.rest(torch.tanh(own + scene[obs.scene])).squeeze(1)
+        stage = obs.stage[obs.scene]
+        return residual + self.slope[stage] * obs.features[:, -4] + self.bias[stage]
+
+    def macs_per_agent(self) -> int:
+        """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""
+        layers = [self.token, self.features, *(m for m in self.rest if isinstance(m, nn.Linear))]
+        return sum(layer.weight.numel() for layer in layers)
+
+
+Actor = TokenActor | ContextActor
+
+
+class Critic(nn.Module):
+    """Value of agent i's state from the agent-specific global state [x_i ; x_CLS] (and, where seen, its features)."""
+
+    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim) if features else nn.Identity()
+        self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0])
+        self.features = _linear(heads + 4, hidden[0]) if features else None
+        self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
+        self.rest = _mlp(hidden, 1, 1.0)
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] values."""
+        scene = self.cls(self.norm(obs.cls.to(self.cls.weight.dtype))) + self.stage[obs.stage]
+        hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + scene[obs.scene]
+        if self.features is not None:
+            hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))
+        return self.rest(torch.tanh(hidden)).squeeze(1)
+
+
+def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
+    """Actor for a backbone and game of `shape` (dim, heads, agents, stages)."""
+    if config.observation == "token_id":
+        return TokenActor(shape["dim"], shape["agents"], config.hidden, config.keep_logit)
+    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, config.keep_logit)

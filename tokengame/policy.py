@@ -1,0 +1,158 @@
+"""The policy file: an actor's weights and a card, in one safetensors file. And heuristics under the same call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokengame.backbone import Backbone
+from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, merge
+from tokengame.errors import TokenGameError
+from tokengame.game import Observation
+from tokengame.networks import Actor, build_actor
+
+FORMAT = 1
+
+
+@dataclass
+class Policy:
+    """An actor and all that is needed to use it.
+
+    The card is a JSON document: `format`, `game_version`, `backbone` (name, shape, fingerprint), `game`, `actor`,
+    `agents`, `preprocessing`, `training`, `calibration` (rows: dial -> compute, agreement, drop), `dial` (recommended),
+    `licence`.
+    """
+
+    actor: Actor
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def game(self) -> GameConfig:
+        return merge(GameConfig(), self.card["game"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.actor.state_dict().items()}
+        save_file(weights, part, metadata={"tokengame": json.dumps(self.card)})
+        os.replace(part, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Policy:
+        """Read a policy file; nothing in it is ever executed.
+
+        Raises:
+            TokenGameError: missing, damaged, or not a policy of this format.
+        """
+        if not Path(path).is_file():
+            raise TokenGameError(f"no policy file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get("tokengame")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise TokenGameError(f"policy file {path} is damaged or not safetensors ({error})") from None
+        if header is None:
+            raise TokenGameError(
+                f"{path} is a safetensors file but holds no tokengame policy; pass one made by `train`"
+            )
+        return Policy._build(json.loads(header), weights, path)
+
+    @staticmethod
+    def _build(card: dict[str, Any], weights: dict[str, Tensor], path: str | Path) -> Policy:
+        if card.get("format") != FORMAT or card.get("game_version") != GAME_VERSION:
+            raise TokenGameError(
+                f"{path} has format {card.get('format')}, game {card.get('game_version')}; this version "
+                f"reads {FORMAT} and {GAME_VERSION}: train it again or install the matching tokengame"
+            )
+        try:
+            actor = build_actor(merge(ActorConfig(), card["actor"]), actor_shape(card))
+            actor.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise TokenGameError(f"policy file {path} contradicts its own card: {str(error).splitlines()[0]}") from None
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise TokenGameError(f"policy file {path} holds weights that are not finite; train it again")
+        return Policy(actor.eval(), card)
+
+
+def actor_shape(card: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `build_actor` from a card."""
+    shape = card["backbone"]["shape"]
+    return {
+        "dim": shape["dim"],
+        "heads": shape["heads"],
+        "agents": card["agents"],
+        "stages": len(card["game"]["stages"]),
+    }
+
+
+def threshold(dial: float) -> float:
+    """Keep logit above which a token stays: dial 0 keeps all, 0.5 is the policy's own choice, 1 prunes most.
+
+    Raises:
+        TokenGameError: `dial` is outside [0, 1].
+    """
+    if not 0 <= dial <= 1:
+        raise TokenGameError(f"dial must lie between 0 (keep all tokens) and 1 (prune most), not {dial}")
+    if dial in (0, 1):
+        return math.inf if dial else -math.inf
+    return math.log(dial / (1 - dial))
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Hash of the signs of all block weights: the same in any floating-point type, another for other weights."""
+    digest = hashlib.sha256()
+    for block in backbone.blocks:
+        for weight in (block.attn.qkv.weight, block.attn.proj.weight):
+            digest.update((weight.detach() < 0).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fits(policy: Policy, backbone: Backbone) -> str | None:
+    """None, or a warning where the architecture is the policy's but the weights are not.
+
+    Raises:
+        TokenGameError: the policy belongs to another architecture.
+    """
+    wanted, found = policy.card["backbone"]["shape"], backbone.shape()
+    anywhere = policy.card["actor"]["observation"] == "context"
+    wrong = [key for key in found if wanted.get(key) != found[key] and not (key == "input_size" and anywhere)]
+    if wrong:
+        differences = ", ".join(f"{key} {wanted.get(key)} but the model's is {found[key]}" for key in wrong)
+        raise TokenGameError(
+            f"this policy belongs to {policy.card['backbone']['name']} and does not fit: its {differences}"
+        )
+    if policy.card["backbone"]["fingerprint"] != fingerprint(backbone):
+        return (
+            f"this policy was trained for other weights of {policy.card['backbone']['name']}; "
+            "run `tokengame eval` before relying on it"
+        )
+    return None
+
+
+def attention_heuristic(obs: Observation) -> Tensor:
+    """Keep logits of the usual heuristic: log attention from the class token, centred in each image."""
+    return obs.features[:, -4]
+
+
+class RandomChoice:
+    """Keeps each agent with probability `keep[stage]`, seeded; as logits to be cut at 0."""
+
+    def __init__(self, keep: tuple[float, ...], seed: int = 0):
+        self.keep, self.generator = torch.tensor(keep), torch.Generator().manual_seed(seed)
+
+    def __call__(self, obs: Observation) -> Tensor:
+        chance = self.keep.to(obs.token.device)[obs.stage][obs.scene]
+        draw = torch.rand(len(obs.scene), generator=self.generator).to(chance.device)
+        return chance - draw

@@ -1,0 +1,154 @@
+"""Multi-agent PPO with parameter sharing (MAPPO, Yu et al. 2022). Knows tensors and masks, no Vision Transformer.
+
+T stages, B games, N agents; an agent that is not `acting` took no decision and appears in no loss and no statistic.
+Selection is by `torch.where` or indexing, never by multiplying with a mask (nan * 0 is nan).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokengame.config import PPOConfig
+from tokengame.errors import TokenGameError
+
+
+class Rows(Protocol):
+    """Observations of many agents, of which some can be taken."""
+
+    def take(self, rows: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Decisions of A agents over all stages, one row each."""
+
+    obs: Rows
+    action: Tensor
+    """[A] bool, as sampled"""
+    log_prob: Tensor
+    """[A] of the action when it was sampled"""
+    advantage: Tensor
+    """[A] normalised"""
+    returns: Tensor
+    """[A] targets of the critic"""
+
+
+def log_prob(logits: Tensor, action: Tensor) -> Tensor:
+    """Log probability of a Bernoulli `action` (true = keep) under keep `logits`."""
+    return -F.binary_cross_entropy_with_logits(logits, action.to(logits.dtype), reduction="none")
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of the Bernoulli in nats."""
+    return F.softplus(logits) - logits * torch.sigmoid(logits)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, acting: Tensor, ends: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) through the stages, for each agent on its own.
+
+    Args:
+        rewards, values: [T, ...].
+        acting: [T, ...] bool, the agent decides at this stage.
+        ends: [T, ...] bool, nothing follows for this agent: no bootstrap from the next value.
+
+    Returns:
+        advantages and returns (advantage + value), [T, ...], zero where not acting.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        next_value = torch.where(ends[t], 0.0, values[t + 1]) if t + 1 < len(rewards) else torch.zeros_like(values[t])
+        delta = rewards[t] + gamma * next_value - values[t]
+        following = torch.where(acting[t], delta + gamma * gae_lambda * torch.where(ends[t], 0.0, following), 0.0)
+        advantages[t] = following
+    return advantages, torch.where(acting, advantages + values, 0.0)
+
+
+def normalise(advantages: Tensor, acting: Tensor) -> Tensor:
+    """Zero mean and unit deviation over all acting agents of all stages and games; zero elsewhere."""
+    living = advantages[acting]
+    centred = (advantages - living.mean()) / (living.std(correction=0) + 1e-8)
+    return torch.where(acting, centred, 0.0)
+
+
+def policy_loss(logits: Tensor, action: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float):
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) over [A] decisions.
+
+    Returns:
+        loss, and detached diagnostics approx_kl (estimator k3, Schulman 2020) and clipfrac.
+    """
+    log_ratio = log_prob(logits, action) - old_log_prob
+    ratio = log_ratio.exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipfrac = ((ratio - 1).abs() > clip).float().mean()
+    return -surrogate.mean(), {"approx_kl": approx_kl, "clipfrac": clipfrac}
+
+
+def update(
+    actor: nn.Module,
+    critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experience: Experience,
+    config: PPOConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Several epochs of minibatch PPO on one batch of experience.
+
+    Returns:
+        losses/policy, losses/value, losses/entropy, losses/approx_kl, losses/clipfrac (means over minibatches),
+        losses/explained_variance, and losses/first_ratio_error: how far the very first ratio is from 1.
+
+    Raises:
+        TokenGameError: a loss or gradient is not finite; the networks keep the last good step.
+    """
+    rows, sums, steps = len(experience.action), {}, 0
+    first_ratio_error = explained = 0.0
+    for _ in range(config.epochs):
+        order = torch.randperm(rows, generator=generator).to(experience.action.device)
+        for chosen in order.chunk(config.minibatches):
+            obs = experience.obs.take(chosen)
+            logits, values = actor(obs), critic(obs)
+            action, old = experience.action[chosen], experience.log_prob[chosen]
+            returns = experience.returns[chosen]
+            loss, parts = policy_loss(logits, action, old, experience.advantage[chosen], config.clip)
+            if not steps:
+                first_ratio_error = float(((log_prob(logits, action) - old).exp() - 1).abs().max().detach())
+                explained = _explained_variance(values.detach(), returns)
+            parts |= {"policy": loss.detach(), "value": F.mse_loss(values, returns), "entropy": entropy(logits).mean()}
+            _step(
+                optimizer,
+                (actor, critic),
+                loss + config.value * parts["value"] - config.entropy * parts["entropy"],
+                config,
+            )
+            steps += 1
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+    metrics = {f"losses/{name}": total / steps for name, total in sums.items()}
+    return metrics | {"losses/first_ratio_error": first_ratio_error, "losses/explained_variance": explained}
+
+
+def _step(optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], loss: Tensor, config: PPOConfig) -> None:
+    """Each network's gradient is clipped on its own, or the scale of the values would decide the actor's step."""
+    optimizer.zero_grad()
+    loss.backward()
+    norms = [nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm) for network in networks]
+    if not all(torch.isfinite(norm) for norm in norms):
+        raise TokenGameError(
+            f"the PPO loss is {float(loss):g} and its gradient is not finite: check rewards and observations"
+        )
+    optimizer.step()
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else float("nan")

@@ -1,0 +1,91 @@
+"""`quickstart`: the whole story on the embedded backbone and scenes, in minutes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from tokengame.commands import Common, draw_strips
+from tokengame.config import TrainConfig, merge
+from tokengame.console import console, progress, show_table
+from tokengame.data import BadImages, SceneImages, Subset, Views, checked, transform_for
+from tokengame.evaluate import Scores, evaluate
+from tokengame.figures import calibration_figure, png, stack, training_figure
+from tokengame.models import EMBEDDED, load_model
+from tokengame.report import table, verdict, write_report
+from tokengame.runtime import PrunedViT
+from tokengame.scenes import FashionScenes
+from tokengame.session import Session, require_writable
+
+
+@dataclass(kw_only=True)
+class Quickstart(Common):
+    """Learn and measure a policy on the embedded backbone and images; write it with an HTML report."""
+
+    output: Path = Path("quickstart")
+    """folder for policy.safetensors and report.html"""
+    eval_images: int = 1000
+    """fresh scenes to measure on"""
+    gmacs_ratio: float = 0.5
+    """compute the policy is to recommend, pruned / native"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: merge(TrainConfig.from_preset("tokengame"), {"updates": 150})
+    )
+
+    def run(self) -> dict[str, Any]:
+        """Train on scenes of training photos, measure on fresh scenes of test photos."""
+        start = time.perf_counter()
+        policy, page = self.output / "policy.safetensors", self.output / "report.html"
+        require_writable(page)
+        model = self.place(load_model(EMBEDDED))
+        learn = SceneImages(FashionScenes("train", self.config.updates * self.config.batch_size, seed=self.seed))
+        session = Session(model, EMBEDDED, self.config, learn, policy, seed=self.seed, device=self.torch_device)
+        session.run(progress)
+        fast = session.finish(progress, self.gmacs_ratio)
+        fresh = FashionScenes("test", self.eval_images, seed=self.seed + 1)
+        source = SceneImages(fresh)
+        views = Views(source, range(len(fresh)), transform_for(session.preprocessing, train=False))
+        loader = views.loader(32, 0)
+        scores = evaluate(fast, progress(checked(loader, BadImages(len(fresh))), "measuring", len(loader)))
+        result = session.result() | scores.summary() | item_recall(scores, fresh, fast) | {"dial": fast.dial}
+        self._report(page, fast, result, session, source)
+        result |= {"report": str(page), "seconds": time.perf_counter() - start}
+        show_table(f"{self.eval_images} fresh scenes", table(result))
+        console.print(f"{verdict(result)}\npolicy: {policy}\nreport: {page}", highlight=False, soft_wrap=True)
+        return result
+
+    def _report(
+        self, page: Path, fast: PrunedViT, result: dict[str, Any], session: Session, source: SceneImages
+    ) -> None:
+        some = Subset(source, range(8))
+        views = Views(some, range(8), transform_for(session.preprocessing, train=False))
+        strips = draw_strips(fast, next(iter(views.loader(8, 0))), session.preprocessing, side=112)
+        metrics = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
+        figures = {
+            "One policy, one dial": calibration_figure(fast.card["calibration"], result),
+            "Learning: KL of the sampled games falls to its target, compute follows": training_figure(metrics),
+        }
+        write_report(page, "tokengame quickstart: fashion scenes", result, png(stack(strips)), figures)
+
+
+def item_recall(scores: Scores, scenes: FashionScenes, fast: PrunedViT) -> dict[str, float]:
+    """Share of the tokens on the item (patch centre inside its box), and of all others, that stay to the end."""
+    patch = fast.model.patch_embed.patch_size[0]
+    side = scenes.size // patch
+    centres = (np.arange(side) + 0.5) * patch
+    kept, counts = np.zeros(2), np.zeros(2)
+    for index, alive in zip(scores.index, scores.positions, strict=True):
+        left, top, right, bottom = scenes[index].box
+        inside = np.outer((centres > top) & (centres < bottom), (centres > left) & (centres < right)).ravel()
+        stays = np.isin(np.arange(side * side), alive.numpy())
+        kept += [stays[inside].sum(), stays[~inside].sum()]
+        counts += [inside.sum(), (~inside).sum()]
+    item, background = (float(share) for share in kept / counts)
+    ratio = item / background if background else float("inf")
+    return {"item_tokens_kept": item, "background_tokens_kept": background, "item_to_background": ratio}

@@ -1,0 +1,108 @@
+"""What agents are paid. Plain tensors in, plain tensors out; T stages, B games, N agents.
+
+`share` is RL4EViT's: survivors of a correctly classified image divide alpha and each pays beta, so in equilibrium about
+alpha * p(correct) / beta stay. `target` adds to the share a penalty around keep targets, as the authors' published code
+does. `fidelity` (ours) needs no labels: at its exit every agent is charged KL(native || pruned) of the whole game, less
+what other games on the same image were charged (leave-one-out, Kool et al. 2019), and for each stage it survives the
+compute that its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001): exact,
+and free of the other agents' noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokengame.config import RewardConfig
+from tokengame.errors import TokenGameError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch of games came to."""
+
+    acting: Tensor
+    """[T, B, N] bool, alive before the decision"""
+    alive: Tensor
+    """[T, B, N] bool, alive after it"""
+    correct: Tensor | None
+    """[B] bool, final prediction right; None without labels"""
+    kl: Tensor
+    """[B] KL(native || pruned) in nats"""
+    segment: Tensor
+    """[T] share of the native compute that one row causes from this decision to the next"""
+    rollouts: int = 1
+    """games per image; games of one image lie together"""
+
+    @property
+    def ends(self) -> Tensor:
+        """[T, B, N] bool: the agent's own episode ends here, pruned or at the last stage."""
+        ends = ~self.alive
+        ends[-1] = True
+        return ends
+
+
+def fidelity_loss(native: Tensor, pruned: Tensor) -> Tensor:
+    """[B] KL(native || pruned) between the softmaxes of two [B, classes] logits, in nats."""
+    log_native, log_pruned = (F.log_softmax(logits.float(), 1) for logits in (native, pruned))
+    return F.kl_div(log_pruned, log_native, reduction="none", log_target=True).sum(1).clamp(min=0)
+
+
+def leave_one_out(values: Tensor, group: int) -> Tensor:
+    """Each value of [B] less the mean of the others in its group of `group`; unchanged for groups of one."""
+    if group == 1:
+        return values
+    grouped = values.view(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).flatten()
+
+
+def share(outcome: Outcome, config: RewardConfig) -> Tensor:
+    """[T, B, N] alive * (alpha * [correct] / survivors - beta): RL4EViT's reward."""
+    return torch.where(outcome.alive, _shares(outcome, config.alpha) - config.beta, 0.0)
+
+
+def target(outcome: Outcome, config: RewardConfig) -> Tensor:
+    """[T, B, N] share of alpha, less the distance of the share kept from keep_target^(t+1), for all who acted."""
+    stages, _, agents = outcome.alive.shape
+    kept = outcome.alive.sum(2, keepdim=True) / agents
+    goal = config.keep_target ** torch.arange(1, stages + 1, device=kept.device).view(-1, 1, 1)
+    earned = torch.where(outcome.alive, _shares(outcome, config.alpha), 0.0)
+    return torch.where(outcome.acting, earned - (kept - goal).abs(), 0.0)
+
+
+def _shares(outcome: Outcome, alpha: float) -> Tensor:
+    if outcome.correct is None:
+        raise TokenGameError(
+            "this reward pays for correct predictions and the images have no labels; use reward fidelity"
+        )
+    survivors = outcome.alive.sum(2, keepdim=True).clamp(min=1)  # [T, B, 1]
+    return alpha * outcome.correct.view(1, -1, 1) / survivors
+
+
+def fidelity(outcome: Outcome, config: RewardConfig, kl_weight: float) -> Tensor:
+    """[T, B, N] own compute at each stage survived, the game's KL (leave-one-out) at the agent's exit."""
+    charged = kl_weight * leave_one_out(outcome.kl.clamp(max=config.kl_clamp), outcome.rollouts)
+    reward = -torch.where(outcome.alive, outcome.segment.view(-1, 1, 1), 0.0)
+    return torch.where(outcome.acting & outcome.ends, reward - charged.view(1, -1, 1), reward)
+
+
+class KLController:
+    """Moves the price of KL so that the sampled games' mean KL settles at `target`: multiplicative integral control.
+
+    Args:
+        weight: price at the start.
+        target: mean KL wanted, in nats.
+        rate: largest change of log(price) in an update.
+    """
+
+    def __init__(self, weight: float, target: float, rate: float = 0.05):
+        self.weight, self.target, self.rate = weight, target, rate
+
+    def update(self, kl: float) -> None:
+        """Raise the price where the measured mean `kl` is above target, lower it below."""
+        error = max(-1.0, min(1.0, kl / self.target - 1))
+        self.weight *= 2.718281828459045 ** (self.rate * error)

@@ -1,0 +1,114 @@
+"""The faster model: the game played with a fixed policy, deterministic, tokens physically removed."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.backbone import Backbone
+from tokengame.errors import TokenGameError
+from tokengame.game import State, TokenGame
+from tokengame.macs import native_macs, pruned_macs
+from tokengame.policy import Policy, check_fits, threshold
+
+
+class PrunedViT(nn.Module):
+    """A timm ViT that plays the token game on every image. Same call and same output as the model it wraps.
+
+    `dial` may be set at any time: 0 keeps every token (the native prediction), 0.5 is the policy's own choice, higher
+    prunes more. `restore` gives the model back; it was never changed.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, dial: float):
+        super().__init__()
+        self.model, self.actor, self.card = model, policy.actor, policy.card
+        self._game_config, self._features = policy.game, policy.card["actor"]["observation"] == "context"
+        self.dial = dial
+
+    @property
+    def dial(self) -> float:
+        """Between 0 (keep all tokens) and 1 (prune most)."""
+        return self._dial
+
+    @dial.setter
+    def dial(self, value: float) -> None:
+        self._threshold = threshold(value)
+        self._dial = value
+
+    @property
+    def game(self) -> TokenGame:
+        """The game on the wrapped model as it is now."""
+        return TokenGame(Backbone(self.model), self._game_config, self._features)
+
+    def play(self, images: Tensor) -> State:
+        """The whole game on [B, channels, height, width]; `State.kept` and `State.position` say who stayed."""
+        return self.game.play(images, self.actor, self._threshold)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] -> the model's own output [B, classes]."""
+        game = self.game
+        return game.logits(game.play(images, self.actor, self._threshold))
+
+    @torch.inference_mode()
+    def trace(self, images: Tensor) -> Tensor:
+        """[T, B, N] bool: which tokens of [B, channels, height, width] images are alive after each stage."""
+        game = self.game
+        state, alive = game.reset(images), []
+        for _ in game.stages:
+            logits = self.actor(game.observe(state))
+            state = game.step(state, logits > self._threshold, logits)
+            living = state.agents.image * state.total + state.position[state.agent_rows]
+            flat = torch.zeros(len(images) * state.total, dtype=torch.bool, device=living.device)
+            alive.append(flat.index_fill_(0, living, True).view(len(images), -1))
+        return torch.stack(alive)
+
+    def macs(self, state: State) -> tuple[float, Tensor]:
+        """Multiply-accumulates of an image natively, and of each image [B] of a finished game, policy included."""
+        game = self.game
+        kept = torch.stack(state.kept).cpu()
+        return native_macs(game.backbone, state.total), pruned_macs(game, self.actor, kept, state.total)
+
+    def restore(self) -> nn.Module:
+        """The original model, untouched."""
+        return self.model
+
+
+def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = None) -> PrunedViT:
+    """Make a trained Vision Transformer faster.
+
+    Args:
+        model: a plain timm VisionTransformer (see `backbone.check_supported`); it is wrapped, never changed.
+        policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224").
+        dial: how hard to prune, between 0 and 1; default is the card's recommendation.
+
+    Returns:
+        A module with the model's call and output. Warns where the policy was trained for other weights.
+
+    Raises:
+        TokenGameError: model not supported, policy damaged or of another architecture, dial out of range.
+    """
+    if not isinstance(policy, Policy):
+        policy = Policy.load(find_policy(policy))
+    backbone = Backbone(model)
+    warning = check_fits(policy, backbone)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    policy.actor.to(backbone.device)
+    return PrunedViT(model, policy, policy.card.get("dial", 0.5) if dial is None else dial).eval()
+
+
+SHIPPED = Path(__file__).parent / "policies"
+
+
+def find_policy(name: str | Path) -> Path:
+    """Path of a policy file, or of the shipped policy called `name`."""
+    shipped = SHIPPED / f"{name}.safetensors"
+    if Path(name).is_file() or not shipped.is_file():
+        if not Path(name).is_file() and "/" not in str(name) and not str(name).endswith(".safetensors"):
+            names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
+            raise TokenGameError(f"no policy file {name}, and none of that name is shipped (shipped: {names})")
+        return Path(name)
+    return shipped

@@ -1,0 +1,225 @@
+"""Learn a policy: play several games on each image with packed execution, then update by multi-agent PPO."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.backbone import Backbone
+from tokengame.config import TrainConfig
+from tokengame.errors import TokenGameError
+from tokengame.game import Observation, State, TokenGame
+from tokengame.macs import native_macs, pruned_macs
+from tokengame.networks import Critic, build_actor
+from tokengame.ppo import Experience, gae, log_prob, normalise, update
+from tokengame.rewards import KLController, Outcome, fidelity, fidelity_loss, share, target
+
+
+def training_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """Resolve "auto": bfloat16 where the device computes in it, else float32."""
+    if choice != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B games on packed rows, as played."""
+
+    final: State
+    observations: list[Observation]
+    """one per stage, of the living agents"""
+    action: list[Tensor]
+    """[A_t] bool, as sampled"""
+    log_prob: list[Tensor]
+    """[A_t]"""
+    alive: Tensor
+    """[T + 1, B, N] bool: before the first decision, after each"""
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """For each stage the [A_t] indices of its agents in a flattened [B, N]."""
+        agents = self.alive.shape[2]
+        return [obs.scene * agents + obs.agent for obs in self.observations]
+
+
+def play_sampled(game: TokenGame, state: State, actor: nn.Module, generator: torch.Generator) -> Rollout:
+    """Play from the first decision to the end, actions drawn from the actor's Bernoullis."""
+    shape = (state.layout.images, state.total)
+    observations, actions, log_probs, alive = [], [], [], [torch.ones(shape, dtype=torch.bool)]
+    alive[0] = alive[0].to(state.x.device)
+    for _ in game.stages:
+        obs = game.observe(state)
+        logits = actor(obs)
+        draw = torch.rand(logits.shape, generator=generator).to(logits.device)
+        action = draw < logits.sigmoid()
+        state = game.step(state, action, logits)
+        living = state.position[state.agent_rows] + state.agents.image * state.total
+        observations.append(obs)
+        actions.append(action)
+        log_probs.append(log_prob(logits, action))
+        alive.append(torch.zeros_like(alive[0]).view(-1).index_fill_(0, living, True).view(shape))
+    return Rollout(state, observations, actions, log_probs, torch.stack(alive))
+
+
+class Trainer:
+    """Everything that changes while a policy is learned.
+
+    Args:
+        model: supported timm model; a frozen copy is played through.
+        config: settings.
+        seed: of weights, actions and minibatches.
+        device: to play on.
+
+    Raises:
+        TokenGameError: unsupported model or stages outside it.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, seed: int = 0, device: str = "cpu"):
+        self.config, self.device = config, torch.device(device)
+        self.dtype = training_dtype(config.dtype, self.device)
+        frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
+        self.backbone = Backbone(frozen)
+        context = config.actor.observation == "context"
+        self.game = TokenGame(self.backbone, config.game, features=context)
+        self.shape: dict[str, Any] = {
+            "dim": self.backbone.dim,
+            "heads": self.backbone.heads,
+            "agents": self.backbone.patches,
+            "stages": len(self.game.stages),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.actor = build_actor(config.actor, self.shape).to(self.device)
+            sizes = {k: self.shape[k] for k in ("dim", "heads", "stages")}
+            self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context).to(self.device)
+        parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=config.ppo.lr, eps=1e-5)
+        self.controller = KLController(config.reward.kl_weight, config.reward.target_kl)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.updates = self.images_seen = 0
+
+    def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One update on [B, channels, height, width] images: rollouts, rewards, PPO.
+
+        Raises:
+            TokenGameError: the backbone or the reward is not finite; says where.
+        """
+        start = time.perf_counter()
+        rollout, outcome, metrics = self.rollout(images.to(self.device, self.dtype), labels)
+        played = time.perf_counter()
+        self._anneal()
+        experience = self.experience(rollout, outcome)
+        metrics |= update(self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator)
+        if self.config.reward.kind == "fidelity":
+            self.controller.update(float(outcome.kl.clamp(max=self.config.reward.kl_clamp).mean()))
+        self.updates += 1
+        self.images_seen += len(images)
+        end = time.perf_counter()
+        speed = len(images) * self.config.rollouts / (end - start)
+        return metrics | {
+            "charts/kl_weight": self.controller.weight,
+            "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "time/rollout": played - start,
+            "time/update": end - played,
+            "time/images_per_second": speed,
+            "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
+        }
+
+    @torch.no_grad()
+    def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
+        """Play `rollouts` games on each image; the part before the first decision is computed once."""
+        rollouts = self.config.rollouts
+        start = time.perf_counter()
+        native = self.backbone.model(images).float()
+        native_time = time.perf_counter() - start
+        self._require_finite(native, "the native model's prediction")
+        rollout = play_sampled(self.game, self.game.reset(images).repeat(rollouts), self.actor, self.generator)
+        pruned = self.game.logits(rollout.final).float()
+        kl = fidelity_loss(native.repeat_interleave(rollouts, 0), pruned)
+        self._require_finite(kl, "KL(native || pruned)")
+        correct = None if labels is None else pruned.argmax(1) == labels.to(self.device).repeat_interleave(rollouts)
+        outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, kl, self._segments(rollout), rollouts)
+        kept = torch.stack(rollout.final.kept).cpu()
+        macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
+        agree = (pruned.argmax(1) == native.argmax(1).repeat_interleave(rollouts)).float().mean()
+        return (
+            rollout,
+            outcome,
+            {
+                "game/kl": float(kl.mean()),
+                "game/agreement": float(agree),
+                "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
+                **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
+                **({} if correct is None else {"game/top1": float(correct.float().mean())}),
+                "time/native_images_per_second": len(images) / native_time,
+            },
+        )
+
+    def _segments(self, rollout: Rollout) -> Tensor:
+        """[T] share of the native compute that one row causes from each decision to the next."""
+        edges = torch.tensor([*self.game.stages, self.backbone.depth], device=self.device)
+        return edges.diff() / (self.backbone.depth * rollout.final.total)
+
+    def rewards(self, outcome: Outcome) -> Tensor:
+        """[T, B, N] by the configured reward."""
+        config = self.config.reward
+        if config.kind == "fidelity":
+            return fidelity(outcome, config, self.controller.weight)
+        return {"share": share, "target": target}[config.kind](outcome, config)
+
+    def experience(self, rollout: Rollout, outcome: Outcome) -> Experience:
+        """Rewards, values and advantages of the living agents' decisions, one row each."""
+        rewards, rows, shape = self.rewards(outcome), rollout.rows, outcome.acting.shape[1:]
+        self._require_finite(rewards, f"reward {self.config.reward.kind!r}")
+        values = torch.zeros_like(rewards)
+        with torch.no_grad():
+            for t, obs in enumerate(rollout.observations):
+                values[t] = values[t].view(-1).index_copy(0, rows[t], self.critic(obs)).view(shape)
+        ppo = self.config.ppo
+        advantages, returns = gae(rewards, values, outcome.acting, outcome.ends, ppo.gamma, ppo.gae_lambda)
+        advantages = normalise(advantages, outcome.acting)
+
+        def flat(dense: Tensor) -> Tensor:
+            return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
+
+        obs = Observation.concat([replace(o, token=o.token.float(), cls=o.cls.float()) for o in rollout.observations])
+        return Experience(obs, torch.cat(rollout.action), torch.cat(rollout.log_prob), flat(advantages), flat(returns))
+
+    def _anneal(self) -> None:
+        left = 1 - self.updates / self.config.updates
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.ppo.lr * max(left, 0.0)
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        if not values.isfinite().all():
+            raise TokenGameError(f"{what} is not finite in update {self.updates}; check the weights and the images")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "kl_weight": self.controller.weight,
+            "updates": self.updates,
+            "images_seen": self.images_seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.controller.weight = state["kl_weight"]
+        self.updates, self.images_seen = state["updates"], state["images_seen"]
