@@ -40,24 +40,22 @@ def choose_kernel(layout: Layout) -> Kernel:
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One call on the batch padded to its longest image; without padding or mask where all have the same count."""
-    heads = [layout.pad(rows).transpose(1, 2) for rows in (q, k, v)]  # [B, H, L, D]
+    query, key, value = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))  # [B, H, L, D]
     mask = None
     if bias is not None or not layout.uniform:
         rows = q.new_zeros(layout.rows) if bias is None else bias.to(q.dtype)
         mask = layout.pad(rows, float("-inf"))[:, None, None]  # [B, 1, 1, L]
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return layout.unpad(out.transpose(1, 2)).flatten(1)
 
 
 def looped_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One call per image: no padding and no mask, best on a CPU."""
-    sides = [rows.transpose(0, 1).unsqueeze(0).split(layout.counts, 2) for rows in (q, k, v)]  # B of [1, H, n, D]
-    if bias is None:
-        parts = [F.scaled_dot_product_attention(*side) for side in zip(*sides, strict=True)]
-    else:
-        masks = bias.to(q.dtype).split(layout.counts)
-        parts = [
-            F.scaled_dot_product_attention(*side, attn_mask=mask.view(1, 1, 1, -1))
-            for *side, mask in zip(*sides, masks, strict=True)
-        ]
+    counts = layout.counts
+    queries, keys, values = (rows.transpose(0, 1).unsqueeze(0).split(counts, 2) for rows in (q, k, v))  # [1, H, n, D]
+    masks = [None] * len(counts) if bias is None else [m.view(1, 1, 1, -1) for m in bias.to(q.dtype).split(counts)]
+    parts = [
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for query, key, value, mask in zip(queries, keys, values, masks, strict=True)
+    ]
     return torch.cat([part.squeeze(0).transpose(0, 1).flatten(1) for part in parts])

@@ -8,6 +8,7 @@ could get wrong is refused by exact type, so an unknown block never runs approxi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
@@ -41,14 +42,16 @@ class Backbone:
         TokenGameError: the model cannot be run exactly; the sentence names the part and why.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         check_supported(model)
-        self.model: VisionTransformer = model  # type: ignore[assignment]
-        self.blocks: list[Block] = list(self.model.blocks)  # type: ignore[arg-type]
-        self.depth, self.dim = len(self.blocks), self.model.embed_dim
-        self.heads = self.blocks[0].attn.num_heads
-        self.prefix = self.model.num_prefix_tokens
-        self.patches = self.model.patch_embed.num_patches
+        self.model = model
+        self.blocks: list[Any] = list(self.model.blocks)
+        self.depth: int = len(self.blocks)
+        self.dim: int = self.model.embed_dim
+        self.heads: int = self.blocks[0].attn.num_heads
+        self.prefix: int = self.model.num_prefix_tokens
+        self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
+        self.patches: int = self.model.patch_embed.num_patches
         """patch tokens of an image of the model's own input size"""
 
     @property
@@ -128,13 +131,13 @@ class Backbone:
             "dim": self.dim,
             "depth": self.depth,
             "heads": self.heads,
-            "patch": list(self.model.patch_embed.patch_size),
+            "patch": list(self.patch_size),
             "prefix_tokens": self.prefix,
             "input_size": list(size),
         }
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Raise TokenGameError, naming the part, unless `model` can be run exactly on packed rows."""
     name = type(model).__name__
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
@@ -154,7 +157,7 @@ def check_supported(model: nn.Module) -> None:
         _check_block(f"{name} block {index}", block)
 
 
-def _check_block(where: str, block: nn.Module) -> None:
+def _check_block(where: str, block: Any) -> None:
     if type(block) is not Block:
         raise TokenGameError(f"{where} is a {type(block).__name__}; only the pre-norm Block can be split exactly")
     if type(block.attn) is not Attention:

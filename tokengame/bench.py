@@ -1,4 +1,4 @@
-"""Honest timing: native and pruned in one process, interleaved, warm-up dropped, medians; policy and packing included."""
+"""Honest timing: native and pruned in one process, interleaved, medians; policy and packing included."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bench(
     seconds: float = 10.0,
     seed: int = 0,
     images: Tensor | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
+    report: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Time native against pruned for each dtype and batch size; rows with the JSON keys of `bench`.
 
@@ -71,7 +71,7 @@ def bench(
         decide: the policy, with its threshold applied, for `game`; None forces `keep`.
         images: [n, channels, height, width] to time on; random where None, which is only fair with forced decisions.
         seconds: for each row, shared by both models.
-        report: called with each row as it is finished.
+        report: called when a row is finished.
     """
     rows = []
     for dtype in dtypes:
@@ -81,7 +81,7 @@ def bench(
         shape = {"dim": backbone.dim, "heads": backbone.heads, "agents": backbone.patches, "stages": len(played.stages)}
         actor = build_actor(ActorConfig("context", (32,)), shape).eval()
         chosen = decide or ForcedKeep(actor, keep, seed)
-        size = model.patch_embed.img_size
+        size = backbone.model.patch_embed.img_size
         for batch_size in batch_sizes:
             x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(seed))
             x = x if images is None else images[torch.arange(batch_size) % len(images)]
@@ -89,7 +89,7 @@ def bench(
             rows.append(
                 {"backbone": name, "dtype": str(dtype).removeprefix("torch."), "transition": config.transition, **row}
             )
-            report(rows[-1])
+            report()
     return rows
 
 

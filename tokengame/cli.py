@@ -27,7 +27,7 @@ EXAMPLES: dict[type, tuple[str, str]] = {
     Eval: (
         "eval",
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
-        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy vit_tiny_patch16_224 --gmacs-ratio 0.6",
+        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy vit_tiny_patch16_224 --max-drop 1",
     ),
     Show: (
         "show",
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn  # type: ignore[assignment]
+            warnings.showwarning = _warn
             command = parse(arguments)
             result = command.run()
     except TokenGameError as error:
@@ -87,8 +87,9 @@ def parse(arguments: list[str]) -> Any:
         ]
         for command, (name, examples) in EXAMPLES.items()
     )
+    choice: Any = Union[subcommands]  # noqa: UP007 - the members are made at run time
     return tyro.cli(
-        Union[subcommands],  # type: ignore[arg-type]  # noqa: UP007
+        choice,
         prog="tokengame",
         description="Make a trained Vision Transformer faster: its tokens play a game for who may stay.",
         args=arguments,

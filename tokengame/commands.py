@@ -10,6 +10,7 @@ import torch
 import tyro
 from torch import nn
 
+from tokengame.backbone import Backbone
 from tokengame.bench import bench
 from tokengame.config import GameConfig, TrainConfig
 from tokengame.console import console, progress, show_rows, show_table
@@ -78,7 +79,7 @@ class OnImages(Common):
         """Model and images, labelled; the cheaper mistakes are found first."""
         source = open_images(self.images, self.split)
         model = self.place(load_model(self.backbone, self.weights))
-        label_images(source, self.class_map, model.num_classes)
+        label_images(source, self.class_map, Backbone(model).model.num_classes)
         return model, source
 
     def measure(self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any]) -> Scores:
@@ -213,12 +214,12 @@ def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], si
     weight = next(fast.model.parameters())
     images = batch.images.to(weight.device, weight.dtype)
     alive = fast.trace(images).cpu().numpy()  # [T, B, N]
-    rows, columns = (s // p for s, p in zip(images.shape[2:], fast.model.patch_embed.patch_size, strict=True))
-    stages = fast.game.stages
+    game = fast.game
+    rows, columns = (s // p for s, p in zip(images.shape[2:], game.backbone.patch_size, strict=True))
     strips = []
     for number, pixels in enumerate(denormalise(images, preprocessing)):
         shares = alive[:, number].mean(1)
-        captions = ["input", *(f"block {block}: {share:.0%}" for block, share in zip(stages, shares, strict=True))]
+        captions = ["input", *(f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True))]
         strips.append(strip(pixels, alive[:, number], (rows, columns), captions, side))
     return strips
 
@@ -244,7 +245,7 @@ class Bench(Common):
     seconds: float = 10.0
     """time spent on each row"""
 
-    def run(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def run(self) -> list[dict[str, Any]]:
         """Time."""
         import timm
 
@@ -261,7 +262,7 @@ class Bench(Common):
         rows = bench(
             self.place(model), self.backbone, game=game, keep=self.keep, batch_sizes=self.batch_sizes,
             dtypes=tuple(getattr(torch, d) for d in self.dtypes), seconds=self.seconds, seed=self.seed,
-            report=lambda row: next(ticks, None),
+            report=lambda: next(ticks, None),
         )  # fmt: skip
         columns = ["dtype", "batch_size", "images_per_second_native", "images_per_second_pruned", "speedup"]
         show_rows(rows, [*columns, "gmacs_speedup", "efficiency", "verdict"])

@@ -9,8 +9,8 @@ What `rl4evit` takes from the paper (Lu et al., ICME 2025, arXiv 2503.23459), nu
  6. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `rewards.share`
  7. PPO clip 0.2, gamma 0.99, GAE lambda 0.95, entropy 0.01, 4 epochs, gradient norm 10, Adam.
 Ours, since we know no published value: alpha = 100 and beta = 1 (about half of 196 tokens in equilibrium), learning
-rate 3e-4, 2 minibatches, images per update. Where their code and paper differ we follow the paper; preset `rl4evit-code`
-has the reward that the code runs.
+rate 3e-4, 2 minibatches, 32 images an update. Where their code and paper differ we follow the paper; preset
+`rl4evit-code` has the reward that the code runs.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class GameConfig:
                 else tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
             )
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
-            raise TokenGameError(
-                f"stages {list(stages)} do not fit a model of {depth} blocks: give increasing numbers from 0 to {depth - 1}"
-            )
+            wanted = f"give increasing numbers from 0 to {depth - 1}"
+            raise TokenGameError(f"stages {list(stages)} do not fit a model of {depth} blocks: {wanted}")
         return stages
 
 

@@ -54,7 +54,8 @@ class TarImages:
     """Members of an uncompressed tar, read in place; each process opens the file for itself."""
 
     def __init__(self, path: Path):
-        self.path, self.labels = path, None
+        self.path = path
+        self.labels: list[int] | None = None
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in EXTENSIONS]
@@ -72,7 +73,7 @@ class TarImages:
 
 
 class HuggingFaceImages:
-    """Split `split` of a Hugging Face data set with the columns image and (perhaps) label; needs the package datasets."""
+    """Split `split` of a Hugging Face data set, columns image and (perhaps) label; needs `datasets`."""
 
     def __init__(self, name: str, split: str):
         try:
@@ -83,7 +84,7 @@ class HuggingFaceImages:
             ) from None
         try:
             self.rows = datasets.load_dataset(name, split=split)
-        except Exception as error:  # noqa: BLE001 - the hub's client raises many kinds; each becomes one sentence
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TokenGameError(f"{name} is no folder or tar, and Hugging Face cannot load it: {reason}") from None
         self.names = [f"{name}[{i}]" for i in range(len(self.rows))]
@@ -167,7 +168,7 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
     strange = sorted({f for f in folders if f not in index})
     if strange:
         raise TokenGameError(
-            f"{len(strange)} class folders are not in {class_map}, among them {strange[0]!r}: rename them or add the lines"
+            f"{len(strange)} class folders are not in {class_map}, among them {strange[0]!r}: rename or add them"
         )
     if max(index.values()) >= classes:
         raise TokenGameError(f"{class_map} names {max(index.values()) + 1} classes but the model has {classes}")
@@ -276,15 +277,15 @@ class BadImages:
     """
 
     def __init__(self, total: int):
-        self.total, self.reasons = total, {}
+        self.total = total
+        self.reasons: dict[str, str] = {}
 
     def add(self, bad: list[tuple[str, str]]) -> None:
         self.reasons |= dict(bad)
         if len(self.reasons) > BAD_SHARE * self.total:
             name, reason = next(iter(self.reasons.items()))
-            raise TokenGameError(
-                f"{len(self.reasons)} of {self.total} images cannot be read (more than 5 %), the first is {name}: {reason}"
-            )
+            count = f"{len(self.reasons)} of {self.total} images cannot be read (more than 5 %)"
+            raise TokenGameError(f"{count}, the first is {name}: {reason}")
 
 
 def checked(loader: DataLoader, tally: BadImages) -> Iterator[Batch]:

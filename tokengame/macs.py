@@ -6,13 +6,14 @@ normalisation and activations are left out. The policy and the matching of `merg
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
 from tokengame.game import TokenGame
-from tokengame.networks import Actor
 
 
 def _linear_macs(module: nn.Module | None) -> int:
@@ -25,19 +26,19 @@ def native_macs(backbone: Backbone, agents: int) -> float:
     return float(_model_macs(backbone, [], False, torch.zeros(0, 1), agents))
 
 
-def pruned_macs(game: TokenGame, actor: Actor | None, kept: Tensor, agents: int) -> Tensor:
+def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tensor:
     """[B] MACs of each image through the game, policy and matching included.
 
     Args:
         game: stages and transition.
-        actor: its own cost is added; None where the decisions are free.
+        actor: anything with `macs_per_agent`; whoever has none decides for free.
         kept: [T, B] agents alive after each stage.
         agents: at the start.
     """
     kept = kept.double()
     macs = _model_macs(game.backbone, list(game.stages), game.merge, kept, agents)
     deciding = torch.cat([torch.full_like(kept[:1], agents), kept[:-1]])  # [T, B]
-    if actor is not None:
+    if hasattr(actor, "macs_per_agent"):
         macs = macs + (deciding * actor.macs_per_agent()).sum(0)
     head_dim = game.backbone.blocks[0].attn.head_dim
     if game.merge:
@@ -61,7 +62,7 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, kept: Tensor
     return macs + _head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 
-def _head_macs(model: nn.Module, rows: Tensor) -> Tensor:
+def _head_macs(model: Any, rows: Tensor) -> Tensor:
     heads = _linear_macs(model.head) + _linear_macs(getattr(model, "head_dist", None))
     pool = model.attn_pool
     if not isinstance(pool, AttentionPoolLatent):

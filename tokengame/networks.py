@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 def _mlp(widths: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, width in zip(widths, widths[1:], strict=False):
+    for inputs, width in pairwise(widths):
         layers += [_linear(inputs, width), nn.Tanh()]
     return nn.Sequential(*layers, _linear(widths[-1], outputs, last_gain))
 
@@ -44,7 +45,9 @@ class TokenActor(nn.Module):
         nn.init.zeros_(self.token.bias)
         self.identity = nn.Parameter(joint[:, dim:].T.contiguous())
         self.rest = _mlp(hidden, 2, 0.01)
-        self.rest[-1].bias.data[1] = keep_logit  # type: ignore[index]
+        last = self.rest[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.data[1] = keep_logit
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits: a softmax over (prune, keep) is a Bernoulli of their difference."""

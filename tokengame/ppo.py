@@ -110,7 +110,8 @@ def update(
     Raises:
         TokenGameError: a loss or gradient is not finite; the networks keep the last good step.
     """
-    rows, sums, steps = len(experience.action), {}, 0
+    sums: dict[str, float] = {}
+    rows, steps = len(experience.action), 0
     first_ratio_error = explained = 0.0
     for _ in range(config.epochs):
         order = torch.randperm(rows, generator=generator).to(experience.action.device)

@@ -76,7 +76,7 @@ class Quickstart(Common):
 
 def item_recall(scores: Scores, scenes: FashionScenes, fast: PrunedViT) -> dict[str, float]:
     """Share of the tokens on the item (patch centre inside its box), and of all others, that stay to the end."""
-    patch = fast.model.patch_embed.patch_size[0]
+    patch = fast.game.backbone.patch_size[0]
     side = scenes.size // patch
     centres = (np.arange(side) + 0.5) * patch
     kept, counts = np.zeros(2), np.zeros(2)

@@ -8,10 +8,9 @@ and how often the background's. A scene is a pure function of (split, seed, inde
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,8 @@ def load_photos(split: str, folder: str | Path | None = None) -> Photos:
         stem = {"train": "train", "test": "t10k"}[split]
         images = _read_idx(Path(folder) / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
         return Photos(images, _read_idx(Path(folder) / f"{stem}-labels-idx1-ubyte.gz", header=8))
-    with np.load(files("tokengame") / "assets" / "fashion_photos.npz", allow_pickle=False) as archive:
+    packaged = files("tokengame") / "assets" / "fashion_photos.npz"
+    with as_file(packaged) as path, np.load(path, allow_pickle=False) as archive:
         return Photos(archive[f"{split}_images"], archive[f"{split}_labels"])
 
 
@@ -68,7 +68,7 @@ class Scene:
     """left, top, right, bottom of the item in pixels"""
 
 
-class FashionScenes(Sequence[Scene]):
+class FashionScenes:
     """`length` scenes of `size` x `size` pixels, item side drawn uniformly from `item_share` of the canvas.
 
     Scene i shows photo i of a seeded permutation, so `length` up to the number of photos shows each at most once.
@@ -92,7 +92,7 @@ class FashionScenes(Sequence[Scene]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index) -> Scene:
+    def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         chosen = self._photo(index)

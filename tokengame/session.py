@@ -28,7 +28,7 @@ Progress = Callable[[Iterable, str, int], Iterable]
 """Wraps an iterable of known length in a progress bar."""
 
 
-def silent(iterable: Iterable, description: str, total: int) -> Iterable:
+def silent(iterable: Iterable, _description: str, _total: int) -> Iterable:
     """No progress bar."""
     return iterable
 
