@@ -14,21 +14,11 @@ from tokengame.backbone import Backbone
 from tokengame.bench import bench
 from tokengame.config import GameConfig, TrainConfig
 from tokengame.console import console, progress, show_rows, show_table
-from tokengame.data import (
-    BadImages,
-    Batch,
-    ImageSource,
-    Subset,
-    Views,
-    checked,
-    label_images,
-    open_images,
-    split_images,
-    transform_for,
-)
+from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import Scores, dial_for, evaluate
 from tokengame.figures import denormalise, png, stack, strip
+from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
 from tokengame.models import load_model, preprocessing_of
 from tokengame.report import table, verdict
 from tokengame.runtime import PrunedViT, prune

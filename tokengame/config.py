@@ -151,9 +151,17 @@ def _tuples(value: Any) -> Any:
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
         "game": {"stage_count": 5, "transition": "merge"},
-        "actor": {"observation": "context", "hidden": (32,), "keep_logit": 1.0},
+        "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
         "reward": {"kind": "fidelity"},
-        "ppo": {"lr": 5e-4, "gamma": 1.0, "gae_lambda": 1.0, "epochs": 2, "minibatches": 2, "max_grad_norm": 0.5},
+        "ppo": {
+            "lr": 5e-4,
+            "gamma": 1.0,
+            "gae_lambda": 1.0,
+            "epochs": 2,
+            "minibatches": 2,
+            "max_grad_norm": 0.5,
+            "entropy": 0.0,
+        },
         "rollouts": 4,
     },
     "rl4evit": {},

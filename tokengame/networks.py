@@ -103,7 +103,7 @@ class Critic(nn.Module):
         self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0])
         self.features = _linear(heads + 4, hidden[0]) if features else None
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
-        self.rest = _mlp(hidden, 1, 1.0)
+        self.rest = _mlp(hidden, 1, 0.01)  # starts near 0: a wrong baseline is worse than none
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] values."""

@@ -145,7 +145,7 @@ def _step(optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], los
     norms = [nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm) for network in networks]
     if not all(torch.isfinite(norm) for norm in norms):
         raise TokenGameError(
-            f"the PPO loss is {float(loss):g} and its gradient is not finite: check rewards and observations"
+            f"the PPO loss is {loss.item():g} and its gradient is not finite: check rewards and observations"
         )
     optimizer.step()
 

@@ -14,9 +14,10 @@ import tyro
 from tokengame.commands import Common, draw_strips
 from tokengame.config import TrainConfig, merge
 from tokengame.console import console, progress, show_table
-from tokengame.data import BadImages, SceneImages, Subset, Views, checked, transform_for
+from tokengame.data import BadImages, Views, checked, transform_for
 from tokengame.evaluate import Scores, evaluate
 from tokengame.figures import calibration_figure, png, stack, training_figure
+from tokengame.images import SceneImages, Subset
 from tokengame.models import EMBEDDED, load_model
 from tokengame.report import table, verdict, write_report
 from tokengame.runtime import PrunedViT

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from tokengame.config import GAME_VERSION, TrainConfig
-from tokengame.data import BadImages, Batch, ImageSource, Views, checked, transform_for
+from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import calibrate, dial_for
+from tokengame.images import ImageSource
 from tokengame.models import preprocessing_of
 from tokengame.policy import FORMAT, Policy, fingerprint
 from tokengame.runtime import PrunedViT, prune

@@ -1,0 +1,187 @@
+"""The command line as a user meets it: one sentence on bad input, the JSON names others rely on, help with examples."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tokengame.cli import main
+
+NAME = "vit_tiny_patch16_224"
+EVAL_KEYS = {
+    "images", "top1_native", "top1_pruned", "drop_pp", "drop_pp_ci95", "agreement", "kl", "gmacs_native",
+    "gmacs_pruned", "gmacs_ratio", "gmacs_ratio_std", "tokens_kept", "images_per_second_native",
+    "images_per_second_pruned", "speedup",
+}  # fmt: skip
+TRAIN_KEYS = EVAL_KEYS | {"policy", "images_seen", "seconds", "images_per_second"}
+BENCH_KEYS = {
+    "backbone", "dtype", "batch_size", "keep", "images_per_second_native", "images_per_second_pruned", "speedup",
+    "gmacs_speedup", "efficiency",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A real timm model with random weights in a local file, and images of five classes."""
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    save_file(timm.create_model(NAME, num_classes=5).state_dict(), root / "weights.safetensors")
+    for name in "abcde":
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags(place):
+    return ["--backbone", NAME, "--weights", str(place / "weights.safetensors"), "--images", str(place / "images"),
+            "--workers", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(place, flags):
+    policy = place / "policy.safetensors"
+    run = ["train", *flags, "--output", str(policy), "--updates", "2", "--batch-size", "4", "--rollouts", "2", "--json"]
+    return policy, run
+
+
+@pytest.fixture(scope="module")
+def policy(trained):
+    path, run = trained
+    assert main(run) == 0
+    return path
+
+
+def document(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_prints_its_document_alone_on_stdout(trained, capsys):
+    assert main(trained[1]) == 0
+    found = document(capsys)
+    assert set(found) >= TRAIN_KEYS
+    assert found["images_seen"] == 8
+    assert found["images"] == 4
+
+
+def test_eval_at_each_operating_point(flags, policy, capsys):
+    points = [[], ["--dial", "0.7"], ["--gmacs-ratio", "0.8"], ["--max-drop", "100"]]
+    for point in points:
+        assert main(["eval", *flags, "--policy", str(policy), "--json", "--batch-size", "5", *point]) == 0
+        found = document(capsys)
+        assert set(found) >= EVAL_KEYS
+        assert found["images"] == 20
+        assert len(found["tokens_kept"]) == 5
+        assert 0 <= found["agreement"] <= 1
+    assert main(["eval", *flags, "--policy", str(policy), "--dial", "0", "--json"]) == 0
+    untouched = document(capsys)
+    assert (untouched["agreement"], untouched["drop_pp"]) == (1, 0)
+    assert untouched["tokens_kept"] == [196] * 5
+    assert untouched["gmacs_native"] == pytest.approx(1.2535, abs=1e-3)
+
+
+def test_show_writes_a_picture_one_strip_an_image(flags, policy, tmp_path, capsys):
+    output = tmp_path / "tokens.png"
+    assert main(["show", *flags, "--policy", str(policy), "--output", str(output), "--count", "3", "--json"]) == 0
+    assert document(capsys)["files"] == [str(output)]
+    with Image.open(output) as picture:
+        assert picture.width > 5 * 160
+        assert picture.height > 3 * 160
+
+
+def test_bench_rows(capsys):
+    run = ["bench", "--backbone", NAME, "--batch-sizes", "2", "--dtypes", "float32", "--seconds", "0.5", "--json"]
+    assert main([*run, "--keep", "0.5", "0.25"]) == 0
+    (row,) = document(capsys)
+    assert set(row) >= BENCH_KEYS
+    assert row["keep"] == pytest.approx([0.5, 0.25], abs=0.12)
+    assert row["efficiency"] == pytest.approx(row["speedup"] / row["gmacs_speedup"])
+
+
+def test_quickstart_small(tmp_path, capsys):
+    run = ["quickstart", "--output", str(tmp_path / "out"), "--updates", "2", "--eval-images", "64", "--json"]
+    assert main(run) == 0
+    found = document(capsys)
+    assert set(found) >= TRAIN_KEYS | {"report", "item_tokens_kept", "background_tokens_kept"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/") == 3
+    assert found["top1_native"] >= 0.7, "the embedded backbone classifies"
+
+
+@pytest.mark.parametrize("command", ["quickstart", "train", "eval", "show", "bench"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"tokengame {command}" in shown.split("xamples:")[1]
+
+
+def one_sentence(capsys, run) -> str:
+    assert main(run) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    lines = [line for line in shown.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
+    weights = ["--weights", str(place / "weights.safetensors")]
+    images = ["--images", str(place / "images")]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "map.txt").write_text("a\nb\nc\nd\nx\n")
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    state = timm.create_model(NAME, num_classes=5).state_dict()
+    state["head.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    train = ["train", "--backbone", NAME, "--output", str(tmp_path / "p.safetensors"), "--updates", "1"]
+    cases = {
+        "no folder or tar": [*train, *weights, "--images", str(tmp_path / "nowhere")],
+        "no image in": [*train, *weights, "--images", str(tmp_path / "empty")],
+        "1 class folders are not in": [*train, *weights, *images, "--class-map", str(tmp_path / "map.txt")],
+        "no weights file": [*train, *images, "--weights", "nowhere.safetensors"],
+        "damaged": [*train, *images, "--weights", str(tmp_path / "broken.safetensors")],
+        "not finite in head.weight": [*train, *images, "--weights", str(tmp_path / "nan.safetensors")],
+        "timm knows no model": [*train, *weights, *images, "--backbone", "vit_colossal"],
+        "another architecture": [*train, *weights, *images, "--backbone", "vit_small_patch16_224"],
+        "not a plain timm VisionTransformer": ["bench", "--backbone", "resnet18"],
+        "from 0 to 11": [*train, *weights, *images, "--game.stages", "3", "12"],
+        "no preset": [*train, *weights, *images, "--preset", "magic"],
+        "no policy file": ["eval", *flags, "--policy", "nowhere.safetensors"],
+        "give one of": ["eval", *flags, "--policy", str(policy), "--dial", "0.5", "--max-drop", "1"],
+        "outside the calibrated": ["eval", *flags, "--policy", str(policy), "--gmacs-ratio", "0.01"],
+        "between 0": ["eval", *flags, "--policy", str(policy), "--dial", "7"],
+        "no device": ["eval", *flags, "--policy", str(policy), "--device", "cuda:7"],
+        "shares between": ["bench", "--backbone", NAME, "--keep", "0.3", "0.5"],
+        "cannot write": [*train, *weights, *images, "--output", str(place / "weights.safetensors" / "p.safetensors")],
+        "does not fit": ["show", *flags, "--policy", str(policy), "--backbone", "fashion", "--output",
+                         str(tmp_path / "t.png")],
+    }  # fmt: skip
+    cases["does not fit"].remove("--weights")
+    cases["does not fit"].remove(str(place / "weights.safetensors"))
+    for reason, run in cases.items():
+        assert reason in one_sentence(capsys, run), run
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_a_full_disk_leaves_the_old_policy_whole(policy, monkeypatch):
+    from tokengame.policy import Policy
+
+    before, loaded = policy.read_bytes(), Policy.load(policy)
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        loaded.save(policy)
+    assert policy.read_bytes() == before

@@ -1,0 +1,194 @@
+"""Images from every kind of source, good and bad."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokengame.data import BadImages, Views, checked, to_rgb, transform_for
+from tokengame.errors import TokenGameError
+from tokengame.images import label_images, open_images, split_images
+from tokengame.scenes import FashionScenes
+
+PREPROCESSING = {"input_size": [3, 16, 16], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3,
+                 "crop_pct": 1.0, "crop_mode": "center"}  # fmt: skip
+
+
+def gradient(mode="RGB", size=(20, 16)):
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0]).astype(np.uint8)
+    return Image.fromarray(ramp).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            gradient().rotate(9 * i).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def as_tar(folder):
+    path = folder.with_suffix(".tar")
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, arcname="images")
+    return path
+
+
+def batches(source, **settings):
+    tally = BadImages(len(source.names))
+    views = Views(source, range(len(source.names)), transform_for(PREPROCESSING, train=False), **settings)
+    return list(checked(views.loader(8, 0), tally)), tally
+
+
+def test_tar_and_folder_hold_the_same(folder):
+    sources = [open_images(str(folder)), open_images(str(as_tar(folder)))]
+    for source in sources:
+        label_images(source, None, 3)
+    one, two = (batches(source)[0] for source in sources)
+    assert torch.equal(torch.cat([b.images for b in one]), torch.cat([b.images for b in two]))
+    assert sources[0].labels == sources[1].labels == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_class_map_gives_the_models_indices(folder, tmp_path):
+    source = open_images(str(folder))
+    (tmp_path / "map.txt").write_text("ant\nowl\ncat\nbee\ndog\n")
+    label_images(source, str(tmp_path / "map.txt"), 5)
+    assert source.labels == [2] * 10 + [4] * 10 + [1] * 10
+    with pytest.raises(TokenGameError, match="names 5 classes but the model has 4"):
+        label_images(source, str(tmp_path / "map.txt"), 4)
+    (tmp_path / "map.txt").write_text("cat\ndog\n")
+    with pytest.raises(TokenGameError, match=r"1 class folders are not in .*'owl'"):
+        label_images(source, str(tmp_path / "map.txt"), 5)
+    with pytest.raises(TokenGameError, match="no class map"):
+        label_images(source, "nowhere.txt", 5)
+
+
+def test_folders_that_are_not_the_models_classes_stay_unlabelled(folder):
+    source = open_images(str(folder))
+    label_images(source, None, 1000)
+    assert source.labels is None
+    assert batches(source)[0][0].labels is None
+
+
+def test_hugging_face_data_set_from_local_files(folder):
+    pytest.importorskip("datasets", reason="pip install tokengame[hub]")
+    from datasets import load_dataset
+
+    from tokengame.images import HuggingFaceImages
+
+    source = object.__new__(HuggingFaceImages)
+    source.rows = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(folder / ".cache"))
+    source.names, source.labels = [str(i) for i in range(30)], list(source.rows["label"])
+    loaded, _ = batches(source)
+    assert sum(len(b.images) for b in loaded) == 30
+    assert source.labels == [0] * 10 + [1] * 10 + [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("missing", "no folder or tar file"),
+        ("empty", "no image in"),
+        ("text.tar", "not a readable"),
+        ("a.tar", "no folder"),
+    ],
+)
+def test_nothing_there_is_said_in_one_sentence(place, reason, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar").write_text("this is not an archive")
+    with pytest.raises(TokenGameError, match=reason):
+        open_images(str(tmp_path / place))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA", "I", "F"])
+def test_every_mode_becomes_rgb(mode):
+    image = gradient("L").convert(mode) if mode != "LA" else gradient("L").convert("LA")
+    found = np.asarray(to_rgb(image)).astype(int)
+    assert found.shape == (16, 20, 3)
+    if mode != "1":
+        assert np.abs(found - np.asarray(gradient())).max() <= 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    wide = np.asarray(gradient("L")).astype(np.uint16) * 257
+    found = np.asarray(to_rgb(Image.fromarray(wide))).astype(int)
+    assert np.abs(found - np.asarray(gradient())).max() <= 1
+
+
+def test_transparency_falls_on_white():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(clear)).min() == 255
+
+
+def spoil(folder, count):
+    buffer = io.BytesIO()
+    gradient(size=(200, 160)).save(buffer, "JPEG")
+    for i in range(count):
+        (folder / "cat" / f"bad{i}.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+
+
+def test_a_truncated_jpeg_is_skipped_counted_and_named(folder):
+    spoil(folder, 1)
+    source = open_images(str(folder))
+    label_images(source, None, 3)
+    loaded, tally = batches(source)
+    assert sum(len(b.images) for b in loaded) == 30
+    assert list(tally.reasons) == ["cat/bad0.jpg"]
+    assert torch.cat([b.labels for b in loaded]).tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_many_bad_images_are_an_error(folder):
+    spoil(folder, 3)
+    with pytest.raises(TokenGameError, match=r"of 33 images cannot be read \(more than 5 %\), the first is cat/bad0"):
+        batches(open_images(str(folder)))
+
+
+def test_split_is_seeded_whole_and_disjoint(folder):
+    source = open_images(str(folder))
+    learn, held = split_images(source, 0.3, seed=5)
+    assert (len(learn.names), len(held.names)) == (21, 9)
+    assert sorted(learn.names + held.names) == sorted(source.names)
+    assert split_images(source, 0.3, seed=5)[1].names == held.names != split_images(source, 0.3, seed=6)[1].names
+
+
+def test_views_repeat_exactly_and_can_start_in_the_middle(folder):
+    source, order = open_images(str(folder)), [3, 1, 4, 1, 5, 9]
+    transform = transform_for(PREPROCESSING, train=True)
+    whole = [Views(source, order, transform, seed=7)[k][1] for k in range(6)]
+    again = [Views(source, order, transform, seed=7, start=2)[k][1] for k in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], again, strict=True))
+    assert not torch.equal(whole[1], whole[3]), "the same image is cropped differently each time"
+
+
+def test_scenes_are_functions_of_seed_and_index():
+    one, two, other = (
+        FashionScenes("test", 50, seed=3),
+        FashionScenes("test", 50, seed=3),
+        FashionScenes("test", 50, seed=4),
+    )
+    assert np.array_equal(one[7].image, two[7].image)
+    assert not np.array_equal(one[7].image, other[7].image)
+    assert all(one.label(i) == one[i].label for i in range(50))
+
+
+def test_scene_box_is_where_the_item_is():
+    """Without clutter nothing but the item is bright, and all of it lies in its box."""
+    sizes = []
+    for scene in (FashionScenes("test", 40, seed=1, clutter=0)[i] for i in range(40)):
+        rows, columns = np.nonzero(np.asarray(scene.image) > 20)
+        left, top, right, bottom = scene.box
+        assert (left, top) <= (columns.min(), rows.min())
+        assert columns.max() < right
+        assert rows.max() < bottom
+        sizes.append(max(right - left, bottom - top) / 112)
+    assert min(sizes) < 0.4
+    assert max(sizes) > 0.8
+
+
+def test_train_and_test_scenes_share_no_photo():
+    train, test = (FashionScenes(split, 1).photos.images.reshape(-1, 784) for split in ("train", "test"))
+    assert not {photo.tobytes() for photo in train} & {photo.tobytes() for photo in test}

@@ -1,0 +1,195 @@
+"""The game on random decisions, and one test for each defect of the authors' published code (DESIGN: traps)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokengame.backbone import Backbone
+from tokengame.config import GameConfig, TrainConfig, merge
+from tokengame.errors import TokenGameError
+from tokengame.game import TokenGame
+from tokengame.testing import Scripted, check_contract, masked_forward, merged_forward, survivors
+from tokengame.train import Trainer
+
+MODELS = {size: tiny_vit(img_size=size, reg_tokens=1) for size in [(16, 16), (32, 32), (24, 40)]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.sampled_from(sorted(MODELS)),
+    stages=st.sets(st.integers(0, 3), min_size=1).map(sorted).map(tuple),
+    batch=st.integers(1, 4),
+    lean=st.floats(-2, 2),
+    seed=st.integers(0, 999),
+    transition=st.sampled_from(["drop", "merge"]),
+)
+@torch.no_grad()
+def test_packed_equals_the_slow_reference(size, stages, batch, lean, seed, transition):
+    """Any stages (block 0 and "all" too), batch size, input size and decisions, from nearly all kept to one."""
+    backbone = Backbone(MODELS[size])
+    game = TokenGame(backbone, GameConfig(stages=stages, transition=transition))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, *size, generator=generator)
+    table = torch.randn(len(stages), batch, backbone.patches, generator=generator) + lean
+    state = game.play(images, Scripted(table))
+    expected = (masked_forward if transition == "drop" else merged_forward)(backbone, stages, images, table)
+    assert float((game.logits(state) - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(torch.stack(state.kept), survivors(table).sum(2))
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+def test_an_image_does_not_care_about_its_batch(transition):
+    game = TokenGame(Backbone(MODELS[32, 32]), GameConfig(transition=transition))
+    images, table = torch.randn(5, 3, 32, 32), torch.randn(3, 5, 16)
+    with torch.no_grad():
+        together = game.logits(game.play(images, Scripted(table)))
+        alone = torch.cat([game.logits(game.play(images[b : b + 1], Scripted(table[:, b : b + 1]))) for b in range(5)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_contract_catches_a_game_that_only_masks(model):
+    class Masking(TokenGame):
+        def step(self, state, keep, logits):
+            return super().step(state, torch.ones_like(keep), logits)
+
+    with pytest.raises(AssertionError, match=r"removed|living agents"):
+        check_contract(Masking(Backbone(model), GameConfig()), torch.randn(2, 3, 32, 32))
+
+
+@torch.no_grad()
+def test_features_equal_the_attention_of_timm(model):
+    """Log attention from the class token at the block the stage looks at, against softmax(q k) written out."""
+    images, backbone = torch.randn(3, 3, 32, 32), Backbone(model)
+    for transition, looked_at in [("drop", 1), ("merge", 2)]:
+        game = TokenGame(backbone, GameConfig(stages=(2,), transition=transition))
+        obs = game.observe(game.reset(images))
+        x = backbone.embed(images)
+        for block in model.blocks[:looked_at]:
+            x = block(x)
+        block = model.blocks[looked_at]
+        q, k, _ = block.attn.qkv(block.norm1(x)).view(3, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(3)[:, :, 0, 1:]  # [B, H, N]
+        expected = (17 * attention).log().permute(0, 2, 1).reshape(-1, 2)
+        torch.testing.assert_close(obs.features[:, :2], expected, atol=1e-4, rtol=1e-4)
+        centred = (attention.sum(1)).log()
+        centred = (centred - centred.mean(1, keepdim=True)).reshape(-1)
+        torch.testing.assert_close(obs.features[:, 2], centred, atol=1e-4, rtol=1e-4)
+        if transition == "merge":
+            keys = torch.nn.functional.normalize(k.mean(1)[:, 1:], dim=2)
+            similar = keys @ keys.transpose(1, 2) - 3 * torch.eye(16)
+            torch.testing.assert_close(obs.features[:, 4], similar.amax(2).reshape(-1), atol=1e-4, rtol=1e-4)
+
+
+# Traps
+
+
+def trainer_for(model, **changes):
+    defaults = {"game": {"stages": (1, 2)}, "updates": 10, "dtype": "float32"}
+    return Trainer(model, merge(merge(TrainConfig.from_preset("rl4evit"), defaults), changes), seed=1)
+
+
+def play(trainer, batch=4):
+    torch.manual_seed(0)
+    return trainer.rollout(torch.randn(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.long))
+
+
+def test_trap_masks_tokens_are_really_removed(model):
+    """Work shrinks with the tokens: rows seen by the last block's MLP are the survivors' and no more."""
+    game, seen = TokenGame(Backbone(model), GameConfig(stages=(1,))), []
+    handle = model.blocks[-1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    with torch.no_grad():
+        state = game.play(torch.randn(3, 3, 32, 32), Scripted(torch.randn(1, 3, 16)))
+    handle.remove()
+    assert seen == [int(state.kept[0].sum()) + 3]
+    assert seen[0] < 3 * 17
+
+
+def test_trap_dead_agents_are_in_no_loss(model):
+    trainer = trainer_for(model)
+    rollout, outcome, _ = play(trainer)
+    experience = trainer.experience(rollout, outcome)
+    assert len(experience.action) == int(outcome.acting.sum()) < outcome.acting.numel()
+
+
+def test_trap_rows_of_experience_belong_to_their_image_and_agent(model):
+    """Each row's return is the return of exactly that agent of that image at that stage."""
+    trainer = trainer_for(model, ppo={"gamma": 1.0, "gae_lambda": 1.0})
+    rollout, outcome, _ = play(trainer)
+    tag = torch.arange(outcome.acting[0].numel(), dtype=torch.float).view(1, *outcome.acting.shape[1:])
+    stamped = replace(outcome, acting=outcome.acting, alive=torch.zeros_like(outcome.alive))
+    trainer.rewards = lambda _: tag.expand(outcome.acting.shape).clone()
+    returns = trainer.experience(rollout, stamped).returns
+    expected = torch.cat([obs.scene * 16 + obs.agent for obs in rollout.observations]).float()
+    torch.testing.assert_close(returns, expected)
+
+
+def test_trap_gae_and_normalisation_are_on(model):
+    trainer = trainer_for(model)
+    rollout, outcome, _ = play(trainer)
+    advantage = trainer.experience(rollout, outcome).advantage
+    assert float(advantage.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(advantage.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    bandit = trainer_for(model, ppo={"gamma": 0.0}).experience(rollout, outcome).advantage
+    assert not torch.allclose(advantage, bandit), "later stages give no credit"
+
+
+def test_trap_the_last_step_does_not_bootstrap(model):
+    trainer = trainer_for(model)
+    _, outcome, _ = play(trainer)
+    assert outcome.ends[-1].all()
+    assert torch.equal(outcome.ends[0], ~outcome.alive[0])
+
+
+def test_trap_the_first_ratio_is_one(model):
+    metrics = trainer_for(model).update(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))
+    assert metrics["losses/first_ratio_error"] < 1e-5
+
+
+def test_trap_values_are_taken_where_decisions_happen(model):
+    """The critic is asked exactly once per decision, about the very observations the actor saw."""
+    trainer, seen = trainer_for(model), []
+    rollout, outcome, _ = play(trainer)
+    handle = trainer.critic.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    trainer.experience(rollout, outcome)
+    handle.remove()
+    assert [id(obs) for obs in seen] == [id(obs) for obs in rollout.observations]
+
+
+def test_trap_evaluation_does_not_sample(model):
+    trainer = trainer_for(model)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        first, second = (trainer.game.play(images, trainer.actor) for _ in range(2))
+    assert torch.equal(first.position, second.position)
+
+
+def test_trap_pruning_everything_leaves_one_agent_and_finite_rewards(model):
+    trainer = trainer_for(model)
+    trainer.actor.rest[-1].bias.data += torch.tensor([60.0, -60.0])
+    rollout, outcome, _ = play(trainer)
+    assert (outcome.alive.sum(2) == 1).all()
+    assert not torch.cat(rollout.action).any(), "the game's floor is not the agent's action"
+    assert trainer.rewards(outcome).isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "patch", "dim", "batch"), [((24, 40), 8, 48, 3), ((42, 42), 14, 32, 1)])
+def test_trap_no_size_is_a_constant(size, patch, dim, batch):
+    trainer = trainer_for(tiny_vit(img_size=size, patch_size=patch, embed_dim=dim))
+    metrics = trainer.update(torch.randn(batch, 3, *size), torch.zeros(batch, dtype=torch.long))
+    assert all(torch.tensor(v).isfinite() for k, v in metrics.items() if "variance" not in k)
+
+
+def test_nan_weights_stop_and_say_where(model):
+    model.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(TokenGameError, match="native model's prediction is not finite in update 0"):
+        trainer_for(model).update(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
+
+
+def test_nan_rewards_stop_and_say_where(model):
+    trainer = trainer_for(model, reward={"alpha": float("nan")})
+    with pytest.raises(TokenGameError, match="reward 'share' is not finite in update 0"):
+        trainer.update(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))

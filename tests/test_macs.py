@@ -1,0 +1,67 @@
+"""Analytic multiply-accumulates against PyTorch's flop counter and published figures."""
+
+import pytest
+import timm
+import torch
+from conftest import tiny_vit
+from timm.layers import set_fused_attn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokengame.backbone import Backbone
+from tokengame.config import GameConfig
+from tokengame.game import TokenGame
+from tokengame.macs import native_macs, pruned_macs
+from tokengame.testing import Scripted, survivors
+
+
+def counted(call) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 2
+
+
+@pytest.fixture
+def unfused():
+    """The flop counter knows matrix products; fused CPU attention is none."""
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 3}, {"global_pool": "avg", "class_token": False},
+                                     {"global_pool": "map"}, {"name": "deit_tiny_distilled_patch16_224"}])  # fmt: skip
+@pytest.mark.usefixtures("unfused")
+def test_native_equals_the_flop_counter(changes):
+    model = tiny_vit(**changes).requires_grad_(False)
+    analytic = native_macs(Backbone(model), 16)
+    assert analytic == pytest.approx(counted(lambda: model(torch.randn(1, 3, 32, 32))), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "published"), [("deit_small_patch16_224", 4.6), ("deit_base_patch16_224", 17.6)])
+def test_native_equals_the_papers(name, published):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert native_macs(Backbone(model), 196) / 1e9 == pytest.approx(published, abs=0.05)
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
+    """Each block costs what timm's own block costs on so many rows; halves are told apart by hand."""
+    backbone = Backbone(model)
+    game = TokenGame(backbone, GameConfig(stages=(1, 3), transition=transition), features=False)
+    table = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    state = game.play(torch.randn(3, 3, 32, 32), Scripted(table))
+    kept = survivors(table).sum(2)
+    assert torch.equal(torch.stack(state.kept), kept)
+    found = pruned_macs(game, None, kept, 16)
+    for image in range(3):
+        expected = 16 * 3 * 64 * 32 + 32 * 5
+        rows = 17
+        for block in range(4):
+            after = int(kept[[1, 3].index(block), image]) + 1 if block in (1, 3) else rows
+            attending = rows if transition == "merge" else after
+            expected += attending * 4 * 32 * 32 + 2 * attending**2 * 32 + after * 8 * 32 * 32
+            rows = after
+        if transition == "merge":
+            expected += (16**2 + int(kept[0, image]) ** 2) * 16  # matching keys of width 16
+        assert float(found[image]) == expected

@@ -1,0 +1,143 @@
+"""The policy file and the faster model around it."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_vit
+from safetensors.torch import load_file, save_file
+
+import tokengame
+from tokengame.backbone import Backbone
+from tokengame.config import TrainConfig, merge
+from tokengame.errors import TokenGameError
+from tokengame.models import preprocessing_of
+from tokengame.policy import Policy, fingerprint, threshold
+from tokengame.session import Session
+from tokengame.train import Trainer
+
+
+def make_policy(model, tmp_path, preset="tokengame", **changes):
+    config = merge(merge(TrainConfig.from_preset(preset), {"game": {"stages": (1, 2)}, "dtype": "float32"}), changes)
+    session = object.__new__(Session)
+    session.config, session.name, session.seed = config, "tiny", 0
+    session.trainer, session.preprocessing = Trainer(model, config), preprocessing_of(model)
+    path = tmp_path / "policy.safetensors"
+    session.policy([]).save(path)
+    return path
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    return make_policy(model, tmp_path)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("preset", ["tokengame", "rl4evit"])
+@torch.no_grad()
+def test_file_gives_back_the_same_decisions(preset, model, tmp_path, images):
+    path = make_policy(model, tmp_path, preset)
+    loaded = Policy.load(path)
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    first, second = tokengame.prune(model, path), tokengame.prune(model, again)
+    assert torch.equal(first(images), second(images))
+    assert loaded.card["backbone"]["shape"]["dim"] == 32
+    assert path.stat().st_size < 600_000
+
+
+@torch.no_grad()
+def test_dial_zero_is_native_and_more_prunes_more(model, path, images):
+    fast, native = tokengame.prune(model, path), model(images)
+    kept = []
+    for dial in (0, 0.3, 0.6, 0.9, 1):
+        fast.dial = dial
+        kept.append(float(fast.play(images).kept[-1].float().mean()))
+    assert kept == sorted(kept, reverse=True)
+    assert (kept[0], kept[-1]) == (16, 1)
+    fast.dial = 0
+    torch.testing.assert_close(fast(images), native, atol=1e-5, rtol=1e-5)
+    assert fast.restore() is model
+    assert torch.equal(model(images), native)
+
+
+@torch.no_grad()
+def test_trace_says_who_stays(model, path, images):
+    fast = tokengame.prune(model, path, dial=0.8)
+    trace, state = fast.trace(images), fast.play(images)
+    assert torch.equal(trace.sum(2), torch.stack(state.kept))
+    assert torch.equal(trace[-1].nonzero()[:, 1], state.position[state.agent_rows])
+    assert not (trace[1] & ~trace[0]).any()
+
+
+def test_threshold_is_the_dial_as_a_keep_probability():
+    assert [threshold(d) for d in (0, 0.5, 1)] == [-math.inf, 0, math.inf]
+    assert 1 / (1 + math.exp(-threshold(0.3))) == pytest.approx(0.3)
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(TokenGameError, match="between 0"):
+            threshold(wrong)
+
+
+def test_fingerprint_knows_weights_and_no_types(model):
+    before = fingerprint(Backbone(model))
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert fingerprint(Backbone(copy.deepcopy(model).to(dtype))) == before
+    assert fingerprint(Backbone(tiny_vit(seed=1))) != before
+
+
+def test_other_weights_warn_other_shape_is_refused(path):
+    with pytest.warns(UserWarning, match="other weights"):
+        tokengame.prune(tiny_vit(seed=1), path)
+    with pytest.raises(TokenGameError, match="its depth 4 but the model's is 3"):
+        tokengame.prune(tiny_vit(depth=3), path)
+    with pytest.raises(TokenGameError, match="dim 32 but the model's is 64"):
+        tokengame.prune(tiny_vit(embed_dim=64), path)
+
+
+@torch.no_grad()
+def test_context_policy_holds_at_any_resolution_and_an_identity_policy_does_not(tmp_path):
+    small, large = tiny_vit(), tiny_vit(img_size=48)
+    path = make_policy(small, tmp_path)
+    with pytest.warns(UserWarning, match="other weights"):
+        fast = tokengame.prune(large, path)
+    assert fast(torch.randn(2, 3, 48, 48)).shape == (2, 5)
+    path = make_policy(small, tmp_path, "rl4evit")
+    with pytest.raises(TokenGameError, match="input_size"):
+        tokengame.prune(large, path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "foreign", "future", "nan", "contradiction"])
+def test_a_bad_file_gets_one_clear_sentence(damage, path, tmp_path):
+    weights, card = load_file(path), Policy.load(path).card
+    reasons = {"missing": "no policy file", "foreign": "no tokengame policy", "future": "format 99",
+               "nan": "not finite", "contradiction": "contradicts"}  # fmt: skip
+    if damage == "missing":
+        path = tmp_path / "nowhere.safetensors"
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "text":
+        path.write_text("not a policy")
+    elif damage == "foreign":
+        save_file(weights, path)
+    else:
+        if damage == "future":
+            card["format"] = 99
+        elif damage == "nan":
+            weights["bias"] = weights["bias"] * float("nan")
+        else:
+            del weights["bias"]
+        save_file(weights, path, metadata={"tokengame": json.dumps(card)})
+    with pytest.raises(TokenGameError, match=reasons.get(damage, "damaged")) as caught:
+        Policy.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_shipped_name_lists_what_there_is(model):
+    with pytest.raises(TokenGameError, match="none of that name is shipped"):
+        tokengame.prune(model, "vit_gigantic")

@@ -1,0 +1,97 @@
+"""Rewards by hand tables."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokengame.config import RewardConfig
+from tokengame.errors import TokenGameError
+from tokengame.rewards import KLController, Outcome, fidelity, fidelity_loss, leave_one_out, share, target
+
+
+def outcome(alive, correct=None, kl=None, segment=None, rollouts=1):
+    alive = torch.tensor(alive).bool()
+    acting = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])
+    games = alive.shape[1]
+    return Outcome(
+        acting,
+        alive,
+        None if correct is None else torch.tensor(correct),
+        torch.zeros(games) if kl is None else torch.tensor(kl),
+        torch.zeros(len(alive)) if segment is None else torch.tensor(segment),
+        rollouts,
+    )
+
+
+def test_share_by_hand():
+    """alpha 12, beta 1. Game 0 (right): 3 then 2 of 4 survive: 12/3 - 1 = 3, 12/2 - 1 = 5. Game 1 (wrong): -1 each."""
+    played = outcome([[[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0]]], correct=[True, False])
+    expected = [[[3, 3, 3, 0], [-1, -1, 0, 0]], [[5, 5, 0, 0], [-1, -1, 0, 0]]]
+    assert share(played, RewardConfig(alpha=12, beta=1)).tolist() == expected
+
+
+def test_share_settles_where_the_paper_says():
+    """One more survivor than alpha * p / beta earns less than nothing, one fewer more: the equilibrium."""
+    config, chance = RewardConfig(alpha=40, beta=2), 0.8
+    payoff = []
+    for n in (15, 16, 17):
+        alive = [[[1] * n + [0] * (30 - n)]]
+        right, wrong = (share(outcome(alive, correct=[c]), config)[0, 0, 0] for c in (True, False))
+        payoff.append(float(chance * right + (1 - chance) * wrong))
+    assert payoff[0] > 0 == pytest.approx(payoff[1], abs=1e-6)
+    assert payoff[2] < 0
+
+
+def test_pruning_everything_is_neither_free_nor_infinite():
+    played = outcome([[[0, 0, 0]]], correct=[True])
+    for reward in (share, target):
+        assert reward(played, RewardConfig()).isfinite().all()
+
+
+def test_target_charges_all_who_acted_for_the_distance():
+    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; the dead pay nothing."""
+    played = outcome([[[1, 1, 0, 0]], [[1, 1, 0, 0]]], correct=[True])
+    expected = torch.tensor([[[11.8, 11.8, -0.2, -0.2]], [[11.99, 11.99, 0, 0]]])
+    torch.testing.assert_close(target(played, RewardConfig(alpha=24, keep_target=0.7)), expected)
+
+
+def test_fidelity_charges_kl_once_at_the_exit_and_compute_while_staying():
+    """Price 10, two games on one image with KL 0.1 and 0.3: charged -2 and +2 against each other."""
+    played = outcome([[[1, 0], [1, 1]], [[1, 0], [0, 1]]], kl=[0.1, 0.3], segment=[0.25, 0.5], rollouts=2)
+    found = fidelity(played, RewardConfig(), kl_weight=10.0)
+    expected = torch.tensor([[[-0.25, 2.0], [-0.25, -0.25]], [[-0.5 + 2.0, 0.0], [-2.0, -0.5 - 2.0]]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_fidelity_clamps_a_hopeless_image():
+    found = fidelity(outcome([[[0]]], kl=[9.0]), RewardConfig(kl_clamp=1.5), kl_weight=2.0)
+    assert found.flatten().tolist() == [-3.0]
+
+
+def test_leave_one_out_by_hand():
+    assert leave_one_out(torch.tensor([1.0, 2.0, 6.0]), 3).tolist() == [1 - 4, 2 - 3.5, 6 - 1.5]
+    assert leave_one_out(torch.tensor([5.0, 7.0]), 1).tolist() == [5.0, 7.0]
+
+
+@given(st.integers(0, 99), st.integers(2, 6))
+def test_kl_equals_torch_distributions(seed, classes):
+    native, pruned = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(seed)) * 3
+    oracle = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=native), torch.distributions.Categorical(logits=pruned)
+    )
+    torch.testing.assert_close(fidelity_loss(native, pruned), oracle, atol=1e-5, rtol=1e-4)
+    assert float(fidelity_loss(native, native).abs().max()) < 1e-6
+
+
+def test_labelled_rewards_say_that_they_need_labels():
+    with pytest.raises(TokenGameError, match="no labels"):
+        share(outcome([[[1]]]), RewardConfig())
+
+
+def test_controller_settles_at_its_target():
+    """A plant whose KL falls with the price: KL = 0.6 / weight; the target 0.06 wants 10."""
+    controller = KLController(weight=2.0, target=0.06)
+    for _ in range(300):
+        controller.update(0.6 / controller.weight)
+    assert controller.weight == pytest.approx(10, rel=0.01)

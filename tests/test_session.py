@@ -1,0 +1,120 @@
+"""A training run on disk: same seed same policy, resumable, nothing half-written, and it learns."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokengame.config import PRESETS, TrainConfig, merge
+from tokengame.errors import TokenGameError
+from tokengame.images import FolderImages
+from tokengame.session import Session, require_writable
+from tokengame.train import training_dtype
+
+SMALL = {"updates": 4, "batch_size": 4, "dtype": "float32", "game": {"stages": (1, 2)}}
+
+
+@pytest.fixture
+def source(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return FolderImages(tmp_path, [f"{i}.png" for i in range(8)], [i % 5 for i in range(8)])
+
+
+def session_for(model, source, folder, preset="tokengame", resume=False, **changes):
+    config = merge(merge(TrainConfig.from_preset(preset), SMALL), changes)
+    return Session(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
+
+
+def weights_of(session):
+    return torch.cat([p.detach().flatten() for p in session.trainer.actor.parameters()])
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, tmp_path):
+    session = session_for(model, source, tmp_path / "run", preset)
+    before = weights_of(session).clone()
+    session.run()
+    fast = session.finish()
+    assert not torch.equal(before, weights_of(session))
+    assert fast(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    lines = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    standard = {"policy", "value", "entropy", "approx_kl", "clipfrac", "explained_variance"}
+    assert {f"losses/{name}" for name in standard} <= set(lines[0])
+    assert list(session.log_dir.glob("events.*")), "TensorBoard"
+    assert {"dial", "gmacs_ratio", "agreement", "drop_pp"} <= set(fast.card["calibration"][0])
+    assert session.result()["images_seen"] == 16
+
+
+def test_same_seed_same_policy(model, source, tmp_path):
+    runs = [session_for(model, source, tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        run.run()
+    assert torch.equal(*map(weights_of, runs))
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(model, source, tmp_path):
+    whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))
+    whole.run()
+
+    def stop_after_two(batches, *_):
+        for number, batch in enumerate(batches):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        part.run(stop_after_two)
+    resumed = session_for(model, source, tmp_path / "part", resume=True)
+    assert resumed.trainer.updates == 2
+    resumed.run()
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    losses = [
+        [json.loads(line)["losses/policy"] for line in (run.log_dir / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_refuses_nothing_and_other_settings(model, source, tmp_path):
+    with pytest.raises(TokenGameError, match="nothing to resume"):
+        session_for(model, source, tmp_path / "run", resume=True)
+    session_for(model, source, tmp_path / "run").run()
+    with pytest.raises(TokenGameError, match="other settings"):
+        session_for(model, source, tmp_path / "run", resume=True, updates=9)
+
+
+def test_unwritable_output_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TokenGameError, match="cannot write"):
+        require_writable(tmp_path / "file" / "policy.safetensors")
+
+
+def test_labelled_reward_without_labels_is_refused_before_training(model, source, tmp_path):
+    source.labels = None
+    with pytest.raises(TokenGameError, match="needs labels"):
+        session_for(model, source, tmp_path / "run", "rl4evit")
+    session_for(model, source, tmp_path / "run", "tokengame").run()
+
+
+def test_share_learns_to_prune_when_staying_costs_and_to_stay_when_it_pays(model, source, tmp_path):
+    """beta alone drives all away, alpha alone keeps all: RL4EViT's two forces, each on its own."""
+    kept = {}
+    labels = model(torch.stack([torch.zeros(3, 32, 32)])).argmax(1).item()
+    source.labels = [labels] * 8
+    for name, reward in {"cost": {"alpha": 0.0, "beta": 1.0}, "gain": {"alpha": 100.0, "beta": -1.0}}.items():
+        ppo = {"lr": 3e-3, "entropy": 0.0}
+        session = session_for(model, source, tmp_path / name, "rl4evit", updates=25, reward=reward, ppo=ppo)
+        session.run()
+        kept[name] = session.metrics["game/kept_1"]
+    assert kept["cost"] < 0.15 < 0.6 < kept["gain"]
+
+
+def test_auto_dtype_is_one_the_device_computes_in():
+    chosen = training_dtype("auto", torch.device("cpu"))
+    assert chosen == (torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32)
+    assert training_dtype("float32", torch.device("cpu")) == torch.float32

@@ -1,0 +1,178 @@
+"""Where images come from: a folder of class folders, a .tar of the same, a Hugging Face data set, embedded scenes.
+
+A source says how many images it has, what each is called and labelled, and opens one.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from tokengame.errors import TokenGameError
+from tokengame.scenes import FashionScenes
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class ImageSource(Protocol):
+    """A set of images."""
+
+    names: list[str]
+    """one per image, for messages"""
+    labels: list[int] | None
+    """one per image, as the model's class indices; None where unknown"""
+
+    def open(self, index: int) -> Image.Image: ...
+
+
+@dataclass
+class FolderImages:
+    """Files below a folder."""
+
+    root: Path
+    names: list[str]
+    labels: list[int] | None = None
+
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.root / self.names[index])
+
+
+class TarImages:
+    """Members of an uncompressed tar, read in place; each process opens the file for itself."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.labels: list[int] | None = None
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in EXTENSIONS]
+        except tarfile.TarError as error:
+            raise TokenGameError(f"{path} is not a readable uncompressed tar file ({error})") from None
+        members.sort(key=lambda m: m.name)
+        self.names = [m.name for m in members]
+        self._spans = [(m.offset_data, m.size) for m in members]
+
+    def open(self, index: int) -> Image.Image:
+        start, size = self._spans[index]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return Image.open(io.BytesIO(file.read(size)))
+
+
+class HuggingFaceImages:
+    """Split `split` of a Hugging Face data set, columns image and (perhaps) label; needs `datasets`."""
+
+    def __init__(self, name: str, split: str):
+        try:
+            import datasets
+        except ImportError:
+            raise TokenGameError(
+                f"{name} is no folder or tar; to read it from Hugging Face, pip install datasets"
+            ) from None
+        try:
+            self.rows = datasets.load_dataset(name, split=split)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TokenGameError(f"{name} is no folder or tar, and Hugging Face cannot load it: {reason}") from None
+        self.names = [f"{name}[{i}]" for i in range(len(self.rows))]
+        self.labels = list(self.rows["label"]) if "label" in self.rows.column_names else None
+
+    def open(self, index: int) -> Image.Image:
+        return self.rows[index]["image"]
+
+
+class SceneImages:
+    """The embedded fashion scenes as a source."""
+
+    def __init__(self, scenes: FashionScenes):
+        self.scenes = scenes
+        self.names = [f"scene {i}" for i in range(len(scenes))]
+        self.labels: list[int] | None = [scenes.label(i) for i in range(len(scenes))]
+
+    def open(self, index: int) -> Image.Image:
+        return self.scenes[index].image
+
+
+@dataclass
+class Subset:
+    """Some images of a source."""
+
+    source: ImageSource
+    chosen: Sequence[int]
+
+    def __post_init__(self):
+        self.names = [self.source.names[i] for i in self.chosen]
+        labels = self.source.labels
+        self.labels = None if labels is None else [labels[i] for i in self.chosen]
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.chosen[index])
+
+
+def open_images(location: str, split: str = "train") -> ImageSource:
+    """The images at `location`: a folder, a tar, or else the split of a Hugging Face data set.
+
+    Raises:
+        TokenGameError: nothing there, or no image in it.
+    """
+    path = Path(location)
+    source: ImageSource
+    if path.is_dir():
+        names = sorted(
+            str(f.relative_to(path)) for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file()
+        )
+        source = FolderImages(path, names)
+    elif path.is_file():
+        source = TarImages(path)
+    elif path.suffix in (".tar", ".zip", ".gz") or location.startswith((".", "/", "~")) or location.count("/") > 1:
+        raise TokenGameError(f"no folder or tar file at {location}")
+    else:
+        return HuggingFaceImages(location, split)
+    if not source.names:
+        raise TokenGameError(f"no image in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
+    return source
+
+
+def label_images(source: ImageSource, class_map: str | None, classes: int) -> None:
+    """Label the images of a folder or tar with the model's class indices, where that can be done.
+
+    Class folders are matched by name with the lines of the file `class_map`; without one, sorted folders are the
+    classes if there are exactly `classes` of them, and else the images stay unlabelled. A data set's own labels stay.
+
+    Raises:
+        TokenGameError: `class_map` is missing, names too many classes, or does not know a class folder.
+    """
+    folders = [Path(name).parent.name for name in source.names]
+    if not any(folders) or isinstance(source, HuggingFaceImages):
+        return
+    if class_map is None:
+        known = {folder: index for index, folder in enumerate(sorted(set(folders)))}
+        source.labels = [known[f] for f in folders] if len(known) == classes else None
+        return
+    if not Path(class_map).is_file():
+        raise TokenGameError(f"no class map at {class_map}; it is a text file with one class name a line")
+    index = {line.strip(): i for i, line in enumerate(Path(class_map).read_text().splitlines()) if line.strip()}
+    strange = sorted({f for f in folders if f not in index})
+    if strange:
+        raise TokenGameError(
+            f"{len(strange)} class folders are not in {class_map}, among them {strange[0]!r}: rename or add them"
+        )
+    if max(index.values()) >= classes:
+        raise TokenGameError(f"{class_map} names {max(index.values()) + 1} classes but the model has {classes}")
+    source.labels = [index[f] for f in folders]
+
+
+def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[Subset, Subset]:
+    """Seeded random parts for training and validation, `holdout` (a share) held back; at least one image in each."""
+    order = np.random.default_rng(seed).permutation(len(source.names)).tolist()
+    held = min(max(1, round(holdout * len(order))), len(order) - 1)
+    if held < 1:
+        raise TokenGameError("one image cannot be both trained on and held back; give more images")
+    return Subset(source, sorted(order[held:])), Subset(source, sorted(order[:held]))
