@@ -150,7 +150,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 5, "transition": "merge"},
+        "game": {"stage_count": 4, "transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
         "reward": {"kind": "fidelity"},
         "ppo": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tokengame.data import Batch
 from tokengame.errors import TokenGameError
-from tokengame.policy import threshold
+from tokengame.game import State
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
 
@@ -37,7 +38,7 @@ class Scores:
     macs_native: float = 0.0
     tokens: int = 0
     seconds_native: list[float] = field(default_factory=list)
-    """of each full batch after the first"""
+    """of each full batch"""
     seconds_pruned: list[float] = field(default_factory=list)
     batch_size: int = 0
 
@@ -80,9 +81,9 @@ class Scores:
         }
 
 
-def _timed(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
     start = time.perf_counter()
-    result = call()
+    result = call(images)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - start
@@ -92,36 +93,33 @@ def _timed(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
 def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
     """Measure the pruned model against the model it wraps.
 
-    Every batch goes through both, in turn first and second; the first batch also warms up and is not timed, nor is a
-    batch of another size than the first's. The time is the whole call, policy and packing included.
+    Every batch goes through both, in turn first and second, after a warm-up on the first; a batch of another size than
+    the first's is not timed. The time is the whole call, policy and packing included.
     """
     weight = next(fast.model.parameters())
     scores = Scores()
     for number, batch in enumerate(batches):
         images = batch.images.to(weight.device, weight.dtype)
         if not number:
-            scores.batch_size, scores.tokens = (
-                len(images),
-                fast.game.backbone.embed(images[:1]).shape[1] - fast.game.backbone.prefix,
-            )
+            scores.batch_size = len(images)
             fast.model(images), fast(images)
-        calls = [lambda x=images: fast.model(x), lambda x=images: _play(fast, x)]
-        timed = [_timed(weight.device, call) for call in (calls if number % 2 else calls[::-1])]
-        (native, seconds_native), ((state, pruned), seconds_pruned) = timed if number % 2 else timed[::-1]
-        if len(images) == scores.batch_size and (number or len(scores.seconds_native) == 0):
+        calls = [(fast.model, images), (partial(_play, fast), images)]
+        order = calls if number % 2 else calls[::-1]
+        timed = {call is fast.model: _timed(weight.device, call, x) for call, x in order}
+        (native, seconds_native), ((state, pruned), seconds_pruned) = timed[True], timed[False]
+        if len(images) == scores.batch_size:
             scores.seconds_native.append(seconds_native)
             scores.seconds_pruned.append(seconds_pruned)
         _score(scores, fast, batch, native.float(), pruned.float(), state)
     return scores
 
 
-def _play(fast: PrunedViT, images: Tensor):
-    game = fast.game
-    state = game.play(images, fast.actor, threshold(fast.dial))
-    return state, game.logits(state)
+def _play(fast: PrunedViT, images: Tensor) -> tuple[State, Tensor]:
+    state = fast.play(images)
+    return state, fast.game.logits(state)
 
 
-def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned: Tensor, state) -> None:
+def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned: Tensor, state: State) -> None:
     if not native.isfinite().all():
         raise TokenGameError("the native model's prediction is not finite; check its weights")
     scores.index += batch.index.tolist()
@@ -132,6 +130,7 @@ def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned
     scores.agree += (native.argmax(1) == pruned.argmax(1)).tolist()
     scores.kl += fidelity_loss(native, pruned).tolist()
     scores.macs_native, macs = fast.macs(state)
+    scores.tokens = state.total
     scores.macs += macs.tolist()
     scores.kept += torch.stack(state.kept, 1).tolist()
     alive = state.position[state.agent_rows].cpu()

@@ -171,7 +171,9 @@ class TokenGame:
         if self.features and state.heads is not None:
             features = self._features(state, rows)
         stage = torch.full((state.layout.images,), state.stage, device=device)
-        return Observation(state.x[rows], cls, features, state.agents.image, state.position[rows], stage, state.agents)
+        return Observation(
+            state.x.index_select(0, rows), cls, features, state.agents.image, state.position[rows], stage, state.agents
+        )
 
     def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
         """Remove the agents that decided to leave, then play on to the next decision or the end.
@@ -185,7 +187,7 @@ class TokenGame:
         stays = torch.ones(state.layout.rows, dtype=torch.bool, device=keep.device)
         stays[state.agent_rows] = keep
         rows, layout = state.layout.select(stays)
-        x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x[rows], None)
+        x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
         agents = Layout([n - state.prefix for n in layout.counts], keep.device)
         block, kept = self.stages[state.stage], (*state.kept, agents.count)
         if self.merge:
@@ -223,7 +225,7 @@ class TokenGame:
     @staticmethod
     def _similarity(state: State, heads: Heads) -> Tensor:
         """Cosine of keys; -1 to oneself and to padding, who cannot absorb anybody."""
-        metric = F.normalize(heads.keys.mean(1), dim=1)[state.agent_rows]
+        metric = F.normalize(heads.keys.mean(1), dim=1).index_select(0, state.agent_rows)
         metric = state.agents.pad(metric)  # [B, L, D]
         similarity = metric @ metric.transpose(1, 2)
         similarity.diagonal(dim1=1, dim2=2).fill_(-1)
@@ -232,10 +234,11 @@ class TokenGame:
     def _features(self, state: State, rows: Tensor) -> Tensor:
         heads, layout, agents = state.heads, state.layout, state.agents
         assert heads is not None
-        scores = (heads.query[layout.image] * heads.keys).sum(2).float() * heads.scale  # [M, H]
+        scores = (heads.query.index_select(0, layout.image) * heads.keys).sum(2).float() * heads.scale  # [M, H]
         scores = scores if state.bias is None else scores + state.bias[:, None]
         total = layout.pad(scores, float("-inf")).logsumexp(1)  # [B, H]
-        attention = scores[rows] - total[agents.image] + layout.count.log()[agents.image, None]  # [A, H]
+        offset = layout.count.log()[:, None] - total  # [B, H]
+        attention = scores.index_select(0, rows) + offset.index_select(0, agents.image)  # [A, H]
         mean = attention.logsumexp(1, keepdim=True)
         centred = mean - segment_mean(mean, agents)[agents.image]
         size = torch.zeros_like(centred) if state.size is None else state.size[rows].log()[:, None]
@@ -262,7 +265,7 @@ class TokenGame:
         leaving = torch.nonzero_static(~keep, size=state.layout.rows - len(rows)).squeeze(1)
         leaving_rows, target_rows = agent_rows[leaving], agent_rows[target[leaving]]
         survivor = (stays.cumsum(0) - 1)[target_rows]  # index among the survivors
-        x, absorbed = state.x[rows].float(), state.x[leaving_rows].float()
+        x, absorbed = (state.x.index_select(0, some).float() for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
         if state.size is not None:
             size, gone = state.size[rows], state.size[leaving_rows]

@@ -81,7 +81,7 @@ class ContextActor(nn.Module):
         own = self.token(self.norm_token(obs.token.to(self.token.weight.dtype))) + self.features(
             obs.features.to(self.token.weight.dtype)
         )
-        residual = self.rest(torch.tanh(own + scene[obs.scene])).squeeze(1)
+        residual = self.rest(torch.tanh(own + scene.index_select(0, obs.scene))).squeeze(1)
         stage = obs.stage[obs.scene]
         return residual + self.slope[stage] * obs.features[:, -4] + self.bias[stage]
 

@@ -25,7 +25,7 @@ class PrunedViT(nn.Module):
     def __init__(self, model: nn.Module, policy: Policy, dial: float):
         super().__init__()
         self.model, self.actor, self.card = model, policy.actor, policy.card
-        self._game_config, self._features = policy.game, policy.card["actor"]["observation"] == "context"
+        self.game = TokenGame(Backbone(model), policy.game, policy.card["actor"]["observation"] == "context")
         self.dial = dial
 
     @property
@@ -38,28 +38,21 @@ class PrunedViT(nn.Module):
         self._threshold = threshold(value)
         self._dial = value
 
-    @property
-    def game(self) -> TokenGame:
-        """The game on the wrapped model as it is now."""
-        return TokenGame(Backbone(self.model), self._game_config, self._features)
-
     def play(self, images: Tensor) -> State:
         """The whole game on [B, channels, height, width]; `State.kept` and `State.position` say who stayed."""
         return self.game.play(images, self.actor, self._threshold)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> the model's own output [B, classes]."""
-        game = self.game
-        return game.logits(game.play(images, self.actor, self._threshold))
+        return self.game.logits(self.play(images))
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Tensor:
         """[T, B, N] bool: which tokens of [B, channels, height, width] images are alive after each stage."""
-        game = self.game
-        state, alive = game.reset(images), []
-        for _ in game.stages:
-            logits = self.actor(game.observe(state))
-            state = game.step(state, logits > self._threshold, logits)
+        state, alive = self.game.reset(images), []
+        for _ in self.game.stages:
+            logits = self.actor(self.game.observe(state))
+            state = self.game.step(state, logits > self._threshold, logits)
             living = state.agents.image * state.total + state.position[state.agent_rows]
             flat = torch.zeros(len(images) * state.total, dtype=torch.bool, device=living.device)
             alive.append(flat.index_fill_(0, living, True).view(len(images), -1))
@@ -67,9 +60,9 @@ class PrunedViT(nn.Module):
 
     def macs(self, state: State) -> tuple[float, Tensor]:
         """Multiply-accumulates of an image natively, and of each image [B] of a finished game, policy included."""
-        game = self.game
         kept = torch.stack(state.kept).cpu()
-        return native_macs(game.backbone, state.total), pruned_macs(game, self.actor, kept, state.total)
+        native = native_macs(self.game.backbone, state.total)
+        return native, pruned_macs(self.game, self.actor, kept, state.total)
 
     def restore(self) -> nn.Module:
         """The original model, untouched."""

@@ -107,12 +107,13 @@ def check_contract(game: TokenGame, images: Tensor, seed: int = 0) -> None:
     """Play random games and assert what every token game promises.
 
     Raises:
-        AssertionError: pruning was reversed, a prefix token was lost, an image lost all agents, rows were not really
+        AssertionError: a decision was not carried out, pruning was reversed, a prefix token was lost, an image lost all agents, rows were not really
             removed, patches were lost in merging, or keeping everything changed the prediction.
     """
     backbone, batch = game.backbone, len(images)
     agents = game.reset(images).total
     table = torch.randn(len(game.stages), batch, agents, generator=torch.Generator().manual_seed(seed)) + 0.5
+    expected = survivors(table)
     state, decide, before = game.reset(images), Scripted(table), torch.ones(batch, agents, dtype=torch.bool)
     for stage, block in enumerate(game.stages):
         obs = game.observe(state)
@@ -122,6 +123,7 @@ def check_contract(game: TokenGame, images: Tensor, seed: int = 0) -> None:
         state = game.step(state, logits > 0, logits)
         alive = torch.zeros(batch, agents, dtype=torch.bool)
         alive[state.agents.image, state.position[state.agent_rows]] = True
+        assert torch.equal(alive, expected[stage]), "a decision was not carried out: masked, not removed?"
         assert not (alive & ~before).any(), f"pruning at block {block} was reversed"
         assert alive.any(1).all(), "an image lost all of its agents"
         assert len(state.x) == int(alive.sum()) + batch * backbone.prefix, "rows were masked, not removed"

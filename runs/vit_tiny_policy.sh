@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The shipped policy for vit_tiny_patch16_224, learned without labels on 350 ImageNet images, 150 held back.
+# DATA holds vit_tiny_patch16_224.safetensors, imagenet_sample.tar and imagenet1k_synsets.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${DATA:-../shared/data}
+${BIN:-.venv/bin}/tokengame train \
+    --backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.safetensors" \
+    --images "$DATA/imagenet_sample.tar" --class-map "$DATA/imagenet1k_synsets.txt" \
+    --holdout 0.3 --seed 0 --gmacs-ratio 0.68 \
+    --output "${OUTPUT:-build/vit_tiny_patch16_224.safetensors}" "$@"
