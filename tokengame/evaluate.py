@@ -103,10 +103,10 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
         if not number:
             scores.batch_size = len(images)
             fast.model(images), fast(images)
-        calls = [(fast.model, images), (partial(_play, fast), images)]
-        order = calls if number % 2 else calls[::-1]
-        timed = {call is fast.model: _timed(weight.device, call, x) for call, x in order}
-        (native, seconds_native), ((state, pruned), seconds_pruned) = timed[True], timed[False]
+        calls: dict[str, Callable[[Tensor], Any]] = {"native": fast.model, "pruned": partial(_play, fast)}
+        order = sorted(calls, reverse=number % 2 == 0)
+        timed = {name: _timed(weight.device, calls[name], images) for name in order}
+        (native, seconds_native), ((state, pruned), seconds_pruned) = timed["native"], timed["pruned"]
         if len(images) == scores.batch_size:
             scores.seconds_native.append(seconds_native)
             scores.seconds_pruned.append(seconds_pruned)

@@ -164,9 +164,8 @@ class TokenGame:
     def observe(self, state: State) -> Observation:
         """What the living agents see before the next decision."""
         rows, device = state.agent_rows, state.x.device
-        cls = (
-            state.x[state.layout.start] if self.backbone.model.has_class_token else segment_mean(state.x, state.layout)
-        )
+        has_cls = self.backbone.model.has_class_token
+        cls = state.x[state.layout.start] if has_cls else segment_mean(state.x, state.layout)
         features = torch.zeros(len(rows), self.backbone.heads + 4, device=device)
         if self.features and state.heads is not None:
             features = self._features(state, rows)

@@ -107,8 +107,9 @@ def check_contract(game: TokenGame, images: Tensor, seed: int = 0) -> None:
     """Play random games and assert what every token game promises.
 
     Raises:
-        AssertionError: a decision was not carried out, pruning was reversed, a prefix token was lost, an image lost all agents, rows were not really
-            removed, patches were lost in merging, or keeping everything changed the prediction.
+        AssertionError: a decision was not carried out, pruning was reversed, a prefix token was lost, an image lost all
+            agents, rows were not really removed, patches were lost in merging, or keeping everything changed the
+            prediction.
     """
     backbone, batch = game.backbone, len(images)
     agents = game.reset(images).total
