@@ -3,8 +3,8 @@
     python runs/fashion_backbone.py --photos /usr/share/datasets/fashion-mnist
 
 Curriculum, cheapest tokens first: scenes on a 56 x 56 canvas (49 tokens), then 112 x 112 (196 tokens) with resampled
-position embeddings and half of the patches dropped. About 50 minutes on 2 idle cores; 84.05 % on 2,000 test scenes. Writes the float16
-weights and the packaged subset of photos (a fixed seed picks them) into tokengame/assets/.
+position embeddings and half of the patches dropped. About 50 minutes on 2 idle cores; 84.05 % on 2,000 test scenes.
+Writes the float16 weights and the packaged subset of photos (a fixed seed picks them) into tokengame/assets/.
 """
 
 import argparse

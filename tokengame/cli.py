@@ -13,7 +13,7 @@ from tokengame.commands import Bench, Eval, Show, Train
 from tokengame.config import TrainConfig
 from tokengame.console import console
 from tokengame.errors import TokenGameError
-from tokengame.quickstart import Quickstart
+from tokengame.quickstart import Quickstart, short
 
 EXAMPLES: dict[type, tuple[str, str]] = {
     Quickstart: ("quickstart", "tokengame quickstart\ntokengame quickstart --updates 300 --json > result.json"),
@@ -74,7 +74,7 @@ def parse(arguments: list[str]) -> Any:
         preset = TrainConfig.from_preset(named[-1])
         defaults = {
             Train: Train(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
-            Quickstart: Quickstart(config=preset),
+            Quickstart: Quickstart(config=short(named[-1])),
         }
     subcommands = tuple(
         Annotated[

@@ -55,7 +55,7 @@ class OnImages(Common):
     backbone: str
     """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
     images: str
-    """folder of class folders, .tar of the same, or Hugging Face data set"""
+    """folder of class folders, .tar of the same, Hugging Face data set, or "fashion" for the embedded scenes"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None

@@ -19,6 +19,7 @@ from tokengame.errors import TokenGameError
 from tokengame.scenes import FashionScenes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+EMBEDDED_SCENES = "fashion"
 
 
 class ImageSource(Protocol):
@@ -117,13 +118,15 @@ class Subset:
 
 
 def open_images(location: str, split: str = "train") -> ImageSource:
-    """The images at `location`: a folder, a tar, or else the split of a Hugging Face data set.
+    """The images at `location`: "fashion" (1,000 embedded scenes), a folder, a tar, or a Hugging Face data set's split.
 
     Raises:
         TokenGameError: nothing there, or no image in it.
     """
     path = Path(location)
     source: ImageSource
+    if location == EMBEDDED_SCENES:
+        return SceneImages(FashionScenes("test", 1000, seed=1))
     if path.is_dir():
         names = sorted(
             str(f.relative_to(path)) for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file()

@@ -25,6 +25,11 @@ from tokengame.scenes import FashionScenes
 from tokengame.session import Session, require_writable
 
 
+def short(preset: str) -> TrainConfig:
+    """Settings of `preset` for a few minutes on 2 cores."""
+    return merge(TrainConfig.from_preset(preset), {"updates": 150})
+
+
 @dataclass(kw_only=True)
 class Quickstart(Common):
     """Learn and measure a policy on the embedded backbone and images; write it with an HTML report."""
@@ -35,9 +40,7 @@ class Quickstart(Common):
     """fresh scenes to measure on"""
     gmacs_ratio: float = 0.5
     """compute the policy is to recommend, pruned / native"""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: merge(TrainConfig.from_preset("tokengame"), {"updates": 150})
-    )
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: short("tokengame"))
 
     def run(self) -> dict[str, Any]:
         """Train on scenes of training photos, measure on fresh scenes of test photos."""
