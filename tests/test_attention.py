@@ -64,6 +64,11 @@ def test_segment_mean_by_hand():
     assert segment_mean(values, layout_of([2, 1]), torch.tensor([3.0, 1.0, 5.0])).tolist() == [[1.5], [10.0]]
 
 
+def test_segment_mean_counts_beyond_256_in_bfloat16():
+    values = torch.ones(700, 1, dtype=torch.bfloat16)
+    assert segment_mean(values, layout_of([600, 100])).tolist() == [[1.0], [1.0]]
+
+
 def test_the_best_agent_of_a_starved_image_stays_and_others_are_left_alone():
     keep = torch.tensor([False, False, False, True, False])
     logits = torch.tensor([-3.0, -1.0, -2.0, 1.0, -5.0])

@@ -61,14 +61,14 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(model, source, tmp_p
     whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))
     whole.run()
 
-    def stop_after_two(batches, *_):
-        for number, batch in enumerate(batches):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupt(*_):
+        """In the middle of the third update, networks already stepped."""
+        if part.trainer.updates == 2:
+            raise KeyboardInterrupt
 
+    part.trainer.controller.update = interrupt
     with pytest.raises(KeyboardInterrupt):
-        part.run(stop_after_two)
+        part.run()
     resumed = session_for(model, source, tmp_path / "part", resume=True)
     assert resumed.trainer.updates == 2
     resumed.run()
@@ -114,7 +114,8 @@ def test_share_learns_to_prune_when_staying_costs_and_to_stay_when_it_pays(model
     assert kept["cost"] < 0.15 < 0.6 < kept["gain"]
 
 
-def test_auto_dtype_is_one_the_device_computes_in():
-    chosen = training_dtype("auto", torch.device("cpu"))
-    assert chosen == (torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32)
+@pytest.mark.parametrize(("able", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_one_the_device_computes_in(able, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert training_dtype("auto", torch.device("cpu")) == chosen
     assert training_dtype("float32", torch.device("cpu")) == torch.float32

@@ -1,4 +1,4 @@
-"""Self-attention inside each image of a packed batch, by three kernels with one meaning.
+"""Self-attention inside each image of a packed batch, by two kernels with one meaning.
 
 `bias` is one number per key, added to its logits in every head: log size for merged tokens (ToMe's proportional
 attention, Bolya et al. 2023, eq. 1). It stays a key bias, so fused attention stays on.

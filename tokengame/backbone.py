@@ -98,7 +98,7 @@ class Backbone:
         model, x = self.model, self.model.norm(x)
         if model.attn_pool is not None:
             return self._attention_pool(x, layout, size)
-        if model.global_pool in ("token", ""):
+        if model.global_pool == "token":
             prefix = layout.start[:, None] + torch.arange(self.prefix, device=x.device)
             return model.forward_head(x[prefix])
         rows = layout.pad(x)
@@ -149,8 +149,8 @@ def check_supported(model: Any) -> None:
         raise TokenGameError(f"{name} embeds patches with {type(model.patch_embed).__name__}; only PatchEmbed is plain")
     if model.num_prefix_tokens and not model.has_class_token and model.global_pool == "token":
         raise TokenGameError(f"{name} pools a class token it does not have")
-    if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
-        raise TokenGameError(f"{name} pools by {model.global_pool!r}, which depends on every token of the grid")
+    if model.global_pool not in ("token", "avg", "avgmax", "max", "map"):
+        raise TokenGameError(f"{name} pools by {model.global_pool!r}: its output depends on every token of the grid")
     if model.attn_pool is not None and model.attn_pool.pos_embed is not None:
         raise TokenGameError(f"{name} adds positions in its pooling, which needs the whole grid")
     for index, block in enumerate(model.blocks):

@@ -54,22 +54,20 @@ def bench(
     model: nn.Module,
     name: str,
     *,
-    decide: Decide | None = None,
     game: GameConfig | None = None,
     keep: tuple[float, ...] = (0.7, 0.49, 0.34),
     batch_sizes: tuple[int, ...] = (1, 8, 32),
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     seconds: float = 10.0,
     seed: int = 0,
-    images: Tensor | None = None,
     report: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Time native against pruned for each dtype and batch size; rows with the JSON keys of `bench`.
 
     Args:
         model: supported timm model; speed does not depend on its weights.
-        decide: the policy, with its threshold applied, for `game`; None forces `keep`.
-        images: [n, channels, height, width] to time on; random where None, which is only fair with forced decisions.
+        game: stages and transition; `keep` has one share for each stage.
+        keep: forced shares of tokens, see `ForcedKeep`.
         seconds: for each row, shared by both models.
         report: called when a row is finished.
     """
@@ -78,14 +76,15 @@ def bench(
         backbone = Backbone(copy.deepcopy(model).to(dtype))
         config = game or GameConfig(stage_count=len(keep))
         played = TokenGame(backbone, config)
+        if len(played.stages) != len(keep):
+            raise TokenGameError(f"{len(keep)} shares to keep for {len(played.stages)} stages: give one for each")
         shape = {"dim": backbone.dim, "heads": backbone.heads, "agents": backbone.patches, "stages": len(played.stages)}
-        actor = build_actor(ActorConfig("context", (32,)), shape).eval()
-        chosen = decide or ForcedKeep(actor, keep, seed)
+        actor = build_actor(ActorConfig("context", (32,)), shape).eval().to(backbone.device)
+        decide = ForcedKeep(actor, keep, seed)
         size = backbone.model.patch_embed.img_size
         for batch_size in batch_sizes:
             x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(seed))
-            x = x if images is None else images[torch.arange(batch_size) % len(images)]
-            row = _row(played, chosen, x.to(backbone.device, dtype), seconds)
+            row = _row(played, decide, x.to(backbone.device, dtype), seconds)
             rows.append(
                 {"backbone": name, "dtype": str(dtype).removeprefix("torch."), "transition": config.transition, **row}
             )
@@ -94,13 +93,12 @@ def bench(
 
 
 @torch.inference_mode()
-def _row(game: TokenGame, decide: Decide, x: Tensor, seconds: float) -> dict[str, Any]:
+def _row(game: TokenGame, decide: ForcedKeep, x: Tensor, seconds: float) -> dict[str, Any]:
     native: Callable[[], Any] = lambda: game.backbone.model(x)  # noqa: E731
     pruned: Callable[[], Any] = lambda: game.logits(game.play(x, decide))  # noqa: E731
     state = game.play(x, decide)
     kept = torch.stack(state.kept).cpu()
-    actor = getattr(decide, "actor", decide)
-    macs = pruned_macs(game, actor, kept, state.total)
+    macs = pruned_macs(game, decide.actor, kept, state.total)
     times: tuple[list[float], list[float]] = ([], [])
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times[0]) < 7:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from typing import Annotated, Any, Union
 
 import tyro
+from rich.markup import escape
 
 from tokengame.commands import Bench, Eval, Show, Train
 from tokengame.config import TrainConfig
@@ -50,14 +52,23 @@ def main(arguments: list[str] | None = None) -> int:
             command = parse(arguments)
             result = command.run()
     except TokenGameError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is on disk")
         return 130
     if command.json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result), allow_nan=False))
     return 0
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold replaced by null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def entry() -> None:
@@ -98,4 +109,4 @@ def parse(arguments: list[str]) -> Any:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+    console.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)

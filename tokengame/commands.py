@@ -12,14 +12,14 @@ from torch import nn
 
 from tokengame.backbone import Backbone
 from tokengame.bench import bench
-from tokengame.config import GameConfig, TrainConfig
+from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, dial_for, evaluate
 from tokengame.figures import denormalise, png, stack, strip
 from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
-from tokengame.models import load_model, preprocessing_of
+from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
 from tokengame.report import table, verdict
 from tokengame.runtime import PrunedViT, prune
 from tokengame.session import Session, require_writable
@@ -41,7 +41,7 @@ class Common:
         try:
             return model.to(self.torch_device)
         except (RuntimeError, AssertionError) as error:
-            raise TokenGameError(f"no device {self.device!r} here ({str(error).splitlines()[0]})") from None
+            raise TokenGameError(f"no device {self.device!r} here ({first_line(error)})") from None
 
     @property
     def torch_device(self) -> str:
@@ -67,6 +67,7 @@ class OnImages(Common):
 
     def load(self) -> tuple[nn.Module, ImageSource]:
         """Model and images, labelled; the cheaper mistakes are found first."""
+        require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
         source = open_images(self.images, self.split)
         model = self.place(load_model(self.backbone, self.weights))
         label_images(source, self.class_map, Backbone(model).model.num_classes)
@@ -86,7 +87,8 @@ def report_bad(tally: BadImages) -> None:
     """Say which images were skipped."""
     if tally.reasons:
         name, reason = next(iter(tally.reasons.items()))
-        console.print(f"skipped {len(tally.reasons)} unreadable of {tally.total} images, the first is {name}: {reason}")
+        skipped = f"skipped {len(tally.reasons)} unreadable of {tally.total} images"
+        console.print(f"{skipped}, the first is {name}: {reason}", markup=False, soft_wrap=True)
 
 
 @dataclass(kw_only=True)
@@ -147,8 +149,9 @@ class Eval(OnImages):
 
     def run(self) -> dict[str, Any]:
         """Measure."""
-        if sum(point is not None for point in (self.dial, self.gmacs_ratio, self.max_drop)) > 1:
-            raise TokenGameError("give one of --dial, --gmacs-ratio and --max-drop")
+        points = (self.dial, self.gmacs_ratio, self.max_drop)
+        require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
@@ -194,7 +197,7 @@ class Show(OnImages):
         if not strips:
             raise TokenGameError(f"none of the {len(chosen.names)} images picked can be read; see the reasons above")
         self.output.write_bytes(png(stack(strips)))
-        console.print(f"wrote {self.output}")
+        console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
         return {"files": [str(self.output)]}
 
 
@@ -219,7 +222,7 @@ class Bench(Common):
     """Honest timing, native and pruned interleaved in one run."""
 
     backbone: str
-    """timm model name; random weights serve unless --policy is given"""
+    """timm model name, or "fashion"; random weights serve, for decisions are forced"""
     weights: str | None = None
     """local checkpoint"""
     keep: tuple[float, ...] = (0.7, 0.49, 0.34)
@@ -237,14 +240,9 @@ class Bench(Common):
 
     def run(self) -> list[dict[str, Any]]:
         """Time."""
-        import timm
-
-        if self.weights is None and self.backbone != "fashion":
-            if not timm.is_model(self.backbone):
-                raise TokenGameError(f"timm knows no model {self.backbone!r}")
-            model = timm.create_model(self.backbone).eval()
-        else:
-            model = load_model(self.backbone, self.weights)
+        require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
+        embedded = self.weights is not None or self.backbone == EMBEDDED
+        model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
         game = GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition)
         jobs = len(self.dtypes) * len(self.batch_sizes)
         ticks = iter(progress(range(jobs), "timing", jobs))

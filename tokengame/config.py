@@ -64,6 +64,12 @@ class ActorConfig:
     keep_logit: float = 0.0
     """keep logit at the start of training, the same for every token on average"""
 
+    def __post_init__(self) -> None:
+        require(
+            self.observation in ("token_id", "context"), f"no observation {self.observation!r}; token_id or context"
+        )
+        require(min(self.hidden, default=0) > 0, f"actor.hidden wants at least one width, not {self.hidden}")
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -81,6 +87,9 @@ class RewardConfig:
     """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
     kl_clamp: float = 1.5
     """fidelity: largest KL one image can be charged for"""
+
+    def __post_init__(self) -> None:
+        require(self.target_kl > 0 and self.kl_weight > 0, "reward.target_kl and reward.kl_weight must be above 0")
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class PPOConfig:
     max_grad_norm: float = 10.0
     """gradient norm is clipped to this"""
 
+    def __post_init__(self) -> None:
+        require(min(self.epochs, self.minibatches) >= 1, "ppo.epochs and ppo.minibatches must be at least 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -122,6 +134,10 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """the backbone's while training; auto: bfloat16 where the device computes in it, else float32"""
 
+    def __post_init__(self) -> None:
+        counts = (self.updates, self.batch_size, self.rollouts)
+        require(min(counts) >= 1, f"updates, batch_size and rollouts must be at least 1, not {counts}")
+
     @staticmethod
     def from_preset(name: str) -> TrainConfig:
         """Settings of preset `name`.
@@ -132,6 +148,12 @@ class TrainConfig:
         if name not in PRESETS:
             raise TokenGameError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
         return merge(TrainConfig(preset=name), PRESETS[name])
+
+
+def require(holds: bool, sentence: str) -> None:
+    """Raise TokenGameError with `sentence` unless `holds`."""
+    if not holds:
+        raise TokenGameError(sentence)
 
 
 def merge(config: Any, overrides: dict[str, Any]) -> Any:

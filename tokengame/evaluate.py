@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median, mode
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,14 @@ class Scores:
     """grid positions alive at the end"""
     macs_native: float = 0.0
     tokens: int = 0
-    seconds_native: list[float] = field(default_factory=list)
-    """of each full batch"""
-    seconds_pruned: list[float] = field(default_factory=list)
-    batch_size: int = 0
+    seconds: list[tuple[int, float, float]] = field(default_factory=list)
+    """of each batch: size, native, pruned"""
 
     def summary(self) -> dict[str, Any]:
         """The JSON keys of `eval`."""
         count, macs = len(self.agree), np.asarray(self.macs)
         if not count:
             raise TokenGameError("no readable image to measure on")
-        native = self.batch_size / float(np.median(self.seconds_native))
-        pruned = self.batch_size / float(np.median(self.seconds_pruned))
         return {
             "images": count,
             **self._labelled(),
@@ -60,10 +57,21 @@ class Scores:
             "gmacs_ratio_std": float(macs.std()) / self.macs_native,
             "tokens_kept": [float(n) for n in np.mean(self.kept, 0)],
             "tokens": self.tokens,
-            "batch_size": self.batch_size,
-            "images_per_second_native": native,
-            "images_per_second_pruned": pruned,
-            "speedup": pruned / native,
+            **self._speed(),
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        """Medians over the batches of the most frequent size; a short last batch would not be comparable."""
+        if not self.seconds:
+            return {}
+        size = mode(size for size, _, _ in self.seconds)
+        native = median(native for batch, native, _ in self.seconds if batch == size)
+        pruned = median(pruned for batch, _, pruned in self.seconds if batch == size)
+        return {
+            "batch_size": size,
+            "images_per_second_native": size / native,
+            "images_per_second_pruned": size / pruned,
+            "speedup": native / pruned,
         }
 
     def _labelled(self) -> dict[str, Any]:
@@ -93,23 +101,20 @@ def _timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) 
 def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
     """Measure the pruned model against the model it wraps.
 
-    Every batch goes through both, in turn first and second, after a warm-up on the first; a batch of another size than
-    the first's is not timed. The time is the whole call, policy and packing included.
+    Every batch goes through both, in turn first and second, after a warm-up on the first. The time is the whole call,
+    policy and packing included.
     """
     weight = next(fast.model.parameters())
     scores = Scores()
     for number, batch in enumerate(batches):
         images = batch.images.to(weight.device, weight.dtype)
         if not number:
-            scores.batch_size = len(images)
             fast.model(images), fast(images)
         calls: dict[str, Callable[[Tensor], Any]] = {"native": fast.model, "pruned": partial(_play, fast)}
         order = sorted(calls, reverse=number % 2 == 0)
         timed = {name: _timed(weight.device, calls[name], images) for name in order}
         (native, seconds_native), ((state, pruned), seconds_pruned) = timed["native"], timed["pruned"]
-        if len(images) == scores.batch_size:
-            scores.seconds_native.append(seconds_native)
-            scores.seconds_pruned.append(seconds_pruned)
+        scores.seconds.append((len(images), seconds_native, seconds_pruned))
         _score(scores, fast, batch, native.float(), pruned.float(), state)
     return scores
 
@@ -154,7 +159,6 @@ def calibrate(
     fast.dial = wanted
     rows = []
     for dial, score in scores.items():
-        score.seconds_native, score.seconds_pruned = [float("nan")], [float("nan")]
         summary = score.summary()
         names = ("gmacs_ratio", "agreement", "kl", "drop_pp", "drop_pp_ci95", "images")
         rows.append({"dial": dial, **{name: summary[name] for name in names}})

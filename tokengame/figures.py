@@ -65,10 +65,10 @@ def stack(strips: list[Image.Image]) -> Image.Image:
     return canvas
 
 
-def png(image: Image.Image, colours: int | None = None) -> bytes:
-    """Compressed PNG; with `colours`, reduced to a palette, which photographs in docs survive well."""
+def png(image: Image.Image) -> bytes:
+    """Compressed PNG."""
     buffer = io.BytesIO()
-    (image.quantize(colours) if colours else image).save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, first_line
 from tokengame.scenes import FashionScenes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -80,8 +80,10 @@ class HuggingFaceImages:
         try:
             self.rows = datasets.load_dataset(name, split=split)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise TokenGameError(f"{name} is no folder or tar, and Hugging Face cannot load it: {reason}") from None
+        if "image" not in self.rows.column_names:
+            raise TokenGameError(f"{name} has no column 'image' but {', '.join(self.rows.column_names)}; rename it")
         self.names = [f"{name}[{i}]" for i in range(len(self.rows))]
         self.labels = list(self.rows["label"]) if "label" in self.rows.column_names else None
 
@@ -153,7 +155,13 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
         TokenGameError: `class_map` is missing, names too many classes, or does not know a class folder.
     """
     folders = [Path(name).parent.name for name in source.names]
-    if not any(folders) or isinstance(source, HuggingFaceImages):
+    if isinstance(source, HuggingFaceImages):
+        if source.labels is not None and not all(isinstance(i, int) and 0 <= i < classes for i in source.labels):
+            raise TokenGameError(f"labels of {source.names[0][:-3]} are not class indices below {classes}")
+        return
+    if not any(folders):
+        if class_map is not None:
+            raise TokenGameError("--class-map needs class folders, and these images lie in none")
         return
     if class_map is None:
         known = {folder: index for index, folder in enumerate(sorted(set(folders)))}
@@ -174,6 +182,8 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
 
 def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[Subset, Subset]:
     """Seeded random parts for training and validation, `holdout` (a share) held back; at least one image in each."""
+    if not 0 < holdout < 1:
+        raise TokenGameError(f"--holdout is a share between 0 and 1, not {holdout}")
     order = np.random.default_rng(seed).permutation(len(source.names)).tolist()
     held = min(max(1, round(holdout * len(order))), len(order) - 1)
     if held < 1:

@@ -9,11 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, first_line
 
 EMBEDDED = "fashion"
 """name of the embedded backbone: width 96, 8 blocks, 14 x 14 patches, trained on fashion scenes"""
@@ -39,11 +38,17 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True).eval()
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TokenGameError(
-                f"timm cannot fetch weights for {name} ({reason}); pass a local file with --weights"
-            ) from None
-    return load_model_file(timm.create_model(name, **_classes(weights)), weights)
+            hint = "pass a local file with --weights"
+            raise TokenGameError(f"timm cannot fetch weights for {name} ({first_line(error)}); {hint}") from None
+    return load_model_file(untrained(name, **_classes(weights)), weights)
+
+
+def untrained(name: str, **settings: Any) -> nn.Module:
+    """timm's model `name` with random weights."""
+    try:
+        return timm.create_model(name, **settings).eval()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TokenGameError(f"timm knows no model {name!r} ({first_line(error)})") from None
 
 
 def build_embedded() -> Any:
@@ -59,11 +64,12 @@ def _read(weights: str) -> dict[str, torch.Tensor]:
     if not Path(weights).is_file():
         raise TokenGameError(f"no weights file at {weights}")
     try:
-        return load_state_dict(weights, use_ema=False)
-    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-        raise TokenGameError(
-            f"weights file {weights} is damaged or of no known format ({str(error).splitlines()[0]})"
-        ) from None
+        state = load_state_dict(weights, use_ema=False)
+    except Exception as error:
+        raise TokenGameError(f"weights file {weights} is damaged or of no known format ({first_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TokenGameError(f"weights file {weights} holds no state dict of tensors")
+    return state
 
 
 def _classes(weights: str) -> dict[str, Any]:
@@ -77,8 +83,8 @@ def load_model_file(model: nn.Module, weights: str) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        first = [line.strip() for line in str(error).splitlines()[1:]]
-        raise TokenGameError(f"{weights} holds another architecture: {first[0] if first else error}") from None
+        first = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise TokenGameError(f"{weights} holds another architecture: {first[0]}") from None
     broken = [k for k, v in state.items() if not v.isfinite().all()]
     if broken:
         raise TokenGameError(f"{weights} holds values that are not finite in {broken[0]} ({len(broken)} tensors)")

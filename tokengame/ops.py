@@ -84,10 +84,11 @@ class Layout:
 
 def segment_mean(values: Tensor, layout: Layout, weight: Tensor | None = None) -> Tensor:
     """Weighted mean of the rows of each image: [M, C] -> [B, C]; zeros for an image without rows."""
-    weight = torch.ones_like(values[:, 0]) if weight is None else weight.to(values.dtype)
+    dtype, values = values.dtype, values.float()  # bfloat16 cannot count beyond 256
+    weight = torch.ones_like(values[:, 0]) if weight is None else weight.float()
     total = values.new_zeros(layout.images, values.shape[1]).index_add_(0, layout.image, values * weight[:, None])
     mass = values.new_zeros(layout.images).index_add_(0, layout.image, weight)
-    return total / mass.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    return (total / mass.clamp(min=1e-30)[:, None]).to(dtype)
 
 
 def keep_at_least_one(keep: Tensor, logits: Tensor, layout: Layout) -> Tensor:

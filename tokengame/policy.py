@@ -1,4 +1,4 @@
-"""The policy file: an actor's weights and a card, in one safetensors file. And heuristics under the same call."""
+"""The policy file: an actor's weights and a card, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tokengame.backbone import Backbone
 from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, merge
-from tokengame.errors import TokenGameError
-from tokengame.game import Observation
+from tokengame.errors import TokenGameError, first_line
 from tokengame.networks import Actor, build_actor
 
 FORMAT = 1
@@ -67,20 +66,24 @@ class Policy:
             raise TokenGameError(
                 f"{path} is a safetensors file but holds no tokengame policy; pass one made by `train`"
             )
-        return Policy._build(json.loads(header), weights, path)
+        try:
+            return Policy._build(json.loads(header), weights, path)
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise TokenGameError(f"policy file {path} contradicts its own card: {first_line(error)}") from None
 
     @staticmethod
     def _build(card: dict[str, Any], weights: dict[str, Tensor], path: str | Path) -> Policy:
-        if card.get("format") != FORMAT or card.get("game_version") != GAME_VERSION:
+        found = (card["format"], card["game_version"])
+        if found != (FORMAT, GAME_VERSION):
             raise TokenGameError(
-                f"{path} has format {card.get('format')}, game {card.get('game_version')}; this version "
-                f"reads {FORMAT} and {GAME_VERSION}: train it again or install the matching tokengame"
+                f"{path} has format {found[0]}, game {found[1]}; this version reads {FORMAT} and {GAME_VERSION}: "
+                "train it again or install the matching tokengame"
             )
-        try:
-            actor = build_actor(merge(ActorConfig(), card["actor"]), actor_shape(card))
-            actor.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise TokenGameError(f"policy file {path} contradicts its own card: {str(error).splitlines()[0]}") from None
+        merge(GameConfig(), card["game"])
+        threshold(card["dial"])
+        card["backbone"]["name"], card["backbone"]["fingerprint"], card["calibration"]  # required
+        actor = build_actor(merge(ActorConfig(), card["actor"]), actor_shape(card))
+        actor.load_state_dict(weights)
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise TokenGameError(f"policy file {path} holds weights that are not finite; train it again")
         return Policy(actor.eval(), card)
@@ -111,11 +114,11 @@ def threshold(dial: float) -> float:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Hash of the signs of all block weights: the same in any floating-point type, another for other weights."""
+    """Hash of the signs of all parameters in blocks: the same in any floating-point type, another for other weights."""
     digest = hashlib.sha256()
     for block in backbone.blocks:
-        for weight in (block.attn.qkv.weight, block.attn.proj.weight):
-            digest.update((weight.detach() < 0).cpu().numpy().tobytes())
+        for parameter in block.parameters():
+            digest.update(torch.signbit(parameter.detach()).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -139,20 +142,3 @@ def check_fits(policy: Policy, backbone: Backbone) -> str | None:
             "run `tokengame eval` before relying on it"
         )
     return None
-
-
-def attention_heuristic(obs: Observation) -> Tensor:
-    """Keep logits of the usual heuristic: log attention from the class token, centred in each image."""
-    return obs.features[:, -4]
-
-
-class RandomChoice:
-    """Keeps each agent with probability `keep[stage]`, seeded; as logits to be cut at 0."""
-
-    def __init__(self, keep: tuple[float, ...], seed: int = 0):
-        self.keep, self.generator = torch.tensor(keep), torch.Generator().manual_seed(seed)
-
-    def __call__(self, obs: Observation) -> Tensor:
-        chance = self.keep.to(obs.token.device)[obs.stage][obs.scene]
-        draw = torch.rand(len(obs.scene), generator=self.generator).to(chance.device)
-        return chance - draw

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from tokengame.commands import Common, draw_strips
-from tokengame.config import TrainConfig, merge
+from tokengame.config import TrainConfig, merge, require
 from tokengame.console import console, progress, show_table
 from tokengame.data import BadImages, Views, checked, transform_for
 from tokengame.evaluate import Scores, evaluate
@@ -44,6 +44,7 @@ class Quickstart(Common):
 
     def run(self) -> dict[str, Any]:
         """Train on scenes of training photos, measure on fresh scenes of test photos."""
+        require(self.eval_images >= 1, "--eval-images must be at least 1")
         start = time.perf_counter()
         policy, page = self.output / "policy.safetensors", self.output / "report.html"
         require_writable(page)
@@ -61,14 +62,16 @@ class Quickstart(Common):
         self._report(page, fast, result, session, source)
         result |= {"report": str(page), "seconds": time.perf_counter() - start}
         show_table(f"{self.eval_images} fresh scenes", table(result))
-        console.print(f"{verdict(result)}\npolicy: {policy}\nreport: {page}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{verdict(result)}\npolicy: {policy}\nreport: {page}", highlight=False, markup=False, soft_wrap=True
+        )
         return result
 
     def _report(
         self, page: Path, fast: PrunedViT, result: dict[str, Any], session: Session, source: SceneImages
     ) -> None:
-        some = Subset(source, range(8))
-        views = Views(some, range(8), transform_for(session.preprocessing, train=False))
+        some = Subset(source, range(min(8, len(source.names))))
+        views = Views(some, range(len(some.names)), transform_for(session.preprocessing, train=False))
         strips = draw_strips(fast, next(iter(views.loader(8, 0))), session.preprocessing, side=112)
         metrics = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
         figures = {

@@ -4,8 +4,8 @@
 alpha * p(correct) / beta stay. `target` adds to the share a penalty around keep targets, as the authors' published code
 does. `fidelity` (ours) needs no labels: at its exit every agent is charged KL(native || pruned) of the whole game, less
 what other games on the same image were charged (leave-one-out, Kool et al. 2019), and for each stage it survives the
-compute that its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001): exact,
-and free of the other agents' noise.
+compute that its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001), free of
+the other agents' noise; it counts blocks and leaves out that attention is quadratic.
 """
 
 from __future__ import annotations

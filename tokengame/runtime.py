@@ -26,7 +26,9 @@ class PrunedViT(nn.Module):
         super().__init__()
         self.model, self.actor, self.card = model, policy.actor, policy.card
         self.game = TokenGame(Backbone(model), policy.game, policy.card["actor"]["observation"] == "context")
+        self._was_training = model.training
         self.dial = dial
+        self.eval()
 
     @property
     def dial(self) -> float:
@@ -65,8 +67,8 @@ class PrunedViT(nn.Module):
         return native, pruned_macs(self.game, self.actor, kept, state.total)
 
     def restore(self) -> nn.Module:
-        """The original model, untouched."""
-        return self.model
+        """The original model, untouched, in the mode (training or evaluation) it came in."""
+        return self.model.train(self._was_training)
 
 
 def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = None) -> PrunedViT:
@@ -90,7 +92,7 @@ def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = No
     if warning:
         warnings.warn(warning, stacklevel=2)
     policy.actor.to(backbone.device)
-    return PrunedViT(model, policy, policy.card.get("dial", 0.5) if dial is None else dial).eval()
+    return PrunedViT(model, policy, policy.card["dial"] if dial is None else dial)
 
 
 SHIPPED = Path(__file__).parent / "policies"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,8 @@ def silent(iterable: Iterable, _description: str, _total: int) -> Iterable:
 
 def require_writable(path: Path) -> None:
     """Raise TokenGameError now, not after hours, if the file `path` could not be written."""
+    if path.is_dir() or not path.name:
+        raise TokenGameError(f"{path} is a folder; give the name of a file in it with --output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(path.name + ".probe")
@@ -100,24 +105,31 @@ class Session:
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
             raise TokenGameError(f"nothing to resume: no checkpoint at {self.checkpoint}; run without --resume")
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["config"] != json.dumps(asdict(self.config)) or state["seed"] != self.seed:
+        try:
+            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError):
+            raise TokenGameError(f"checkpoint {self.checkpoint} is damaged; run without --resume") from None
+        if state["run"] != self._run:
             raise TokenGameError(
-                f"{self.checkpoint} was made with other settings; resume with those, or run without --resume"
+                f"{self.checkpoint} has other settings, weights or images; resume with those, or run without --resume"
             )
         self.trainer.load_state_dict(state["trainer"])
         self.seconds = state["seconds"]
         lines = (self.log_dir / "metrics.jsonl").read_text().splitlines()[: self.trainer.updates]
         (self.log_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    def save(self) -> None:
+    @property
+    def _run(self) -> str:
+        """What makes a run this one: settings, seed, weights and images."""
+        images = hashlib.sha256("\n".join(self.images.names).encode()).hexdigest()
+        return json.dumps([asdict(self.config), self.seed, fingerprint(self.trainer.backbone), images])
+
+    def _snapshot(self) -> dict[str, Any]:
+        """The state after the last whole update; an interrupt inside the next one must not touch it."""
+        return copy.deepcopy({"trainer": self.trainer.state_dict(), "run": self._run, "seconds": self.seconds})
+
+    def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint whole or not at all."""
-        state = {
-            "trainer": self.trainer.state_dict(),
-            "config": json.dumps(asdict(self.config)),
-            "seed": self.seed,
-            "seconds": self.seconds,
-        }
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self.checkpoint)
@@ -134,17 +146,18 @@ class Session:
 
     def run(self, progress: Progress = silent, checkpoint_every: int = 50) -> None:
         """Train to the end. The checkpoint is written every so many updates, and when something stops the run."""
-        left = self.config.updates - self.trainer.updates
+        left, state = self.config.updates - self.trainer.updates, self._snapshot()
         with SummaryWriter(str(self.log_dir)) as board, (self.log_dir / "metrics.jsonl").open("a") as log:
             try:
                 for batch in progress(self.batches(), "training", left):
                     self._update(batch, board, log)
+                    state = self._snapshot()
                     if self.trainer.updates % checkpoint_every == 0:
                         log.flush()
-                        self.save()
+                        self.save(state)
             finally:
                 log.flush()
-                self.save()
+                self.save(state)
 
     def _update(self, batch: Batch, board: SummaryWriter, log: Any) -> None:
         start = time.perf_counter()
@@ -187,8 +200,9 @@ class Session:
         fast = prune(self.model, self.policy([]))
         loader = Views(self.images, chosen, transform_for(self.preprocessing, train=False)).loader(32, self.workers)
         rows = calibrate(fast, progress(checked(loader, self.tally), "calibrating", len(loader)))
-        dial = 0.5 if gmacs_ratio is None else dial_for(rows, gmacs_ratio=gmacs_ratio)
-        self.policy(rows, dial).save(self.output)
+        self.policy(rows).save(self.output)  # a wish that cannot be met must not cost the policy
+        if gmacs_ratio is not None:
+            self.policy(rows, dial_for(rows, gmacs_ratio=gmacs_ratio)).save(self.output)
         return prune(self.model, Policy.load(self.output))
 
     def result(self) -> dict[str, Any]:

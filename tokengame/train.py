@@ -113,9 +113,9 @@ class Trainer:
         Raises:
             TokenGameError: the backbone or the reward is not finite; says where.
         """
-        start = time.perf_counter()
+        start = self._clock()
         rollout, outcome, metrics = self.rollout(images.to(self.device, self.dtype), labels)
-        played = time.perf_counter()
+        played = self._clock()
         self._anneal()
         experience = self.experience(rollout, outcome)
         metrics |= update(self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator)
@@ -123,7 +123,7 @@ class Trainer:
             self.controller.update(float(outcome.kl.clamp(max=self.config.reward.kl_clamp).mean()))
         self.updates += 1
         self.images_seen += len(images)
-        end = time.perf_counter()
+        end = self._clock()
         speed = len(images) * self.config.rollouts / (end - start)
         return metrics | {
             "charts/kl_weight": self.controller.weight,
@@ -138,9 +138,9 @@ class Trainer:
     def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
         """Play `rollouts` games on each image; the part before the first decision is computed once."""
         rollouts = self.config.rollouts
-        start = time.perf_counter()
+        start = self._clock()
         native = self.backbone.model(images).float()
-        native_time = time.perf_counter() - start
+        native_time = self._clock() - start
         self._require_finite(native, "the native model's prediction")
         rollout = play_sampled(self.game, self.game.reset(images).repeat(rollouts), self.actor, self.generator)
         pruned = self.game.logits(rollout.final).float()
@@ -193,6 +193,12 @@ class Trainer:
 
         obs = Observation.concat([replace(o, token=o.token.float(), cls=o.cls.float()) for o in rollout.observations])
         return Experience(obs, torch.cat(rollout.action), torch.cat(rollout.log_prob), flat(advantages), flat(returns))
+
+    def _clock(self) -> float:
+        """Seconds, after all queued work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _anneal(self) -> None:
         left = 1 - self.updates / self.config.updates
