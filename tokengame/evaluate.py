@@ -19,7 +19,7 @@ from tokengame.game import State
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
 
-CALIBRATION_DIALS = tuple(round(1 / (1 + 2.718281828**-logit), 4) for logit in np.arange(-4, 4.01, 0.5))
+CALIBRATION_DIALS = tuple(round(1 / (1 + 2.718281828**-logit), 4) for logit in np.arange(-4, 2.01, 0.5))
 
 
 @dataclass

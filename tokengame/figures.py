@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 GAP, CAPTION = 6, 18
+PAGE = 1060
+"""pixels that a picture may be wide before strips stand under one another"""
+GONE = (196, 214, 240)
 
 
 def denormalise(images: Tensor, preprocessing: dict[str, Any]) -> np.ndarray:
@@ -21,12 +24,12 @@ def denormalise(images: Tensor, preprocessing: dict[str, Any]) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, alive: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """`pixels` [height, width, 3] with every patch whose token is gone faded to a light grey."""
+    """`pixels` [height, width, 3] with every patch whose token is gone faded to a light blue."""
     height, width = pixels.shape[:2]
     mask = np.kron(alive.reshape(grid), np.ones((height // grid[0], width // grid[1]), bool))
     full = np.zeros((height, width), bool)
     full[: mask.shape[0], : mask.shape[1]] = mask
-    faded = (0.18 * pixels + 0.82 * 225).astype(np.uint8)
+    faded = (0.2 * pixels + 0.8 * np.array(GONE)).astype(np.uint8)
     return np.where(full[..., None], pixels, faded)
 
 
@@ -56,12 +59,12 @@ def strip(
 
 
 def stack(strips: list[Image.Image]) -> Image.Image:
-    """Strips under one another."""
-    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height + GAP for s in strips) - GAP), "white")
-    top = 0
-    for image in strips:
-        canvas.paste(image, (0, top))
-        top += image.height + GAP
+    """Strips on one page, as many side by side as fit."""
+    width, height = max(s.width for s in strips) + 3 * GAP, max(s.height for s in strips) + GAP
+    columns = max(1, min(len(strips), PAGE // width))
+    canvas = Image.new("RGB", (columns * width - 3 * GAP, -(-len(strips) // columns) * height - GAP), "white")
+    for number, image in enumerate(strips):
+        canvas.paste(image, (number % columns * width, number // columns * height))
     return canvas
 
 
