@@ -4,8 +4,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(2)
+settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
+settings.load_profile("shared")
 REAL = Path(os.environ.get("TOKENGAME_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

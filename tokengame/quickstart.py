@@ -80,7 +80,9 @@ class Quickstart(Common):
         metrics = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
         figures = {
             "One policy, one dial": calibration_figure(fast.card["calibration"], result),
-            "Learning: KL of the sampled games falls to its target, compute follows": training_figure(metrics),
+            "Learning: compute falls, a controller steers the sampled games' KL to its target": training_figure(
+                metrics
+            ),
         }
         write_report(page, "tokengame quickstart: fashion scenes", result, png(stack(strips)), figures)
 

@@ -46,9 +46,9 @@ def verdict(result: dict[str, Any]) -> str:
     speed = result["speedup"]
     pace = f"{speed:.2f} times as fast" if speed >= 1 else f"slower ({speed:.2f} times the native speed)"
     drop = result.get("drop_pp")
-    price = (
-        f"{drop:+.2f} points of top-1 lost" if drop is not None else f"{result['agreement']:.1%} the same predictions"
-    )
+    price = f"{result['agreement']:.1%} of the predictions unchanged"
+    if drop is not None:
+        price = f"{abs(drop):.2f} points of top-1 {'lost' if drop >= 0 else 'gained'}, {price}"
     return f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
 
 

@@ -1,0 +1,130 @@
+"""Measurement and pictures against hand tables."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_vit
+from PIL import Image
+
+from tokengame.backbone import Backbone
+from tokengame.bench import ForcedKeep
+from tokengame.cli import finite
+from tokengame.config import GameConfig
+from tokengame.errors import TokenGameError
+from tokengame.evaluate import Scores, dial_for
+from tokengame.figures import overlay, stack, strip
+from tokengame.game import TokenGame
+from tokengame.quickstart import item_recall
+from tokengame.report import table, verdict
+from tokengame.scenes import FashionScenes
+
+
+def scores(**changes):
+    base = {
+        "correct_native": [True, True, False, True],
+        "correct_pruned": [True, False, True, True],
+        "agree": [True, False, False, True],
+        "kl": [0.0, 0.2, 0.4, 0.0],
+        "macs": [50.0, 70.0, 60.0, 60.0],
+        "kept": [[8, 4], [6, 2], [8, 4], [6, 2]],
+        "macs_native": 100.0,
+        "tokens": 10,
+        "seconds": [(3, 9.0, 9.0), (4, 2.0, 1.0), (4, 4.0, 2.0), (4, 40.0, 1.0)],
+    }
+    return Scores(**(base | changes))
+
+
+def test_summary_by_hand():
+    found = scores().summary()
+    assert (found["top1_native"], found["top1_pruned"], found["drop_pp"]) == (0.75, 0.75, 0.0)
+    # paired differences 0, 100, -100, 0: standard deviation sqrt(20000 / 3), over sqrt(4)
+    assert found["drop_pp_ci95"] == pytest.approx([-80.0, 80.0], abs=0.1)
+    assert (found["agreement"], found["gmacs_ratio"], found["tokens_kept"]) == (0.5, 0.6, [7.0, 3.0])
+    assert found["gmacs_ratio_std"] == pytest.approx(0.0707, abs=1e-4)
+    # medians over the batches of 4 alone: 4 seconds and 1
+    assert (found["images_per_second_native"], found["images_per_second_pruned"]) == (1.0, 4.0)
+    assert (found["batch_size"], found["speedup"]) == (4, 4.0)
+
+
+def test_without_labels_the_drop_is_unknown_and_not_zero():
+    found = scores(correct_native=[], correct_pruned=[]).summary()
+    assert found["drop_pp"] is None
+    assert found["top1_native"] is None
+    assert "50.0% of the predictions unchanged" in verdict(found)
+    assert table(found)
+
+
+def test_slower_is_called_slower_and_a_gain_a_gain():
+    slow = scores(seconds=[(4, 1.0, 2.0)]).summary()
+    assert verdict(slow).startswith("slower (0.50 times")
+    assert "points of top-1 gained" in verdict(scores(correct_native=[False] * 4).summary())
+
+
+ROWS = [
+    {"dial": 0.2, "gmacs_ratio": 0.9, "drop_pp": 0.0},
+    {"dial": 0.4, "gmacs_ratio": 0.7, "drop_pp": 0.5},
+    {"dial": 0.6, "gmacs_ratio": 0.5, "drop_pp": 2.0},
+    {"dial": 0.8, "gmacs_ratio": 0.3, "drop_pp": 0.4},
+]
+
+
+def test_dial_for_a_wish():
+    assert dial_for(ROWS, gmacs_ratio=0.6) == pytest.approx(0.5)
+    assert dial_for(ROWS[::-1], max_drop=1.0) == 0.4, "luck behind a failure does not count"
+    with pytest.raises(TokenGameError, match=r"outside the calibrated 0.30 to 0.90"):
+        dial_for(ROWS, gmacs_ratio=0.95)
+    with pytest.raises(TokenGameError, match="no calibration"):
+        dial_for([], gmacs_ratio=0.5)
+    with pytest.raises(TokenGameError, match="without labels"):
+        dial_for([{"dial": 0.5, "gmacs_ratio": 0.5, "drop_pp": None}], max_drop=1.0)
+
+
+@torch.no_grad()
+def test_forced_shares_are_kept_exactly_and_spread_over_images():
+    game = TokenGame(Backbone(tiny_vit(img_size=80)), GameConfig(stages=(1, 2)))
+    forced = ForcedKeep(lambda obs: obs.features[:, 0], (0.6, 0.3), seed=0)
+    state = game.play(torch.randn(64, 3, 80, 80), forced)
+    first, second = (kept.float() for kept in state.kept)
+    assert float(first.mean()) / 100 == pytest.approx(0.6, abs=0.03)
+    assert float(second.mean()) / 100 == pytest.approx(0.3, abs=0.03)
+    assert float(second.std()) > 2
+    with pytest.raises(TokenGameError, match="do not grow"):
+        ForcedKeep(forced, (0.3, 0.6))
+
+
+def test_overlay_fades_exactly_the_patches_that_are_gone():
+    pixels = np.full((16, 24, 3), 10, np.uint8)
+    alive = np.array([True, False, True, True, True, False])
+    changed = (overlay(pixels, alive, (2, 3)) != pixels).any(2)
+    assert changed[:8, 8:16].all()
+    assert changed[8:, 16:].all()
+    assert changed.sum() == 2 * 64
+
+
+def test_strips_side_by_side_as_fit():
+    row = strip(np.zeros((16, 16, 3), np.uint8), np.ones((2, 4), bool), (2, 2), ["a", "b", "c"], side=100)
+    assert row.size == (3 * 106 - 6, 118)
+    page = stack([row] * 4)
+    assert page.width > 3 * row.width > 900
+    assert page.height == 2 * 118 + 6
+    assert stack([Image.new("RGB", (3000, 10))]).width == 3000
+
+
+def test_item_recall_by_hand():
+    """Everything on the item kept and nothing else: 1 and 0; the other way round: 0 and 1."""
+    scenes, centres = FashionScenes("test", 2, seed=1), (np.arange(14) + 0.5) * 8
+    fast = type("Fast", (), {"game": TokenGame(Backbone(tiny_vit(img_size=112)), GameConfig(stages=(1,)))})
+    masks = []
+    for scene in (scenes[0], scenes[1]):
+        left, top, right, bottom = scene.box
+        rows, columns = (centres > top) & (centres < bottom), (centres > left) & (centres < right)
+        masks.append(np.outer(rows, columns).ravel())
+    on_item = Scores(index=[0, 1], positions=[torch.from_numpy(np.flatnonzero(m)) for m in masks])
+    beside = Scores(index=[0, 1], positions=[torch.from_numpy(np.flatnonzero(~m)) for m in masks])
+    assert item_recall(on_item, scenes, fast)["item_tokens_kept"] == 1
+    assert item_recall(on_item, scenes, fast)["background_tokens_kept"] == 0
+    assert item_recall(beside, scenes, fast)["item_to_background"] == 0
+
+
+def test_json_holds_no_nan():
+    assert finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {"a": [1.0, None], "b": {"c": None}}
