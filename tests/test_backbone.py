@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import tiny_vit
+from timm.layers import Attention
 
 from tokengame.backbone import Backbone
 from tokengame.config import GameConfig
@@ -34,11 +35,16 @@ ARCHITECTURES = {
     "siglip": {"name": "vit_base_patch16_siglip_224"},
     "clip": {"name": "vit_base_patch32_clip_224"},
     "no head": {"num_classes": 0},
+    "gated attention": {},
 }
 
 
 def build(key):
     model = tiny_vit(**ARCHITECTURES[key])
+    if key == "gated attention":
+        torch.manual_seed(0)
+        for block in model.blocks:
+            block.attn = Attention(32, num_heads=2, gated=True).eval()
     size = model.patch_embed.img_size or (32, 32)
     return model, torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
 
