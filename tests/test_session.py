@@ -61,10 +61,13 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(model, source, tmp_p
     whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))
     whole.run()
 
-    def interrupt(*_):
+    steer = part.trainer.controller.update
+
+    def interrupt(kl):
         """In the middle of the third update, networks already stepped."""
         if part.trainer.updates == 2:
             raise KeyboardInterrupt
+        steer(kl)
 
     part.trainer.controller.update = interrupt
     with pytest.raises(KeyboardInterrupt):
