@@ -38,6 +38,14 @@ def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     torch.testing.assert_close(found, naive_attention(q, k, v, counts, bias), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("counts", [[180, 5, 175, 190], [170, 170], [191, 192, 193, 3]])
+def test_borrowed_queries_change_nothing(counts):
+    q, k, v = torch.randn(3, sum(counts), 2, 8, generator=torch.Generator().manual_seed(0))
+    bias = torch.rand(sum(counts))
+    found = looped_attention(q, k, v, layout_of(counts), bias)
+    torch.testing.assert_close(found, naive_attention(q, k, v, counts, bias), atol=1e-5, rtol=1e-5)
+
+
 @given(counts=counts, seed=st.integers(0, 99))
 def test_pad_and_select_lose_nothing(counts, seed):
     layout = layout_of(counts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokengame.backbone import Backbone, Heads
 from tokengame.config import GameConfig
-from tokengame.ops import Layout, keep_at_least_one, most_similar_keeper, segment_mean
+from tokengame.ops import Layout, keep_at_least_one, segment_mean
 
 
 @dataclass(frozen=True)
@@ -258,11 +258,12 @@ class TokenGame:
         """
         agents, agent_rows = state.agents, state.agent_rows
         assert state.similarity is not None
-        target = (
-            agents.unpad(most_similar_keeper(state.similarity, agents.pad(keep, False))) + agents.start[agents.image]
-        )
         leaving = torch.nonzero_static(~keep, size=state.layout.rows - len(rows)).squeeze(1)
-        leaving_rows, target_rows = agent_rows[leaving], agent_rows[target[leaving]]
+        image = agents.image.index_select(0, leaving)
+        similarity = state.similarity.flatten(0, 1).index_select(0, agents.slot[leaving])  # [leaving, L]
+        keepers = agents.pad(keep, False).index_select(0, image)
+        target = similarity.masked_fill_(~keepers, float("-inf")).argmax(1) + agents.start[image]
+        leaving_rows, target_rows = agent_rows[leaving], agent_rows[target]
         survivor = (stays.cumsum(0) - 1)[target_rows]  # index among the survivors
         x, absorbed = (state.x.index_select(0, some).float() for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])

@@ -102,13 +102,3 @@ def keep_at_least_one(keep: Tensor, logits: Tensor, layout: Layout) -> Tensor:
     best = layout.pad(logits, float("-inf")).argmax(1) + layout.start  # [B]
     starved = ~layout.pad(keep, False).any(1)
     return keep.index_put((best,), keep[best] | starved)
-
-
-def most_similar_keeper(similarity: Tensor, keep: Tensor) -> Tensor:
-    """[B, L] index of the most similar kept row, for every row.
-
-    Args:
-        similarity: [B, L, L].
-        keep: [B, L] bool, at least one true in every image.
-    """
-    return similarity.masked_fill(~keep[:, None, :], float("-inf")).argmax(2)
