@@ -77,7 +77,8 @@ class OnImages(Common):
         """Native beside pruned on all images of `source`."""
         tally = BadImages(len(source.names))
         views = Views(source, range(len(source.names)), transform_for(preprocessing, train=False))
-        loader = views.loader(batch_size, self.workers)
+        # on a CPU, decoding in other processes would take the cores from what is timed
+        loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
         scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)))
         report_bad(tally)
         return scores
