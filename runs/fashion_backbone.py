@@ -3,7 +3,7 @@
     python runs/fashion_backbone.py --photos /usr/share/datasets/fashion-mnist
 
 Curriculum, cheapest tokens first: scenes on a 56 x 56 canvas (49 tokens), then 112 x 112 (196 tokens) with resampled
-position embeddings and half of the patches dropped. About 50 minutes on 2 idle cores; 84.05 % on 2,000 test scenes.
+position embeddings and half of the patches dropped. 70 minutes on 2 cores beside other work; 84.05 % of 2,000 scenes.
 Writes the float16 weights and the packaged subset of photos (a fixed seed picks them) into tokengame/assets/.
 """
 

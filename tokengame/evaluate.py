@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from tokengame.game import State
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
 
-CALIBRATION_DIALS = tuple(round(1 / (1 + 2.718281828**-logit), 4) for logit in np.arange(-4, 2.01, 0.5))
+CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-4, 2.01, 0.5))
 
 
 @dataclass

@@ -10,6 +10,7 @@ the other agents' noise; it counts blocks and leaves out that attention is quadr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -105,4 +106,4 @@ class KLController:
     def update(self, kl: float) -> None:
         """Raise the price where the measured mean `kl` is above target, lower it below."""
         error = max(-1.0, min(1.0, kl / self.target - 1))
-        self.weight *= 2.718281828459045 ** (self.rate * error)
+        self.weight *= math.exp(self.rate * error)
