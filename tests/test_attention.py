@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokengame.attention import looped_attention, padded_attention
+from tokengame.attention import KERNELS, Shape, batch_cost, bias_column, by_cost, by_rule, looped_attention
 from tokengame.ops import Layout, keep_at_least_one, segment_mean
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -28,33 +28,36 @@ def naive_attention(q, k, v, counts, bias):
     return out.flatten(1)
 
 
-@pytest.mark.parametrize("kernel", [padded_attention, looped_attention])
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(counts=counts, biased=st.booleans(), seed=st.integers(0, 99))
 def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, sum(counts), 2, 8, generator=generator)
+    qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator)
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
-    found = kernel(q, k, v, layout_of(counts), bias)
-    torch.testing.assert_close(found, naive_attention(q, k, v, counts, bias), atol=1e-5, rtol=1e-5)
+    found = KERNELS[kernel](qkv, layout_of(counts), bias)
+    torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("counts", [[180, 5, 175, 190], [170, 170], [191, 192, 193, 3]])
-def test_borrowed_queries_change_nothing(counts):
-    q, k, v = torch.randn(3, sum(counts), 2, 8, generator=torch.Generator().manual_seed(0))
-    bias = torch.rand(sum(counts))
-    found = looped_attention(q, k, v, layout_of(counts), bias)
+@given(counts=counts, seed=st.integers(0, 99))
+def test_a_further_column_is_a_key_bias(counts, seed):
+    """What variable-length kernels on a GPU are given instead of a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, sum(counts), 2, 8, generator=generator)
+    bias = torch.rand(sum(counts), generator=generator) * 3
+    wide = bias_column(q, k, v, bias)
+    assert all(t.shape == (sum(counts), 2, 16) for t in wide)
+    kept_scale = wide[0] * (16 / 8) ** 0.5  # the naive reference divides by the new width's root
+    found = naive_attention(kept_scale, *wide[1:], counts, None).view(-1, 2, 16)[..., :8].flatten(1)
     torch.testing.assert_close(found, naive_attention(q, k, v, counts, bias), atol=1e-5, rtol=1e-5)
 
 
 @given(counts=counts, seed=st.integers(0, 99))
-def test_pad_and_select_lose_nothing(counts, seed):
+def test_pad_loses_nothing_and_flags_are_counted(counts, seed):
     layout = layout_of(counts)
     rows = torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(layout.unpad(layout.pad(rows)), rows)
     keep = torch.rand(sum(counts), generator=torch.Generator().manual_seed(seed)) < 0.5
-    chosen, smaller = layout.select(keep)
-    assert chosen.tolist() == keep.nonzero().squeeze(1).tolist()
-    assert smaller.counts == [int(part.sum()) for part in keep.split(counts)]
+    assert layout.per_image(keep) == [int(part.sum()) for part in keep.split(counts)]
     assert torch.equal(layout.image, torch.cat([torch.full((n,), i) for i, n in enumerate(counts)]))
 
 

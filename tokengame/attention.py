@@ -1,12 +1,20 @@
-"""Self-attention inside each image of a packed batch, by two kernels with one meaning.
+"""Self-attention inside each image of a packed batch: several kernels with one meaning, and who chooses among them.
 
 `bias` is one number per key, added to its logits in every head: log size for merged tokens (ToMe's proportional
-attention, Bolya et al. 2023, eq. 1). It stays a key bias, so fused attention stays on.
+attention, Bolya et al. 2023, eq. 1). It stays a key bias, so that fused kernels stay on.
+
+Which kernel is fastest depends on processor, number format, heads and length, so `by_cost` measures (once in a process)
+and chooses; `by_rule` never measures, so that equal input gives bitwise equal output on every run: training's choice.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,59 +22,194 @@ from torch import Tensor
 
 from tokengame.ops import Layout
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Layout, Tensor | None], Tensor]
+Kernel = Callable[[Tensor, Layout, Tensor | None], Tensor]
+"""qkv [M, 3, H, D], layout of the M rows, key bias [M] or None -> [M, H * D]"""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """Attention of every row to the rows of its own image, by the kernel that suits the batch.
+class Shape(NamedTuple):
+    """What, beside the lengths, decides about speed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    threads: int
+
+    @staticmethod
+    def of(qkv: Tensor) -> Shape:
+        return Shape(qkv.device, qkv.dtype, *qkv.shape[2:], torch.get_num_threads())
+
+
+Choice = Callable[[Layout, Shape], Kernel]
+
+
+def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """One fused call on the batch padded to its longest image; no padding, no mask where all have the same count."""
+    query, key, value = layout.pad(qkv).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
+    mask = None
+    if bias is not None or not layout.uniform:
+        rows = qkv.new_zeros(layout.rows) if bias is None else bias.to(qkv.dtype)
+        mask = layout.pad(rows, float("-inf"))[:, None, None]  # [B, 1, 1, L]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return layout.unpad(out.transpose(1, 2).flatten(2))
+
+
+def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """One fused call per image: no padding, and never a matrix of all pairs."""
+    bias = None if bias is None else bias.to(qkv.dtype)
+    parts, start = [], 0
+    for count in layout.counts:
+        q, k, v = qkv[start : start + count].permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, n, D]
+        mask = None if bias is None else bias[start : start + count].view(1, 1, 1, -1)
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
+        start += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Written out as two matrix products: q, k, v [b, L, D], bias [b, 1, L] -> [b, L, D]."""
+    start, beta = (q.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
+    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=q.shape[2] ** -0.5)
+    return torch.bmm(scores.softmax(2), v)
+
+
+def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """Two matrix products and a softmax per image: short images fit the cache, where this beats fused kernels."""
+    bias = None if bias is None else bias.to(qkv.dtype)
+    parts, start = [], 0
+    for count in layout.counts:
+        q, k, v = qkv[start : start + count].permute(1, 2, 0, 3)  # [H, n, D]
+        own = None if bias is None else bias[start : start + count].expand(len(q), 1, -1)
+        parts.append(_softmax_attention(q, k, v, own).transpose(0, 1).flatten(1))
+        start += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def grouped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None, *, size: int) -> Tensor:
+    """`written_attention` for `size` images at a time, neighbours in length, padded to the longest of the group.
+
+    Rows of one head are gathered straight into [images, heads, length, D]; the kernels that follow copy nothing.
+    """
+    heads, width = qkv.shape[2:]
+    groups = layout.groups(size, heads)
+    flat = qkv.flatten(0, 2)  # [M * 3 * H, D]; the same index one head group further is k, two further v
+    key_bias = None
+    if bias is not None or groups.padded:
+        rows = qkv.new_zeros(layout.rows) if bias is None else bias.to(qkv.dtype)
+        key_bias = rows.index_select(0, groups.row)
+        key_bias = key_bias.masked_fill_(groups.padding, float("-inf")) if groups.padded else key_bias
+    parts, slot = [], 0
+    for images, longest in groups.shapes:
+        cells = slice(slot * heads, (slot + images * longest) * heads)
+        index = groups.gather[cells]
+        q, k, v = (flat[part * heads :].index_select(0, index).view(-1, longest, width) for part in range(3))
+        own = None
+        if key_bias is not None:
+            own = key_bias[slot : slot + images * longest].view(images, 1, 1, longest)
+            own = own.expand(-1, heads, -1, -1).flatten(0, 1)
+        parts.append(_softmax_attention(q, k, v, own).view(-1, width))
+        slot += images * longest
+    return torch.cat(parts).index_select(0, groups.scatter).view(layout.rows, heads * width)
+
+
+def bias_column(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A key bias as one more column of q and k, for kernels that take no bias; zeros fill up to a multiple of 8.
+
+    q.k / sqrt(D) + bias = [q, 1].[k, bias * sqrt(D)] / sqrt(D), so the scale of the old width D must be kept.
 
     Args:
         q, k, v: [M, H, D].
-        layout: of the M rows.
-        bias: [M] added to the logits of each key, or None.
+        bias: [M].
 
     Returns:
-        [M, H * D]
+        The three as [M, H, D + 8].
     """
-    return choose_kernel(layout)(q, k, v, layout, bias)
+    one = torch.ones_like(q[..., :1])
+    column = (bias * math.sqrt(q.shape[2])).to(k.dtype)[:, None, None].expand_as(one)
+    return F.pad(torch.cat([q, one], 2), (0, 7)), F.pad(torch.cat([k, column], 2), (0, 7)), F.pad(v, (0, 8))
 
 
-def choose_kernel(layout: Layout) -> Kernel:
-    """A dense batch needs no packing; on a GPU one padded launch beats many; on a CPU a call per image wins."""
-    if layout.uniform or layout.device.type != "cpu":
+def varlen_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """Variable-length FlashAttention: nothing padded, one launch. CUDA in half precision only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    (q, k, v), width = qkv.unbind(1), qkv.shape[3]
+    if bias is not None:
+        q, k, v = bias_column(q, k, v, bias)
+    ends = F.pad(layout.count.cumsum(0), (1, 0)).int()  # [B + 1]
+    out = varlen_attn(q, k, v, ends, ends, layout.longest, layout.longest, scale=width**-0.5)
+    assert isinstance(out, Tensor)
+    return out[..., :width].flatten(1)
+
+
+def by_rule(layout: Layout, shape: Shape) -> Kernel:
+    """Choice without measuring: bitwise the same on every run."""
+    if shape.device.type == "cuda" and not layout.uniform and shape.dtype in (torch.float16, torch.bfloat16):
+        return varlen_attention
+    if shape.device.type != "cpu":
         return padded_attention
-    return looped_attention
+    return partial(grouped_attention, size=4) if layout.longest < 160 and layout.images > 1 else looped_attention
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """One call on the batch padded to its longest image; without padding or mask where all have the same count."""
-    query, key, value = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))  # [B, H, L, D]
-    mask = None
-    if bias is not None or not layout.uniform:
-        rows = q.new_zeros(layout.rows) if bias is None else bias.to(q.dtype)
-        mask = layout.pad(rows, float("-inf"))[:, None, None]  # [B, 1, 1, L]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return layout.unpad(out.transpose(1, 2)).flatten(1)
+KERNELS: dict[str, Kernel] = {
+    "padded": padded_attention,
+    "looped": looped_attention,
+    "written": written_attention,
+    "grouped by 2": partial(grouped_attention, size=2),
+    "grouped by 4": partial(grouped_attention, size=4),
+    "grouped by 8": partial(grouped_attention, size=8),
+}
+"""What `by_cost` chooses from on a CPU; `padded` only where there is nothing to pad"""
+GROUP_SIZE = dict(zip(KERNELS, (1, 1, 1, 2, 4, 8), strict=True))
+LENGTHS = [round(16 * 2 ** (step / 2)) for step in range(19)]
+"""where costs are measured: 16, 23, 32, ... 8192; linear between"""
 
 
-WIDE = 192
-"""PyTorch's CPU kernel takes at least this many queries in blocks of 64, fewer in blocks of 32, which are slower"""
+def by_cost(layout: Layout, shape: Shape) -> Kernel:
+    """The kernel whose measured cost, summed over the batch, is least. On other devices than CPUs `by_rule`."""
+    if shape.device.type != "cpu":
+        return by_rule(layout, shape)
+    return _cheapest(tuple(sorted(layout.counts)), shape)
 
 
-def looped_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """One call per image: no padding and no mask, best on a CPU.
+@lru_cache(maxsize=256)
+def _cheapest(counts: tuple[int, ...], shape: Shape) -> Kernel:
+    candidates = [name for name, size in GROUP_SIZE.items() if size <= len(counts)]
+    if counts[0] < counts[-1] or len(counts) == 1:
+        candidates.remove("padded")
+    return KERNELS[min(candidates, key=lambda name: batch_cost(name, counts, shape))]
 
-    Images slightly below `WIDE` borrow the rows behind them as further queries, and their results are thrown away.
-    """
-    q, k, v = (rows.transpose(0, 1).unsqueeze(0) for rows in (q, k, v))  # [1, H, M, D]
-    bias = None if bias is None else bias.to(q.dtype).view(1, 1, 1, -1)
-    parts, start = [], 0
-    for count in layout.counts:
-        own, end = slice(start, start + count), start + count
-        if 0.87 * WIDE < count < WIDE and start + WIDE <= layout.rows:
-            end = start + WIDE
-        mask = None if bias is None else bias[..., own]
-        out = F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, own], v[:, :, own], attn_mask=mask)
-        parts.append(out[0, :, :count].transpose(0, 1).flatten(1))
-        start += count
-    return torch.cat(parts)
+
+def batch_cost(name: str, counts: tuple[int, ...], shape: Shape) -> float:
+    """Predicted seconds of one kernel on images of ascending `counts`; groups pay for their longest image."""
+    size, total = GROUP_SIZE[name], 0.0
+    for first in range(0, len(counts), size):
+        group = counts[first : first + size]
+        total += len(group) * image_cost(name, group[-1], shape)
+    return total
+
+
+def image_cost(name: str, length: int, shape: Shape) -> float:
+    """Seconds of one image of `length` rows, linear between measured lengths."""
+    upper = min(bisect_left(LENGTHS, length), len(LENGTHS) - 1)
+    high = LENGTHS[upper]
+    if high == length or upper == 0:
+        return measured_cost(name, high, shape)
+    low = LENGTHS[upper - 1]
+    share = (length - low) / (high - low)
+    return (1 - share) * measured_cost(name, low, shape) + share * measured_cost(name, high, shape)
+
+
+@lru_cache(maxsize=None)
+def measured_cost(name: str, length: int, shape: Shape) -> float:
+    """Seconds of one image of `length` rows in a batch of eight (fewer where they are long), best of five."""
+    images = max(1, min(8, 4096 // length))
+    layout = Layout([length] * images, shape.device)
+    qkv = torch.zeros(layout.rows, 3, shape.heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+    kernel, best = KERNELS[name], math.inf
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            kernel(qkv, layout, None)
+            best = min(best, time.perf_counter() - start)
+    return best / images

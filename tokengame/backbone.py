@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.attention import attention
+from tokengame.attention import Choice, Shape, by_rule
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, segment_mean
 
@@ -38,13 +38,17 @@ class Heads:
 class Backbone:
     """View of a timm `model` that can run on packed rows.
 
+    Args:
+        model: a timm VisionTransformer.
+        choose: the attention kernel for a batch. `by_rule` is bitwise repeatable, `by_cost` is measured and faster.
+
     Raises:
         TokenGameError: the model cannot be run exactly; the sentence names the part and why.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, choose: Choice = by_rule):
         check_supported(model)
-        self.model = model
+        self.model, self.choose = model, choose
         self.blocks: list[Any] = list(self.model.blocks)
         self.depth: int = len(self.blocks)
         self.dim: int = self.model.embed_dim
@@ -67,23 +71,31 @@ class Backbone:
         x = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(self.model.patch_drop(x))
 
-    def attend(self, index: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> tuple[Tensor, Heads]:
-        """First half of block `index` on packed rows x [M, C]: attention with its residual.
+    def attend(self, index: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """First half of block `index` on packed rows: attention with its residual.
 
-        `bias` [M] is added to the attention logits of each key.
+        Args:
+            index: of the block.
+            x: [M, C].
+            layout: of the M rows.
+            bias: [M] added to the attention logits of each key, or None.
+
+        Returns:
+            x [M, C], and its queries, keys and values [M, 3, H, D], from which `read_heads` reads.
         """
         block = self.blocks[index]
-        attn, hidden = block.attn, block.norm1(x)
-        q, k, v = attn.qkv(hidden).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # [M, H, D]
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        out = attn.norm(attention(q, k, v, layout, bias))
-        if getattr(attn, "gate", None) is not None:
-            out = out * attn.gate(hidden).sigmoid()
-        x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-        query = (
-            q[layout.start] if self.model.has_class_token else segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
-        )
-        return x, Heads(query, k, attn.scale)
+        qkv = project(block, x)
+        out = self.choose(layout, Shape.of(qkv))(qkv, layout, bias)
+        return join(block, x, out), qkv
+
+    def read_heads(self, qkv: Tensor, layout: Layout, index: int) -> Heads:
+        """What block `index` offers to observations and matching."""
+        q, k, _ = qkv.unbind(1)
+        if self.model.has_class_token:
+            query = q[layout.start]
+        else:
+            query = segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
+        return Heads(query, k, self.blocks[index].attn.scale)
 
     def mlp(self, index: int, x: Tensor) -> Tensor:
         """Second half of block `index`: MLP with its residual, rows independent."""
@@ -135,6 +147,24 @@ class Backbone:
             "prefix_tokens": self.prefix,
             "input_size": list(size),
         }
+
+
+def project(block: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of a block's rows: x [M, C] -> [M, 3, H, D]."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).unflatten(1, (3, attn.num_heads, attn.head_dim))
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        return qkv
+    q, k, v = qkv.unbind(1)
+    return torch.stack([attn.q_norm(q), attn.k_norm(k), v], 1)
+
+
+def join(block: Any, x: Tensor, out: Tensor) -> Tensor:
+    """Residual of attention: x [M, C] and what the heads found, out [M, H * D] -> [M, C]."""
+    attn, out = block.attn, block.attn.norm(out)
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(block.norm1(x)).sigmoid()
+    return x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
 
 
 def check_supported(model: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -107,10 +108,16 @@ class State:
     def prefix(self) -> int:
         return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
 
-    @property
+    @cached_property
     def agent_rows(self) -> Tensor:
         """[A] the agents' rows among all rows"""
         return torch.arange(self.agents.rows, device=self.x.device) + self.prefix * (self.agents.image + 1)
+
+    def of_agents(self, rows: Tensor) -> Tensor:
+        """[M, ...] -> [A, ...], without the prefix tokens."""
+        if self.layout.uniform:
+            return self.layout.pad(rows)[:, self.prefix :].flatten(0, 1)
+        return rows.index_select(0, self.agent_rows)
 
     def repeat(self, times: int) -> State:
         """The same before any decision, with every image `times` times in a row, to be played differently."""
@@ -163,16 +170,16 @@ class TokenGame:
 
     def observe(self, state: State) -> Observation:
         """What the living agents see before the next decision."""
-        rows, device = state.agent_rows, state.x.device
+        agents, device = state.agents, state.x.device
         has_cls = self.backbone.model.has_class_token
-        cls = state.x[state.layout.start] if has_cls else segment_mean(state.x, state.layout)
-        features = torch.zeros(len(rows), self.backbone.heads + 4, device=device)
+        cls = state.x.index_select(0, state.layout.start) if has_cls else segment_mean(state.x, state.layout)
         if self.features and state.heads is not None:
-            features = self._features(state, rows)
-        stage = torch.full((state.layout.images,), state.stage, device=device)
-        return Observation(
-            state.x.index_select(0, rows), cls, features, state.agents.image, state.position[rows], stage, state.agents
-        )
+            features = self._features(state, state.heads)
+        else:
+            features = torch.zeros(agents.rows, self.backbone.heads + 4, device=device)
+        stage = torch.full((agents.images,), state.stage, device=device)
+        position = state.of_agents(state.position)
+        return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents)
 
     def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
         """Remove the agents that decided to leave, then play on to the next decision or the end.
@@ -182,16 +189,28 @@ class TokenGame:
             keep: [A] bool, the agents' actions.
             logits: [A] keep logits; they say who stays where all of an image's agents would leave.
         """
-        keep = keep_at_least_one(keep, logits, state.agents)
-        stays = torch.ones(state.layout.rows, dtype=torch.bool, device=keep.device)
-        stays[state.agent_rows] = keep
-        rows, layout = state.layout.select(stays)
+        counts = state.agents.per_image(keep)
+        if 0 in counts:
+            keep = keep_at_least_one(keep, logits, state.agents)
+            counts = [max(n, 1) for n in counts]
+        agents = Layout(counts, keep.device)
+        layout = Layout([n + state.prefix for n in counts], keep.device)
+        stays = self._with_prefix(state, keep)
+        rows = torch.nonzero_static(stays, size=layout.rows).squeeze(1)
         x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
-        agents = Layout([n - state.prefix for n in layout.counts], keep.device)
         block, kept = self.stages[state.stage], (*state.kept, agents.count)
         if self.merge:
             x, block = self.backbone.mlp(block, x), block + 1
-        return self._advance(State(x, state.position[rows], layout, agents, state.total, size, kept=kept), block)
+        position = state.position.index_select(0, rows)
+        return self._advance(State(x, position, layout, agents, state.total, size, kept=kept), block)
+
+    @staticmethod
+    def _with_prefix(state: State, keep: Tensor) -> Tensor:
+        """[A] -> [M] bool: prefix tokens always stay."""
+        if state.layout.uniform:
+            return F.pad(state.agents.pad(keep), (state.prefix, 0), value=True).flatten()
+        stays = torch.ones(state.layout.rows, dtype=torch.bool, device=keep.device)
+        return stays.index_copy_(0, state.agent_rows, keep)
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
@@ -209,46 +228,48 @@ class TokenGame:
         """Run from `block` to the next decision, or through the last block."""
         last = state.stage == len(self.stages)
         stop = self.backbone.depth if last else self.stages[state.stage]
-        x, heads, bias = state.x, None, state.bias
+        x, qkv, bias = state.x, None, state.bias
         for index in range(block, stop):
-            x, heads = self.backbone.attend(index, x, state.layout, bias)
+            x, qkv = self.backbone.attend(index, x, state.layout, bias)
             x = self.backbone.mlp(index, x)
         if last:
             return replace(state, x=x)
-        similarity = None
         if self.merge:
-            x, heads = self.backbone.attend(stop, x, state.layout, bias)
-            similarity = self._similarity(state, heads)
-        return replace(state, x=x, heads=heads, similarity=similarity)
+            x, qkv = self.backbone.attend(stop, x, state.layout, bias)
+        if qkv is None:  # a stage before the first block
+            return replace(state, x=x)
+        heads = self.backbone.read_heads(qkv, state.layout, stop if self.merge else stop - 1)
+        return replace(state, x=x, heads=heads, similarity=self._similarity(state, heads) if self.merge else None)
 
     @staticmethod
     def _similarity(state: State, heads: Heads) -> Tensor:
         """Cosine of keys; -1 to oneself and to padding, who cannot absorb anybody."""
-        metric = F.normalize(heads.keys.mean(1), dim=1).index_select(0, state.agent_rows)
+        metric = F.normalize(state.of_agents(heads.keys).mean(1), dim=1)
         metric = state.agents.pad(metric)  # [B, L, D]
         similarity = metric @ metric.transpose(1, 2)
         similarity.diagonal(dim1=1, dim2=2).fill_(-1)
         return similarity if state.agents.uniform else similarity.masked_fill_(~state.agents.mask[:, None], -1)
 
-    def _features(self, state: State, rows: Tensor) -> Tensor:
-        heads, layout, agents = state.heads, state.layout, state.agents
-        assert heads is not None
-        scores = (heads.query.index_select(0, layout.image) * heads.keys).sum(2).float() * heads.scale  # [M, H]
-        scores = scores if state.bias is None else scores + state.bias[:, None]
-        total = layout.pad(scores, float("-inf")).logsumexp(1)  # [B, H]
-        offset = layout.count.log()[:, None] - total  # [B, H]
-        attention = scores.index_select(0, rows) + offset.index_select(0, agents.image)  # [A, H]
-        mean = attention.logsumexp(1, keepdim=True)
-        centred = mean - segment_mean(mean, agents)[agents.image]
-        size = torch.zeros_like(centred) if state.size is None else state.size[rows].log()[:, None]
-        alive = (agents.count / state.total)[agents.image, None]
-        return torch.cat([attention, centred, size, self._highest_similarity(state), alive], 1)
-
     @staticmethod
-    def _highest_similarity(state: State) -> Tensor:
-        if state.similarity is None:
-            return torch.zeros(state.agents.rows, 1, device=state.x.device)
-        return state.agents.unpad(state.similarity.amax(2))[:, None].float()
+    def _features(state: State, heads: Heads) -> Tensor:
+        """See `Observation.features`; computed on the padded batch, [B, heads or 1, L]."""
+        layout, agents, prefix = state.layout, state.agents, state.prefix
+        keys = layout.pad(heads.keys).transpose(1, 2)  # [B, H, L, D]
+        scores = (keys @ (heads.query * heads.scale)[..., None]).squeeze(3).float()  # [B, H, L]
+        log_size = torch.zeros_like(scores[:, :1])
+        if state.bias is not None:
+            log_size = layout.pad(state.bias)[:, None]
+            scores = scores + log_size
+        if not layout.uniform:
+            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
+        attention = scores.log_softmax(2)[..., prefix:] + layout.count.log()[:, None, None]  # [B, H, L']
+        mean = attention.exp().mean(1, keepdim=True).clamp(min=1e-30).log()
+        known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
+        centred = mean - known.sum(2, keepdim=True) / agents.count[:, None, None]
+        similarity = torch.zeros_like(mean) if state.similarity is None else state.similarity.amax(2)[:, None].float()
+        alive = (agents.count / state.total)[:, None, None].expand_as(mean)
+        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
+        return agents.unpad(features.transpose(1, 2))
 
     @staticmethod
     def _absorb(state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,15 +281,16 @@ class TokenGame:
         assert state.similarity is not None
         leaving = torch.nonzero_static(~keep, size=state.layout.rows - len(rows)).squeeze(1)
         image = agents.image.index_select(0, leaving)
-        similarity = state.similarity.flatten(0, 1).index_select(0, agents.slot[leaving])  # [leaving, L]
-        keepers = agents.pad(keep, False).index_select(0, image)
-        target = similarity.masked_fill_(~keepers, float("-inf")).argmax(1) + agents.start[image]
-        leaving_rows, target_rows = agent_rows[leaving], agent_rows[target]
-        survivor = (stays.cumsum(0) - 1)[target_rows]  # index among the survivors
+        slot = agents.slot.index_select(0, leaving)
+        similarity = state.similarity.flatten(0, 1).index_select(0, slot)  # [leaving, L]
+        keepers = agents.pad(keep).index_select(0, image)
+        target = similarity.masked_fill_(~keepers, float("-inf")).argmax(1) + agents.start.index_select(0, image)
+        leaving_rows, target_rows = agent_rows.index_select(0, leaving), agent_rows.index_select(0, target)
+        survivor = (stays.cumsum(0) - 1).index_select(0, target_rows)  # index among the survivors
         x, absorbed = (state.x.index_select(0, some).float() for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
         if state.size is not None:
-            size, gone = state.size[rows], state.size[leaving_rows]
+            size, gone = state.size.index_select(0, rows), state.size.index_select(0, leaving_rows)
             x, absorbed = x.mul_(size[:, None]), absorbed.mul_(gone[:, None])
         size = size.index_add(0, survivor, gone)
         x = x.index_add_(0, survivor, absorbed).div_(size[:, None])

@@ -77,13 +77,14 @@ class ContextActor(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        scene = self.cls(self.norm_cls(obs.cls.to(self.cls.weight.dtype))) + self.stage[obs.stage]  # [S, h]
-        own = self.token(self.norm_token(obs.token.to(self.token.weight.dtype))) + self.features(
-            obs.features.to(self.token.weight.dtype)
-        )
-        residual = self.rest(torch.tanh(own + scene.index_select(0, obs.scene))).squeeze(1)
-        stage = obs.stage[obs.scene]
-        return residual + self.slope[stage] * obs.features[:, -4] + self.bias[stage]
+        dtype = self.token.weight.dtype
+        scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage[obs.stage]  # [S, h]
+        line = torch.stack([self.slope, self.bias], 1)[obs.stage]  # [S, 2]
+        features = obs.features.to(dtype)
+        hidden = self.token(self.norm_token(obs.token.to(dtype))) + self.features(features)
+        residual = self.rest(torch.tanh(hidden + scene.index_select(0, obs.scene)))
+        slope, bias = line.index_select(0, obs.scene).unbind(1)
+        return residual.squeeze(1) + torch.addcmul(bias, slope, features[:, -4])
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,6 +20,8 @@ class Layout:
     def __init__(self, counts: list[int], device: torch.device):
         self.counts, self.device = counts, device
         self.images, self.rows, self.longest = len(counts), sum(counts), max(counts, default=0)
+
+        self._groups: dict[tuple[int, int], Groups] = {}
 
     @property
     def uniform(self) -> bool:
@@ -66,12 +69,15 @@ class Layout:
         flat = padded.flatten(0, 1)
         return flat if self.uniform else flat.index_select(0, self.slot)
 
-    def select(self, keep: Tensor) -> tuple[Tensor, Layout]:
-        """Indices of the rows where `keep` [M] is true, and their layout. One synchronisation with the device."""
-        per_image = self.pad(keep).sum(1) if self.rows else self.count
-        counts = per_image.tolist()
-        rows = torch.nonzero_static(keep, size=sum(counts)).squeeze(1)
-        return rows, Layout(counts, self.device)
+    def per_image(self, flags: Tensor) -> list[int]:
+        """How many of `flags` [M] are true in each image. The one synchronisation with the device of a decision."""
+        return self.pad(flags).sum(1).tolist() if self.rows else list(self.counts)
+
+    def groups(self, size: int, heads: int) -> Groups:
+        """Plan for taking `size` images at a time, neighbours in length; made once for all blocks that share it."""
+        if (size, heads) not in self._groups:
+            self._groups[size, heads] = _plan_groups(self, size, heads)
+        return self._groups[size, heads]
 
     def repeat(self, times: int) -> tuple[Tensor, Layout]:
         """Row indices and layout of the batch in which every image stands `times` times in a row."""
@@ -80,6 +86,63 @@ class Layout:
         first = self.start.repeat_interleave(times)
         rows = torch.arange(layout.rows, device=self.device) + (first - layout.start)[layout.image]
         return rows, layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Images of a layout in groups of similar length, each padded to its longest: S slots of one row in all.
+
+    A padding slot holds the last row of its image. `gather` and `scatter` move the rows of single heads.
+    """
+
+    shapes: list[tuple[int, int]]
+    """images and length of each group; groups follow one another in the slots"""
+    padded: bool
+    row: Tensor
+    """[S] row of each slot"""
+    padding: Tensor
+    """[S] bool, true where the slot is padding"""
+    gather: Tensor
+    """[S * H] for each cell of [images, H, length], group by group: its query in qkv [M * 3 * H]; its key lies H further"""
+    scatter: Tensor
+    """[M * H] cell of each row's heads"""
+
+
+def _plan_groups(layout: Layout, size: int, heads: int) -> Groups:
+    device = layout.device
+    order = sorted(range(layout.images), key=layout.counts.__getitem__)
+    shapes, padded_to = [], [0] * layout.images
+    for first in range(0, layout.images, size):
+        group = order[first : first + size]
+        longest = layout.counts[group[-1]]
+        shapes.append((len(group), longest))
+        for image in group:
+            padded_to[image] = longest
+    image = torch.tensor(order, device=device)
+    length = torch.tensor(padded_to, device=device)  # [B]
+    slots = sum(padded_to)
+    ordered = length[image]
+    first_slot = torch.empty_like(length)
+    first_slot[image] = ordered.cumsum(0) - ordered
+    owner = image.repeat_interleave(ordered, output_size=slots)  # [S]
+    place = torch.arange(slots, device=device) - first_slot[owner]
+    row = layout.start[owner] + torch.minimum(place, layout.count[owner] - 1)
+    # A group's cells run over image, head, place; cell c of an image of length L is head c // L, place c % L.
+    cell_owner = image.repeat_interleave(ordered * heads, output_size=slots * heads)
+    cell = torch.arange(slots * heads, device=device) - first_slot[cell_owner] * heads
+    head = cell // length[cell_owner]
+    cell_place = cell - head * length[cell_owner]
+    cell_row = layout.start[cell_owner] + torch.minimum(cell_place, layout.count[cell_owner] - 1)
+    own = torch.arange(layout.rows, device=device) - layout.start[layout.image]  # [M] place in the image
+    every_head = torch.arange(heads, device=device) * length[layout.image, None]
+    return Groups(
+        shapes=shapes,
+        padded=slots > layout.rows,
+        row=row,
+        padding=place >= layout.count[owner],
+        gather=cell_row * (3 * heads) + head,
+        scatter=((first_slot[layout.image] * heads + own)[:, None] + every_head).flatten(),
+    )
 
 
 def segment_mean(values: Tensor, layout: Layout, weight: Tensor | None = None) -> Tensor:

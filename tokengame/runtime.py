@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokengame.attention import by_cost
 from tokengame.backbone import Backbone
 from tokengame.errors import TokenGameError
 from tokengame.game import State, TokenGame
@@ -25,7 +26,7 @@ class PrunedViT(nn.Module):
     def __init__(self, model: nn.Module, policy: Policy, dial: float):
         super().__init__()
         self.model, self.actor, self.card = model, policy.actor, policy.card
-        self.game = TokenGame(Backbone(model), policy.game, policy.card["actor"]["observation"] == "context")
+        self.game = TokenGame(Backbone(model, by_cost), policy.game, policy.card["actor"]["observation"] == "context")
         self._was_training = model.training
         self.dial = dial
         self.eval()
