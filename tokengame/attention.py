@@ -43,15 +43,19 @@ class Shape(NamedTuple):
 Choice = Callable[[Layout, Shape], Kernel]
 
 
+def dense_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One fused call: qkv [B, L, 3, H, D], key bias [B, L] (-inf for padding) -> [B, L, H * D]."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D]
+    mask = None if bias is None else bias[:, None, None].to(qkv.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
 def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One fused call on the batch padded to its longest image; no padding, no mask where all have the same count."""
-    query, key, value = layout.pad(qkv).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
-    mask = None
-    if bias is not None or not layout.uniform:
-        rows = qkv.new_zeros(layout.rows) if bias is None else bias.to(qkv.dtype)
-        mask = layout.pad(rows, float("-inf"))[:, None, None]  # [B, 1, 1, L]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return layout.unpad(out.transpose(1, 2).flatten(2))
+    if bias is None and not layout.uniform:
+        bias = qkv.new_zeros(layout.rows)
+    mask = None if bias is None else layout.pad(bias, float("-inf"))
+    return layout.unpad(dense_attention(layout.pad(qkv), mask))
 
 
 def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any plain timm VisionTransformer as embed / attend / mlp / head on packed rows. The model itself is never changed.
+"""Any plain timm VisionTransformer as embed / run / head on packed rows. The model itself is never changed.
 
 Blocks are run through their own submodules (norm1, attn.qkv, ls1, mlp, ...). The one thing done here instead of by timm
 is the attention between q, k, v and proj, because it must not cross the borders of the packed images. Whatever this
@@ -7,6 +7,7 @@ could get wrong is refused by exact type, so an unknown block never runs approxi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from tokengame.attention import Choice, Shape, by_rule
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, segment_mean
 
+Halves = list[tuple[Any, int]]
+"""blocks, each with 0 for its attention and 1 for its MLP"""
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
@@ -71,36 +74,32 @@ class Backbone:
         x = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(self.model.patch_drop(x))
 
-    def attend(self, index: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """First half of block `index` on packed rows: attention with its residual.
+    def run(
+        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Half-blocks `first` to `last` - 1 on packed rows; 2 i is the attention of block i, 2 i + 1 its MLP.
 
         Args:
-            index: of the block.
+            first, last: half-blocks.
             x: [M, C].
             layout: of the M rows.
             bias: [M] added to the attention logits of each key, or None.
 
         Returns:
-            x [M, C], and its queries, keys and values [M, 3, H, D], from which `read_heads` reads.
+            x [M, C], and the last attention's queries, keys and values [M, 3, H, D], which `read_heads` reads; None
+            where there was no attention.
         """
-        block = self.blocks[index]
-        qkv = project(block, x)
-        out = self.choose(layout, Shape.of(qkv))(qkv, layout, bias)
-        return join(block, x, out), qkv
+        halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]
+        return run_halves(halves, x, lambda qkv: self.choose(layout, Shape.of(qkv))(qkv, layout, bias))
 
-    def read_heads(self, qkv: Tensor, layout: Layout, index: int) -> Heads:
-        """What block `index` offers to observations and matching."""
+    def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
+        """What an attention offers to observations and matching."""
         q, k, _ = qkv.unbind(1)
         if self.model.has_class_token:
             query = q[layout.start]
         else:
             query = segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
-        return Heads(query, k, self.blocks[index].attn.scale)
-
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        """Second half of block `index`: MLP with its residual, rows independent."""
-        block = self.blocks[index]
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return Heads(query, k, self.blocks[0].attn.scale)
 
     def head(self, x: Tensor, layout: Layout, size: Tensor | None = None) -> Tensor:
         """Final norm, pooling over the rows that are left, classifier: [M, C] -> [B, classes].
@@ -147,6 +146,18 @@ class Backbone:
             "prefix_tokens": self.prefix,
             "input_size": list(size),
         }
+
+
+def run_halves(halves: Halves, x: Tensor, attend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The given halves of blocks on rows x [M, C]; `attend` is attention, [M, 3, H, D] -> [M, H * D]."""
+    qkv = None
+    for block, is_mlp in halves:
+        if is_mlp:
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        else:
+            qkv = project(block, x)
+            x = join(block, x, attend(qkv))
+    return x, qkv
 
 
 def project(block: Any, x: Tensor) -> Tensor:

@@ -198,11 +198,9 @@ class TokenGame:
         stays = self._with_prefix(state, keep)
         rows = torch.nonzero_static(stays, size=layout.rows).squeeze(1)
         x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
-        block, kept = self.stages[state.stage], (*state.kept, agents.count)
-        if self.merge:
-            x, block = self.backbone.mlp(block, x), block + 1
-        position = state.position.index_select(0, rows)
-        return self._advance(State(x, position, layout, agents, state.total, size, kept=kept), block)
+        position, kept = state.position.index_select(0, rows), (*state.kept, agents.count)
+        after = State(x, position, layout, agents, state.total, size, kept=kept)
+        return self._advance(after, self._decides_before(state.stage))
 
     @staticmethod
     def _with_prefix(state: State, keep: Tensor) -> Tensor:
@@ -224,21 +222,17 @@ class TokenGame:
         """[B, classes] the network's prediction at the end of the game."""
         return self.backbone.head(state.x, state.layout, state.size)
 
-    def _advance(self, state: State, block: int) -> State:
-        """Run from `block` to the next decision, or through the last block."""
-        last = state.stage == len(self.stages)
-        stop = self.backbone.depth if last else self.stages[state.stage]
-        x, qkv, bias = state.x, None, state.bias
-        for index in range(block, stop):
-            x, qkv = self.backbone.attend(index, x, state.layout, bias)
-            x = self.backbone.mlp(index, x)
-        if last:
+    def _decides_before(self, stage: int) -> int:
+        """The half-block (see `Backbone.run`) before which a stage decides; past the last stage, the end."""
+        return 2 * self.stages[stage] + self.merge if stage < len(self.stages) else 2 * self.backbone.depth
+
+    def _advance(self, state: State, half: int) -> State:
+        """Run from half-block `half` to the next decision, or to the end."""
+        stop = self._decides_before(state.stage)
+        x, qkv = self.backbone.run(half, stop, state.x, state.layout, state.bias)
+        if qkv is None or state.stage == len(self.stages):
             return replace(state, x=x)
-        if self.merge:
-            x, qkv = self.backbone.attend(stop, x, state.layout, bias)
-        if qkv is None:  # a stage before the first block
-            return replace(state, x=x)
-        heads = self.backbone.read_heads(qkv, state.layout, stop if self.merge else stop - 1)
+        heads = self.backbone.read_heads(qkv, state.layout)
         return replace(state, x=x, heads=heads, similarity=self._similarity(state, heads) if self.merge else None)
 
     @staticmethod
@@ -256,17 +250,22 @@ class TokenGame:
         layout, agents, prefix = state.layout, state.agents, state.prefix
         keys = layout.pad(heads.keys).transpose(1, 2)  # [B, H, L, D]
         scores = (keys @ (heads.query * heads.scale)[..., None]).squeeze(3).float()  # [B, H, L]
-        log_size = torch.zeros_like(scores[:, :1])
+        log_size = zero = torch.zeros_like(scores[:, :1])
         if state.bias is not None:
             log_size = layout.pad(state.bias)[:, None]
             scores = scores + log_size
         if not layout.uniform:
             scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
         attention = scores.log_softmax(2)[..., prefix:] + layout.count.log()[:, None, None]  # [B, H, L']
-        mean = attention.exp().mean(1, keepdim=True).clamp(min=1e-30).log()
-        known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
-        centred = mean - known.sum(2, keepdim=True) / agents.count[:, None, None]
-        similarity = torch.zeros_like(mean) if state.similarity is None else state.similarity.amax(2)[:, None].float()
+        mean = attention.exp().mean(1, keepdim=True).clamp_(min=1e-30).log_()
+        if layout.uniform:
+            centred = mean - mean.mean(2, keepdim=True)
+        else:
+            known = mean.masked_fill(~agents.mask[:, None], 0.0)
+            centred = mean - known.sum(2, keepdim=True) / agents.count[:, None, None]
+        similarity = zero[..., prefix:]
+        if state.similarity is not None:
+            similarity = state.similarity.amax(2)[:, None].float()
         alive = (agents.count / state.total)[:, None, None].expand_as(mean)
         features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
         return agents.unpad(features.transpose(1, 2))

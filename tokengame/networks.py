@@ -78,13 +78,13 @@ class ContextActor(nn.Module):
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
         dtype = self.token.weight.dtype
-        scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage[obs.stage]  # [S, h]
-        line = torch.stack([self.slope, self.bias], 1)[obs.stage]  # [S, 2]
+        scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage.index_select(0, obs.stage)  # [S, h]
+        slope, bias = self.slope.index_select(0, obs.stage), self.bias.index_select(0, obs.stage)
+        if len(scene) > 1:  # one scene alone is broadcast
+            scene, slope, bias = (values.index_select(0, obs.scene) for values in (scene, slope, bias))
         features = obs.features.to(dtype)
-        hidden = self.token(self.norm_token(obs.token.to(dtype))) + self.features(features)
-        residual = self.rest(torch.tanh(hidden + scene.index_select(0, obs.scene)))
-        slope, bias = line.index_select(0, obs.scene).unbind(1)
-        return residual.squeeze(1) + torch.addcmul(bias, slope, features[:, -4])
+        hidden = self.token(self.norm_token(obs.token.to(dtype))).add_(self.features(features)).add_(scene)
+        return self.rest(hidden.tanh_()).squeeze(1) + torch.addcmul(bias, slope, features[:, -4])
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""

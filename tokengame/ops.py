@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,11 +37,13 @@ class Layout:
     @cached_property
     def start(self) -> Tensor:
         """[B] first row of each image"""
-        return self.count.cumsum(0) - self.count
+        return torch.tensor(list(accumulate(self.counts, initial=0))[:-1], device=self.device)
 
     @cached_property
     def image(self) -> Tensor:
         """[M] image of each row"""
+        if self.images == 1:
+            return torch.zeros(self.rows, dtype=torch.long, device=self.device)
         images = torch.arange(self.images, device=self.device)
         return images.repeat_interleave(self.count, output_size=self.rows)
 
