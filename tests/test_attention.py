@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokengame.attention import KERNELS, Shape, batch_cost, bias_column, by_cost, by_rule, looped_attention
+from tokengame.attention import KERNELS, bias_column
 from tokengame.ops import Layout, keep_at_least_one, segment_mean
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=5)

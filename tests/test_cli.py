@@ -1,5 +1,6 @@
 """The command line as a user meets it: one sentence on bad input, the JSON names others rely on, help with examples."""
 
+import csv
 import json
 import os
 
@@ -96,13 +97,23 @@ def test_show_writes_a_picture_one_strip_an_image(flags, policy, tmp_path, capsy
         assert picture.height > 3 * 160
 
 
-def test_bench_rows(capsys):
+def test_bench_rows(tmp_path, capsys):
     run = ["bench", "--backbone", NAME, "--batch-sizes", "2", "--dtypes", "float32", "--seconds", "0.5", "--json"]
-    assert main([*run, "--keep", "0.5", "0.25"]) == 0
+    assert main([*run, "--keep", "0.5", "0.25", "--no-compiled", "--tome", "--output", str(tmp_path)]) == 0
     (row,) = document(capsys)
     assert set(row) >= BENCH_KEYS
-    assert row["keep"] == pytest.approx([0.5, 0.25], abs=0.12)
+    assert row["keep"] == pytest.approx([0.5, 0.25], abs=0.02)
     assert row["efficiency"] == pytest.approx(row["speedup"] / row["gmacs_speedup"])
+    assert row["images_per_second_native"] == pytest.approx(
+        2e3 / min(row["milliseconds"][f"native {how}"] for how in ("fused", "unfused"))
+    )
+    assert row["tome_gmacs_speedup"] == pytest.approx(row["gmacs_speedup"], rel=0.02)
+    assert sum(row["time_shares"].values()) == pytest.approx(1)
+    assert 0 < row["peak_memory_mib_pruned"] < 1000
+    (path,) = tmp_path.glob("*.csv")
+    assert path.name == f"bench_{NAME}_drop_stages4-8_keep0.5-0.25_cpu-2threads.csv"
+    (written,) = csv.DictReader(path.read_text().splitlines())
+    assert float(written["speedup"]) == row["speedup"]
 
 
 def test_quickstart_small(tmp_path, capsys):

@@ -7,7 +7,7 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokengame.backbone import Backbone
-from tokengame.bench import ForcedKeep
+from tokengame.bench import SPREAD, ForcedKeep, forced_model
 from tokengame.cli import finite
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
@@ -81,15 +81,26 @@ def test_dial_for_a_wish():
 
 @torch.no_grad()
 def test_forced_shares_are_kept_exactly_and_spread_over_images():
-    game = TokenGame(Backbone(tiny_vit(img_size=80)), GameConfig(stages=(1, 2)))
-    forced = ForcedKeep(lambda obs: obs.features[:, 0], (0.6, 0.3), seed=0)
-    state = game.play(torch.randn(64, 3, 80, 80), forced)
-    first, second = (kept.float() for kept in state.kept)
-    assert float(first.mean()) / 100 == pytest.approx(0.6, abs=0.03)
-    assert float(second.mean()) / 100 == pytest.approx(0.3, abs=0.03)
-    assert float(second.std()) > 2
+    fast = forced_model(tiny_vit(img_size=80), GameConfig(stages=(1, 2)), (0.6, 0.3))
+    images = torch.randn(64, 3, 80, 80)
+    fast.actor.force(fast, images)
+    first, second = (kept.float() for kept in fast.play(images).kept)
+    assert float(first.mean()) / 100 == pytest.approx(0.6, abs=0.005)
+    assert float(second.mean()) / 100 == pytest.approx(0.3, abs=0.005)
+    assert float(first.std()) / 60 == pytest.approx(SPREAD, rel=0.1)
+    assert torch.equal(first.argsort(stable=True)[:5], second.argsort(stable=True)[:5]), "an easy image stays easy"
     with pytest.raises(TokenGameError, match="do not grow"):
-        ForcedKeep(forced, (0.3, 0.6))
+        ForcedKeep(fast.actor, (0.3, 0.6))
+    with pytest.raises(TokenGameError, match="3 shares to keep for 2 stages"):
+        forced_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.4, 0.3))
+
+
+@torch.no_grad()
+def test_keeping_all_forced_is_the_native_model():
+    model = tiny_vit()
+    fast, images = forced_model(model, GameConfig(stages=(1, 2)), (1.0, 1.0)), torch.randn(3, 3, 32, 32)
+    fast.actor.force(fast, images)
+    torch.testing.assert_close(fast(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_overlay_fades_exactly_the_patches_that_are_gone():

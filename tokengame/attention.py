@@ -13,7 +13,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(qkv: Tensor) -> Shape:
-        return Shape(qkv.device, qkv.dtype, *qkv.shape[2:], torch.get_num_threads())
+        return Shape(qkv.device, qkv.dtype, qkv.shape[2], qkv.shape[3], torch.get_num_threads())
 
 
 Choice = Callable[[Layout, Shape], Kernel]
@@ -204,7 +204,7 @@ def image_cost(name: str, length: int, shape: Shape) -> float:
     return (1 - share) * measured_cost(name, low, shape) + share * measured_cost(name, high, shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def measured_cost(name: str, length: int, shape: Shape) -> float:
     """Seconds of one image of `length` rows in a batch of eight (fewer where they are long), best of five."""
     images = max(1, min(8, 4096 // length))

@@ -11,9 +11,9 @@ import tyro
 from torch import nn
 
 from tokengame.backbone import Backbone
-from tokengame.bench import bench
+from tokengame.bench import Plan, bench, write_csv
 from tokengame.config import GameConfig, TrainConfig, require
-from tokengame.console import console, progress, show_rows, show_table
+from tokengame.console import console, progress, show_rows, show_table, steps
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, dial_for, evaluate
@@ -236,23 +236,30 @@ class Bench(Common):
     """images a batch"""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """what both models compute in"""
-    seconds: float = 10.0
-    """time spent on each row"""
+    seconds: float = 20.0
+    """time spent on each row, after warm-up"""
+    compiled: bool = True
+    """also time what torch.compile makes of both models; of each the fastest counts"""
+    tome: bool = False
+    """also time ToMe at equal GMACs, on the same attention kernels"""
+    output: Path = Path("results")
+    """folder for the CSV, whose name holds the conditions"""
 
     def run(self) -> list[dict[str, Any]]:
         """Time."""
         require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
         embedded = self.weights is not None or self.backbone == EMBEDDED
         model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
-        game = GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition)
-        jobs = len(self.dtypes) * len(self.batch_sizes)
-        ticks = iter(progress(range(jobs), "timing", jobs))
-        next(ticks)
-        rows = bench(
-            self.place(model), self.backbone, game=game, keep=self.keep, batch_sizes=self.batch_sizes,
-            dtypes=tuple(getattr(torch, d) for d in self.dtypes), seconds=self.seconds, seed=self.seed,
-            report=lambda: next(ticks, None),
+        plan = Plan(
+            GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
+            self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
+            self.tome,
         )  # fmt: skip
-        columns = ["dtype", "batch_size", "images_per_second_native", "images_per_second_pruned", "speedup"]
-        show_rows(rows, [*columns, "gmacs_speedup", "efficiency", "verdict"])
+        with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
+            rows = bench(self.place(model), self.backbone, plan, next_step)
+        columns = ["dtype", "batch_size", "native", "images_per_second_native", "images_per_second_pruned", "speedup"]
+        columns += ["gmacs_speedup", "efficiency", *(["speedup_over_tome"] if self.tome else []), "verdict"]
+        show_rows(rows, columns)
+        show_rows([{key: row[key] for key in ("dtype", "batch_size")} | row["time_shares"] for row in rows])
+        console.print(f"wrote {write_csv(rows, self.output, self.keep)}", markup=False, soft_wrap=True)
         return rows

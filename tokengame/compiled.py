@@ -1,33 +1,29 @@
 """The game with its dense stretches compiled: what `torch.compile(fast)` runs.
 
 As long as all images of a batch have the same number of rows (always at batch 1, and before the first decision at any
-batch size) the blocks up to the next decision are one graph, dynamic in images and rows, and so is the decision of a
-single image. Batches of unlike images run eagerly: counts change with every batch, and nothing may recompile for that.
+batch size) the blocks up to the next decision are one graph, dynamic in images and rows. Everything else runs eagerly:
+counts change with every batch, nothing may recompile for that, and checking a compiled decision's inputs takes longer
+than the decision.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokengame.attention import by_cost, dense_attention
 from tokengame.backbone import Backbone, run_halves
-from tokengame.config import GameConfig
-from tokengame.game import State, TokenGame
 from tokengame.ops import Layout
-
-ISOLATED: dict[str, Any] = {}
 
 
 def _compile(function: Callable) -> Callable:
     """Sizes dynamic from the start; each graph with a recompilation limit of its own where torch can do that."""
     known = inspect.signature(torch.compile).parameters
-    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     return torch.compile(function, dynamic=True, **isolated)
 
 
@@ -46,9 +42,7 @@ class CompiledBackbone(Backbone):
             return super().run(first, last, x, layout, bias)
         if (first, last) not in self._graphs:
             self._graphs[first, last] = _compile(self._stretch(first, last))
-        dense = layout.pad(x)
-        out, qkv = self._graphs[first, last](dense, None if bias is None else layout.pad(bias))
-        return out, qkv
+        return self._graphs[first, last](layout.pad(x), None if bias is None else layout.pad(bias))
 
     def _stretch(self, first: int, last: int) -> Callable:
         halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -12,17 +13,30 @@ from rich.table import Table
 console = Console(stderr=True)
 
 
-def progress(iterable: Iterable, description: str, total: int) -> Iterable:
-    """`iterable` behind a progress bar with count and ETA."""
-    columns = [
+def _bar() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as bar:
+        console=console,
+    )
+
+
+@contextmanager
+def steps(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over a few long steps, each announced by name when it begins."""
+    with _bar() as bar:
+        task, begun = bar.add_task(description, total=total), iter(range(total + 1))
+        yield lambda name: bar.update(task, completed=next(begun), description=f"{description} {name}")
+        bar.update(task, completed=total)
+
+
+def progress(iterable: Iterable, description: str, total: int) -> Iterable:
+    """`iterable` behind a progress bar with count and ETA."""
+    with _bar() as bar:
         task = bar.add_task(description, total=total)
         for item in iterable:
             yield item
@@ -39,8 +53,9 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     console.print(grid)
 
 
-def show_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """One line a row, numbers to three digits."""
+def show_rows(rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+    """One line a row, numbers to three digits; all columns of the first row unless some are named."""
+    columns = list(rows[0]) if columns is None else columns
     grid = Table(*columns)
     for row in rows:
         grid.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))

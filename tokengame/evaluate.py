@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tokengame.data import Batch
 from tokengame.errors import TokenGameError
-from tokengame.game import State
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
+from tokengame.state import State
 
 CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-4, 2.01, 0.5))
 

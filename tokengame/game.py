@@ -11,9 +11,7 @@ the rows, sizes added, log size added to the attention logits from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,122 +20,7 @@ from torch import Tensor
 from tokengame.backbone import Backbone, Heads
 from tokengame.config import GameConfig
 from tokengame.ops import Layout, keep_at_least_one, segment_mean
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What A living agents of S scenes (an image at a stage) see. Rows of one scene lie together."""
-
-    token: Tensor
-    """[A, C] the agent's own row"""
-    cls: Tensor
-    """[S, C] class token of the scene; without one, the mean of its rows"""
-    features: Tensor
-    """[A, heads + 4] per head: log attention from the class token times the number of rows; then the mean over heads,
-    centred in the image; log size; highest key similarity to another agent; share of agents alive"""
-    scene: Tensor
-    """[A] index into S"""
-    agent: Tensor
-    """[A] agent id: position in the grid, row by row"""
-    stage: Tensor
-    """[S] stage index"""
-    layout: Layout | None = None
-    """of the A agents over the S scenes; None for an arbitrary selection of agents"""
-
-    def take(self, rows: Tensor) -> Observation:
-        """The same for some of the agents."""
-        return replace(
-            self,
-            token=self.token[rows],
-            features=self.features[rows],
-            scene=self.scene[rows],
-            agent=self.agent[rows],
-            layout=None,
-        )
-
-    @staticmethod
-    def concat(parts: list[Observation]) -> Observation:
-        """All agents of several stages in one."""
-        offsets = [0]
-        for part in parts[:-1]:
-            offsets.append(offsets[-1] + len(part.cls))
-        return Observation(
-            token=torch.cat([p.token for p in parts]),
-            cls=torch.cat([p.cls for p in parts]),
-            features=torch.cat([p.features for p in parts]),
-            scene=torch.cat([p.scene + offset for p, offset in zip(parts, offsets, strict=True)]),
-            agent=torch.cat([p.agent for p in parts]),
-            stage=torch.cat([p.stage for p in parts]),
-        )
-
-
-@dataclass(frozen=True)
-class State:
-    """A batch of images somewhere in the network, about to decide or at the end."""
-
-    x: Tensor
-    """[M, C] packed rows, prefix tokens first in each image"""
-    position: Tensor
-    """[M] agent id of each row, -1 for prefix tokens"""
-    layout: Layout
-    """of the M rows"""
-    agents: Layout
-    """of the A living agents"""
-    total: int
-    """agents of each image at the start (N)"""
-    size: Tensor | None = None
-    """[M] patches each row stands for, once something was merged"""
-    heads: Heads | None = None
-    """attention before (drop) or around (merge) the decision; None where there was none or nobody looks"""
-    similarity: Tensor | None = None
-    """[B, L, L] cosine of the agents' keys, in merge games"""
-    kept: tuple[Tensor, ...] = ()
-    """[B] agents alive after each decision so far"""
-
-    @property
-    def stage(self) -> int:
-        """Decisions taken so far."""
-        return len(self.kept)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[M] added to the attention logits of each key"""
-        return None if self.size is None else self.size.log()
-
-    @property
-    def prefix(self) -> int:
-        return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
-
-    @cached_property
-    def agent_rows(self) -> Tensor:
-        """[A] the agents' rows among all rows"""
-        return torch.arange(self.agents.rows, device=self.x.device) + self.prefix * (self.agents.image + 1)
-
-    def of_agents(self, rows: Tensor) -> Tensor:
-        """[M, ...] -> [A, ...], without the prefix tokens."""
-        if self.layout.uniform:
-            return self.layout.pad(rows)[:, self.prefix :].flatten(0, 1)
-        return rows.index_select(0, self.agent_rows)
-
-    def repeat(self, times: int) -> State:
-        """The same before any decision, with every image `times` times in a row, to be played differently."""
-        rows, layout = self.layout.repeat(times)
-        heads = self.heads and replace(
-            self.heads, query=self.heads.query.repeat_interleave(times, 0), keys=self.heads.keys[rows]
-        )
-        return replace(
-            self,
-            x=self.x[rows],
-            position=self.position[rows],
-            layout=layout,
-            agents=self.agents.repeat(times)[1],
-            heads=heads,
-            similarity=None if self.similarity is None else self.similarity.repeat_interleave(times, 0),
-        )
-
-
-Decide = Callable[[Observation], Tensor]
-"""A policy: observation -> [A] keep logits."""
+from tokengame.state import Decide, Observation, State
 
 
 class TokenGame:
@@ -150,7 +33,7 @@ class TokenGame:
     """
 
     def __init__(self, backbone: Backbone, config: GameConfig, features: bool = True):
-        self.backbone, self.features = backbone, features
+        self.backbone, self.config, self.features = backbone, config, features
         self.merge = config.transition == "merge"
         self.stages = config.blocks(backbone.depth)
 
@@ -270,21 +153,13 @@ class TokenGame:
         features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
         return agents.unpad(features.transpose(1, 2))
 
-    @staticmethod
-    def _absorb(state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and sizes of the survivors `rows`, every leaving agent's row added to its most similar survivor's.
 
         In float32 whatever the network computes in: many small rows may meet in one.
         """
-        agents, agent_rows = state.agents, state.agent_rows
-        assert state.similarity is not None
-        leaving = torch.nonzero_static(~keep, size=state.layout.rows - len(rows)).squeeze(1)
-        image = agents.image.index_select(0, leaving)
-        slot = agents.slot.index_select(0, leaving)
-        similarity = state.similarity.flatten(0, 1).index_select(0, slot)  # [leaving, L]
-        keepers = agents.pad(keep).index_select(0, image)
-        target = similarity.masked_fill_(~keepers, float("-inf")).argmax(1) + agents.start.index_select(0, image)
-        leaving_rows, target_rows = agent_rows.index_select(0, leaving), agent_rows.index_select(0, target)
+        leaving, target = self._pair(state, keep, state.layout.rows - len(rows))
+        leaving_rows, target_rows = state.agent_rows.index_select(0, leaving), state.agent_rows.index_select(0, target)
         survivor = (stays.cumsum(0) - 1).index_select(0, target_rows)  # index among the survivors
         x, absorbed = (state.x.index_select(0, some).float() for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
@@ -294,3 +169,16 @@ class TokenGame:
         size = size.index_add(0, survivor, gone)
         x = x.index_add_(0, survivor, absorbed).div_(size[:, None])
         return x.to(state.x.dtype), size
+
+    @staticmethod
+    def _pair(state: State, keep: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """[number] each: the agents who leave, and for each the most similar one of its image who stays."""
+        agents = state.agents
+        assert state.similarity is not None
+        leaving = torch.nonzero_static(~keep, size=number).squeeze(1)
+        image = agents.image.index_select(0, leaving)
+        slot = agents.slot.index_select(0, leaving)
+        similarity = state.similarity.flatten(0, 1).index_select(0, slot)  # [number, L]
+        keepers = agents.pad(keep).index_select(0, image)
+        target = similarity.masked_fill_(~keepers, float("-inf")).argmax(1)
+        return leaving, target + agents.start.index_select(0, image)

@@ -16,7 +16,7 @@ from tokengame.backbone import Backbone
 from tokengame.game import TokenGame
 
 
-def _linear_macs(module: nn.Module | None) -> int:
+def linear_macs(module: nn.Module | None) -> int:
     """MACs of one row through every linear layer of `module`."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)) if module is not None else 0
 
@@ -56,17 +56,18 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, kept: Tensor
         decides = index in stages
         after = kept[stages.index(index)] + prefix if decides else rows
         rows = after if decides and not merge else rows
-        macs = macs + rows * _linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * block.attn.head_dim
+        macs = macs + rows * linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * block.attn.head_dim
         rows = after
-        macs = macs + rows * _linear_macs(block.mlp)
-    return macs + _head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
+        macs = macs + rows * linear_macs(block.mlp)
+    return macs + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 
-def _head_macs(model: Any, rows: Tensor) -> Tensor:
-    heads = _linear_macs(model.head) + _linear_macs(getattr(model, "head_dist", None))
+def head_macs(model: Any, rows: Tensor) -> Tensor:
+    """MACs of pooling `rows` [...] rows and of the classifier."""
+    heads = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", None))
     pool = model.attn_pool
     if not isinstance(pool, AttentionPoolLatent):
         return rows * 0 + heads
     latent = pool.latent_len
-    fixed = latent * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
-    return rows * (_linear_macs(pool.kv) + 2 * latent * pool.num_heads * pool.head_dim) + fixed + heads
+    fixed = latent * (linear_macs(pool.q) + linear_macs(pool.proj) + linear_macs(pool.mlp))
+    return rows * (linear_macs(pool.kv) + 2 * latent * pool.num_heads * pool.head_dim) + fixed + heads

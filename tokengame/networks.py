@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengame.config import ActorConfig
-from tokengame.game import Observation
+from tokengame.state import Observation
 
 WARM_SLOPE = 1.5
 """Start value of the context actor's linear term on centred log attention; alone it is a fair adaptive threshold."""

@@ -106,7 +106,7 @@ class Groups:
     padding: Tensor
     """[S] bool, true where the slot is padding"""
     gather: Tensor
-    """[S * H] for each cell of [images, H, length], group by group: its query in qkv [M * 3 * H]; its key lies H further"""
+    """[S * H] for each cell of [images, H, length], group by group: its query in qkv [M * 3 * H]; H further: key"""
     scatter: Tensor
     """[M * H] cell of each row's heads"""
 
@@ -119,8 +119,8 @@ def _plan_groups(layout: Layout, size: int, heads: int) -> Groups:
         group = order[first : first + size]
         longest = layout.counts[group[-1]]
         shapes.append((len(group), longest))
-        for image in group:
-            padded_to[image] = longest
+        for member in group:
+            padded_to[member] = longest
     image = torch.tensor(order, device=device)
     length = torch.tensor(padded_to, device=device)  # [B]
     slots = sum(padded_to)

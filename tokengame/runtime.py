@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tokengame.attention import by_cost
 from tokengame.backbone import Backbone
+from tokengame.compiled import CompiledBackbone
 from tokengame.errors import TokenGameError
-from tokengame.game import State, TokenGame
+from tokengame.game import TokenGame
+from tokengame.grid import Fill, grid_features
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.policy import Policy, check_fits, threshold
+from tokengame.state import State
 
 
 class PrunedViT(nn.Module):
@@ -28,6 +33,7 @@ class PrunedViT(nn.Module):
         self.model, self.actor, self.card = model, policy.actor, policy.card
         self.game = TokenGame(Backbone(model, by_cost), policy.game, policy.card["actor"]["observation"] == "context")
         self._was_training = model.training
+        self._compiled: TokenGame | None = None
         self.dial = dial
         self.eval()
 
@@ -47,7 +53,59 @@ class PrunedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> the model's own output [B, classes]."""
+        if torch.compiler.is_compiling():
+            return self._play_compiled(images)
         return self.game.logits(self.play(images))
+
+    @torch.compiler.disable
+    def _play_compiled(self, images: Tensor) -> Tensor:
+        """What `torch.compile(fast)` runs: the same game, its dense stretches compiled one by one."""
+        if self._compiled is None:
+            self._compiled = TokenGame(CompiledBackbone(self.model), self.game.config, self.game.features)
+        return self._compiled.logits(self._compiled.play(images, self.actor, self._threshold))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles compile anew."""
+        return self.__dict__ | {"_compiled": None}
+
+    def forward_features(self, images: Tensor, fill: Fill = "exit") -> Tensor:
+        """timm's `forward_features` on the full grid: [B, channels, height, width] -> [B, prefix + N, C], normed.
+
+        Args:
+            images: the batch.
+            fill: what stands where a token was pruned: "exit", its last features before it left; "absorber", those of
+                the token it was merged into; "zero".
+
+        Raises:
+            TokenGameError: "absorber" for a policy that drops tokens.
+        """
+        return self._grid(images, [self.game.backbone.depth - 1], fill, norm=True)[0]
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | list[int] | None = None, fill: Fill = "exit", norm: bool = False
+    ) -> list[Tensor]:
+        """Features after some blocks as maps, like timm's `forward_intermediates(..., intermediates_only=True)`.
+
+        Args:
+            images: [B, channels, height, width].
+            indices: blocks, or how many of the last ones; default is all.
+            fill: as in `forward_features`.
+            norm: whether to apply the final norm.
+
+        Returns:
+            For each block [B, C, rows, columns].
+
+        Raises:
+            TokenGameError: "absorber" for a policy that drops tokens.
+        """
+        backbone = self.game.backbone
+        blocks, _ = feature_take_indices(backbone.depth, indices)
+        rows, columns = (side // patch for side, patch in zip(images.shape[2:], backbone.patch_size, strict=True))
+        found = self._grid(images, sorted(set(blocks)), fill, norm)
+        return [x[:, backbone.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for x in found]
+
+    def _grid(self, images: Tensor, blocks: list[int], fill: Fill, norm: bool) -> list[Tensor]:
+        return grid_features(self.model, self.game.config, self.actor, self._threshold, images, blocks, fill, norm)
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Tensor:

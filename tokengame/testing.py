@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokengame.backbone import Backbone
-from tokengame.game import Observation, TokenGame
+from tokengame.game import TokenGame
+from tokengame.state import Observation
 
 
 class Scripted:

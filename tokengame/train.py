@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tokengame.backbone import Backbone
 from tokengame.config import TrainConfig
 from tokengame.errors import TokenGameError
-from tokengame.game import Observation, State, TokenGame
+from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.networks import Critic, build_actor
 from tokengame.ppo import Experience, gae, log_prob, normalise, update
 from tokengame.rewards import KLController, Outcome, fidelity, fidelity_loss, share, target
+from tokengame.state import Observation, State
 
 
 def training_dtype(choice: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,129 @@
+"""What a token game is made of: the state of a batch of images, and what its agents observe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tokengame.backbone import Heads
+from tokengame.ops import Layout
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What A living agents of S scenes (an image at a stage) see. Rows of one scene lie together."""
+
+    token: Tensor
+    """[A, C] the agent's own row"""
+    cls: Tensor
+    """[S, C] class token of the scene; without one, the mean of its rows"""
+    features: Tensor
+    """[A, heads + 4] per head: log attention from the class token times the number of rows; then the mean over heads,
+    centred in the image; log size; highest key similarity to another agent; share of agents alive"""
+    scene: Tensor
+    """[A] index into S"""
+    agent: Tensor
+    """[A] agent id: position in the grid, row by row"""
+    stage: Tensor
+    """[S] stage index"""
+    layout: Layout | None = None
+    """of the A agents over the S scenes; None for an arbitrary selection of agents"""
+
+    def take(self, rows: Tensor) -> Observation:
+        """The same for some of the agents."""
+        return replace(
+            self,
+            token=self.token[rows],
+            features=self.features[rows],
+            scene=self.scene[rows],
+            agent=self.agent[rows],
+            layout=None,
+        )
+
+    @staticmethod
+    def concat(parts: list[Observation]) -> Observation:
+        """All agents of several stages in one."""
+        offsets = [0]
+        for part in parts[:-1]:
+            offsets.append(offsets[-1] + len(part.cls))
+        return Observation(
+            token=torch.cat([p.token for p in parts]),
+            cls=torch.cat([p.cls for p in parts]),
+            features=torch.cat([p.features for p in parts]),
+            scene=torch.cat([p.scene + offset for p, offset in zip(parts, offsets, strict=True)]),
+            agent=torch.cat([p.agent for p in parts]),
+            stage=torch.cat([p.stage for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of images somewhere in the network, about to decide or at the end."""
+
+    x: Tensor
+    """[M, C] packed rows, prefix tokens first in each image"""
+    position: Tensor
+    """[M] agent id of each row, -1 for prefix tokens"""
+    layout: Layout
+    """of the M rows"""
+    agents: Layout
+    """of the A living agents"""
+    total: int
+    """agents of each image at the start (N)"""
+    size: Tensor | None = None
+    """[M] patches each row stands for, once something was merged"""
+    heads: Heads | None = None
+    """attention before (drop) or around (merge) the decision; None where there was none or nobody looks"""
+    similarity: Tensor | None = None
+    """[B, L, L] cosine of the agents' keys, in merge games"""
+    kept: tuple[Tensor, ...] = ()
+    """[B] agents alive after each decision so far"""
+
+    @property
+    def stage(self) -> int:
+        """Decisions taken so far."""
+        return len(self.kept)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[M] added to the attention logits of each key"""
+        return None if self.size is None else self.size.log()
+
+    @property
+    def prefix(self) -> int:
+        return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
+
+    @cached_property
+    def agent_rows(self) -> Tensor:
+        """[A] the agents' rows among all rows"""
+        return torch.arange(self.agents.rows, device=self.x.device) + self.prefix * (self.agents.image + 1)
+
+    def of_agents(self, rows: Tensor) -> Tensor:
+        """[M, ...] -> [A, ...], without the prefix tokens."""
+        if self.layout.uniform:
+            return self.layout.pad(rows)[:, self.prefix :].flatten(0, 1)
+        return rows.index_select(0, self.agent_rows)
+
+    def repeat(self, times: int) -> State:
+        """The same before any decision, with every image `times` times in a row, to be played differently."""
+        rows, layout = self.layout.repeat(times)
+        heads = self.heads and replace(
+            self.heads, query=self.heads.query.repeat_interleave(times, 0), keys=self.heads.keys[rows]
+        )
+        return replace(
+            self,
+            x=self.x[rows],
+            position=self.position[rows],
+            layout=layout,
+            agents=self.agents.repeat(times)[1],
+            heads=heads,
+            similarity=None if self.similarity is None else self.similarity.repeat_interleave(times, 0),
+        )
+
+
+Decide = Callable[[Observation], Tensor]
+"""A policy: observation -> [A] keep logits."""
