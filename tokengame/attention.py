@@ -43,11 +43,23 @@ class Shape(NamedTuple):
 Choice = Callable[[Layout, Shape], Kernel]
 
 
-def dense_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One fused call: qkv [B, L, 3, H, D], key bias [B, L] (-inf for padding) -> [B, L, H * D]."""
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Written out as two matrix products: q, k, v [b, L, D], bias [b, 1, L] -> [b, L, D]."""
+    start, beta = (q.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
+    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=q.shape[2] ** -0.5)
+    return torch.bmm(scores.softmax(2), v)
+
+
+def dense_attention(qkv: Tensor, bias: Tensor | None = None, fused: bool = True) -> Tensor:
+    """One call, `fused` or written out: qkv [B, L, 3, H, D], key bias [B, L] (-inf for padding) -> [B, L, H * D]."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D]
-    mask = None if bias is None else bias[:, None, None].to(qkv.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    mask = None if bias is None else bias[:, None, None].to(qkv.dtype)  # [B, 1, 1, L]
+    if fused:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        own = None if mask is None else mask.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
+        out = _softmax_attention(*(t.flatten(0, 1) for t in (query, key, value)), own).view_as(query)
+    return out.transpose(1, 2).flatten(2)
 
 
 def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -68,13 +80,6 @@ def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
         start += count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Written out as two matrix products: q, k, v [b, L, D], bias [b, 1, L] -> [b, L, D]."""
-    start, beta = (q.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
-    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=q.shape[2] ** -0.5)
-    return torch.bmm(scores.softmax(2), v)
 
 
 def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:

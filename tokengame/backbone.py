@@ -96,7 +96,7 @@ class Backbone:
         """What an attention offers to observations and matching."""
         q, k, _ = qkv.unbind(1)
         if self.model.has_class_token:
-            query = q[layout.start]
+            query = layout.first(q)
         else:
             query = segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
         return Heads(query, k, self.blocks[0].attn.scale)

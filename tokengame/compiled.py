@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokengame.attention import by_cost, dense_attention
+from tokengame.attention import Shape, by_cost, dense_attention, padded_attention, written_attention
 from tokengame.backbone import Backbone, run_halves
 from tokengame.ops import Layout
 
@@ -38,18 +38,22 @@ class CompiledBackbone(Backbone):
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """As `Backbone.run`."""
-        if not layout.uniform or first == last:
+        shape = Shape(x.device, x.dtype, self.heads, self.blocks[0].attn.head_dim, torch.get_num_threads())
+        kernel = self.choose(layout, shape)
+        dense = kernel is padded_attention or layout.images == 1
+        if not layout.uniform or not dense or first == last:
             return super().run(first, last, x, layout, bias)
         if (first, last) not in self._graphs:
             self._graphs[first, last] = _compile(self._stretch(first, last))
-        return self._graphs[first, last](layout.pad(x), None if bias is None else layout.pad(bias))
+        bias = None if bias is None else layout.pad(bias)
+        return self._graphs[first, last](layout.pad(x), bias, kernel is not written_attention)
 
     def _stretch(self, first: int, last: int) -> Callable:
         halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]
 
-        def stretch(dense: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            shape = dense.shape[:2]
-            attend = lambda qkv: dense_attention(qkv.unflatten(0, shape), bias).flatten(0, 1)  # noqa: E731
-            return run_halves(halves, dense.flatten(0, 1), attend)
+        def stretch(images: Tensor, bias: Tensor | None, fused: bool) -> tuple[Tensor, Tensor | None]:
+            shape = images.shape[:2]
+            attend = lambda qkv: dense_attention(qkv.unflatten(0, shape), bias, fused).flatten(0, 1)  # noqa: E731
+            return run_halves(halves, images.flatten(0, 1), attend)
 
         return stretch

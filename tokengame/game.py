@@ -11,6 +11,7 @@ the rows, sizes added, log size added to the attention logits from then on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -55,7 +56,7 @@ class TokenGame:
         """What the living agents see before the next decision."""
         agents, device = state.agents, state.x.device
         has_cls = self.backbone.model.has_class_token
-        cls = state.x.index_select(0, state.layout.start) if has_cls else segment_mean(state.x, state.layout)
+        cls = state.layout.first(state.x) if has_cls else segment_mean(state.x, state.layout)
         if self.features and state.heads is not None:
             features = self._features(state, state.heads)
         else:
@@ -137,20 +138,20 @@ class TokenGame:
         if state.bias is not None:
             log_size = layout.pad(state.bias)[:, None]
             scores = scores + log_size
-        if not layout.uniform:
-            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
-        attention = scores.log_softmax(2)[..., prefix:] + layout.count.log()[:, None, None]  # [B, H, L']
-        mean = attention.exp().mean(1, keepdim=True).clamp_(min=1e-30).log_()
-        if layout.uniform:
-            centred = mean - mean.mean(2, keepdim=True)
+        if layout.uniform:  # the same number for every image: a scalar spares small operations
+            log_count, count, alive = math.log(layout.longest), agents.longest, zero + agents.longest / state.total
         else:
-            known = mean.masked_fill(~agents.mask[:, None], 0.0)
-            centred = mean - known.sum(2, keepdim=True) / agents.count[:, None, None]
+            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
+            log_count, count = layout.count.log()[:, None, None], agents.count[:, None, None]
+            alive = (count / state.total).expand_as(zero)
+        attention = scores.log_softmax(2)[..., prefix:] + log_count  # [B, H, L']
+        mean = attention.exp().mean(1, keepdim=True).clamp_(min=1e-30).log_()
+        known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
+        centred = mean - known.sum(2, keepdim=True) / count
         similarity = zero[..., prefix:]
         if state.similarity is not None:
             similarity = state.similarity.amax(2)[:, None].float()
-        alive = (agents.count / state.total)[:, None, None].expand_as(mean)
-        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
+        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive[..., prefix:]], 1)
         return agents.unpad(features.transpose(1, 2))
 
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

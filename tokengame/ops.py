@@ -72,6 +72,10 @@ class Layout:
         flat = padded.flatten(0, 1)
         return flat if self.uniform else flat.index_select(0, self.slot)
 
+    def first(self, rows: Tensor) -> Tensor:
+        """[M, ...] -> [B, ...], the first row of each image."""
+        return self.pad(rows)[:, 0] if self.uniform else rows.index_select(0, self.start)
+
     def per_image(self, flags: Tensor) -> list[int]:
         """How many of `flags` [M] are true in each image. The one synchronisation with the device of a decision."""
         return self.pad(flags).sum(1).tolist() if self.rows else list(self.counts)
