@@ -51,7 +51,7 @@ class Stopwatch:
 def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
     """Shadow the methods of this one game with timed ones, for as long as the context lasts."""
     game, backbone = fast.game, fast.game.backbone
-    choose = backbone.choose
+    attend = backbone.attend
     shadows: list[tuple[Any, str, Callable]] = [
         (game, "observe", watch.timed("policy", game.observe)),
         (game, "step", watch.timed("packing", game.step)),
@@ -59,7 +59,7 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
         (game, "logits", watch.timed("embedding and head", game.logits)),
         (backbone, "embed", watch.timed("embedding and head", backbone.embed)),
         (backbone, "run", watch.timed("projections and MLP", backbone.run)),
-        (backbone, "choose", lambda layout, shape: watch.timed("attention", choose(layout, shape))),
+        (backbone, "attend", watch.timed("attention", attend)),
         (fast.actor, "forward", watch.timed("policy", fast.actor.forward)),
     ]
     for owner, name, timed in shadows:
@@ -69,7 +69,7 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
     finally:
         for owner, name, _ in shadows:
             owner.__dict__.pop(name)
-        backbone.choose = choose
+        backbone.attend = attend
 
 
 @torch.inference_mode()

@@ -3,8 +3,9 @@
 `bias` is one number per key, added to its logits in every head: log size for merged tokens (ToMe's proportional
 attention, Bolya et al. 2023, eq. 1). It stays a key bias, so that fused kernels stay on.
 
-Which kernel is fastest depends on processor, number format, heads and length, so `by_cost` measures (once in a process)
-and chooses; `by_rule` never measures, so that equal input gives bitwise equal output on every run: training's choice.
+Which kernel is fastest depends on processor, number format, heads and length, so `fastest_attention` measures (once in
+a process) and chooses; `ruled_attention` never measures, so that equal input gives bitwise equal output on every run:
+training's choice.
 """
 
 from __future__ import annotations
@@ -40,9 +41,6 @@ class Shape(NamedTuple):
         return Shape(qkv.device, qkv.dtype, qkv.shape[2], qkv.shape[3], torch.get_num_threads())
 
 
-Choice = Callable[[Layout, Shape], Kernel]
-
-
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Written out as two matrix products: q, k, v [b, L, D], bias [b, 1, L] -> [b, L, D]."""
     start, beta = (q.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
@@ -50,24 +48,13 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     return torch.bmm(scores.softmax(2), v)
 
 
-def dense_attention(qkv: Tensor, bias: Tensor | None = None, fused: bool = True) -> Tensor:
-    """One call, `fused` or written out: qkv [B, L, 3, H, D], key bias [B, L] (-inf for padding) -> [B, L, H * D]."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, H, L, D]
-    mask = None if bias is None else bias[:, None, None].to(qkv.dtype)  # [B, 1, 1, L]
-    if fused:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    else:
-        own = None if mask is None else mask.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
-        out = _softmax_attention(*(t.flatten(0, 1) for t in (query, key, value)), own).view_as(query)
-    return out.transpose(1, 2).flatten(2)
-
-
 def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One fused call on the batch padded to its longest image; no padding, no mask where all have the same count."""
     if bias is None and not layout.uniform:
         bias = qkv.new_zeros(layout.rows)
-    mask = None if bias is None else layout.pad(bias, float("-inf"))
-    return layout.unpad(dense_attention(layout.pad(qkv), mask))
+    query, key, value = layout.pad(qkv).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
+    mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(qkv.dtype)
+    return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -87,9 +74,12 @@ def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -
     bias = None if bias is None else bias.to(qkv.dtype)
     parts, start = [], 0
     for count in layout.counts:
-        q, k, v = qkv[start : start + count].permute(1, 2, 0, 3)  # [H, n, D]
-        own = None if bias is None else bias[start : start + count].expand(len(q), 1, -1)
-        parts.append(_softmax_attention(q, k, v, own).transpose(0, 1).flatten(1))
+        own = qkv[start : start + count].permute(1, 2, 0, 3)  # [3, H, n, D]
+        if qkv.dtype != torch.float32:
+            own = own.contiguous()  # products of half precision copy strided operands, and slower than this
+        q, k, v = own
+        key_bias = None if bias is None else bias[start : start + count].expand(len(q), 1, -1)
+        parts.append(_softmax_attention(q, k, v, key_bias).transpose(0, 1).flatten(1))
         start += count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -151,8 +141,18 @@ def varlen_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
     return out[..., :width].flatten(1)
 
 
+def ruled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """A kernel chosen without measuring: bitwise the same on every run."""
+    return by_rule(layout, Shape.of(qkv))(qkv, layout, bias)
+
+
+def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """The kernel measured to be fastest on batches like this one."""
+    return by_cost(layout, Shape.of(qkv))(qkv, layout, bias)
+
+
 def by_rule(layout: Layout, shape: Shape) -> Kernel:
-    """Choice without measuring: bitwise the same on every run."""
+    """Choice of `ruled_attention`."""
     if shape.device.type == "cuda" and not layout.uniform and shape.dtype in (torch.float16, torch.bfloat16):
         return varlen_attention
     if shape.device.type != "cpu":

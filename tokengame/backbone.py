@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.attention import Choice, Shape, by_rule
+from tokengame.attention import Kernel, ruled_attention
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, segment_mean
+from tokengame.ops import Layout, by_tiles, segment_mean
 
 Halves = list[tuple[Any, int]]
 """blocks, each with 0 for its attention and 1 for its MLP"""
@@ -43,15 +44,15 @@ class Backbone:
 
     Args:
         model: a timm VisionTransformer.
-        choose: the attention kernel for a batch. `by_rule` is bitwise repeatable, `by_cost` is measured and faster.
+        attend: attention within images. `ruled_attention` is bitwise repeatable, `fastest_attention` measures first.
 
     Raises:
         TokenGameError: the model cannot be run exactly; the sentence names the part and why.
     """
 
-    def __init__(self, model: Any, choose: Choice = by_rule):
+    def __init__(self, model: Any, attend: Kernel = ruled_attention):
         check_supported(model)
-        self.model, self.choose = model, choose
+        self.model, self.attend = model, attend
         self.blocks: list[Any] = list(self.model.blocks)
         self.depth: int = len(self.blocks)
         self.dim: int = self.model.embed_dim
@@ -90,7 +91,7 @@ class Backbone:
             where there was no attention.
         """
         halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]
-        return run_halves(halves, x, lambda qkv: self.choose(layout, Shape.of(qkv))(qkv, layout, bias))
+        return run_halves(halves, x, lambda qkv: self.attend(qkv, layout, bias))
 
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""
@@ -153,11 +154,16 @@ def run_halves(halves: Halves, x: Tensor, attend: Callable[[Tensor], Tensor]) ->
     qkv = None
     for block, is_mlp in halves:
         if is_mlp:
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            x = by_tiles(partial(feed_forward, block), x)
         else:
             qkv = project(block, x)
             x = join(block, x, attend(qkv))
     return x, qkv
+
+
+def feed_forward(block: Any, x: Tensor) -> Tensor:
+    """A block's MLP with its residual: x [M, C] -> [M, C]."""
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def project(block: Any, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokengame.attention import Choice, Shape, by_cost
+from tokengame.attention import Kernel, fastest_attention
 from tokengame.backbone import Backbone, join, project, run_halves
 from tokengame.macs import head_macs, linear_macs
 from tokengame.ops import Layout
@@ -23,12 +23,12 @@ class ToMe(nn.Module):
     Args:
         model: supported timm model.
         merges: r for each block.
-        choose: attention kernel for a batch.
+        attend: attention within images.
     """
 
-    def __init__(self, model: nn.Module, merges: tuple[int, ...], choose: Choice = by_cost):
+    def __init__(self, model: nn.Module, merges: tuple[int, ...], attend: Kernel = fastest_attention):
         super().__init__()
-        self.backbone, self.merges = Backbone(model, choose), merges
+        self.backbone, self.merges = Backbone(model, attend), merges
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, classes]."""
@@ -45,7 +45,7 @@ class ToMe(nn.Module):
             layout, flat = Layout([rows] * batch, x.device), x.flatten(0, 1)
             qkv = project(block, flat)
             bias = None if size is None else size.log().flatten()
-            flat = join(block, flat, backbone.choose(layout, Shape.of(qkv))(qkv, layout, bias))
+            flat = join(block, flat, backbone.attend(qkv, layout, bias))
             x = flat.view(batch, rows, width)
             r = min(r, (rows - backbone.prefix) // 2)
             if r > 0:

@@ -1,23 +1,25 @@
-"""The game with its dense stretches compiled: what `torch.compile(fast)` runs.
+"""The game with single images compiled: what `torch.compile(fast)` runs.
 
-As long as all images of a batch have the same number of rows (always at batch 1, and before the first decision at any
-batch size) the blocks up to the next decision are one graph, dynamic in images and rows. Everything else runs eagerly:
-counts change with every batch, nothing may recompile for that, and checking a compiled decision's inputs takes longer
-than the decision.
+An image alone spends much of its time in small operations, so everything from one decision to the next, the policy
+included, is one graph, dynamic in the number of rows. Batches run as they are: their counts change every time, nothing
+may recompile for that, and their operations are large.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokengame.attention import Shape, by_cost, dense_attention, padded_attention, written_attention
-from tokengame.backbone import Backbone, run_halves
+from tokengame.attention import Kernel, Shape, by_cost
+from tokengame.backbone import Backbone
+from tokengame.game import TokenGame
 from tokengame.ops import Layout
+from tokengame.state import Decide, State
 
 
 def _compile(function: Callable) -> Callable:
@@ -27,33 +29,48 @@ def _compile(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True, **isolated)
 
 
-class CompiledBackbone(Backbone):
-    """A backbone whose dense stretches are one graph each."""
+class CompiledGame(TokenGame):
+    """The same game; a graph for each stage and attention kernel is made when first needed."""
 
-    def __init__(self, model: Any):
-        super().__init__(model, by_cost)
-        self._graphs: dict[tuple[int, int], Callable] = {}
+    _graphs: dict[tuple[int, Kernel], Callable] | None = None
 
-    def run(
-        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `Backbone.run`."""
-        shape = Shape(x.device, x.dtype, self.heads, self.blocks[0].attn.head_dim, torch.get_num_threads())
-        kernel = self.choose(layout, shape)
-        dense = kernel is padded_attention or layout.images == 1
-        if not layout.uniform or not dense or first == last:
-            return super().run(first, last, x, layout, bias)
-        if (first, last) not in self._graphs:
-            self._graphs[first, last] = _compile(self._stretch(first, last))
-        bias = None if bias is None else layout.pad(bias)
-        return self._graphs[first, last](layout.pad(x), bias, kernel is not written_attention)
+    def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
+        """As `TokenGame.turn`."""
+        if state.layout.images > 1:
+            return super().turn(state, decide)
+        x, similarity, logits = self._graph(state)(state.x, state.position, state.size, state.kept, state.total, decide)
+        return replace(state, x=x, similarity=similarity), logits
 
-    def _stretch(self, first: int, last: int) -> Callable:
-        halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]
+    def finish(self, state: State) -> State:
+        """As `TokenGame.finish`."""
+        if state.layout.images > 1:
+            return super().finish(state)
+        x, _, _ = self._graph(state)(state.x, state.position, state.size, state.kept, state.total, None)
+        return replace(state, x=x)
 
-        def stretch(images: Tensor, bias: Tensor | None, fused: bool) -> tuple[Tensor, Tensor | None]:
-            shape = images.shape[:2]
-            attend = lambda qkv: dense_attention(qkv.unflatten(0, shape), bias, fused).flatten(0, 1)  # noqa: E731
-            return run_halves(halves, images.flatten(0, 1), attend)
+    def _graph(self, state: State) -> Callable:
+        """The kernel is chosen outside: it is measured, and which is best changes with the number of rows."""
+        self._graphs = self._graphs or {}
+        attention = self.backbone.blocks[0].attn
+        shape = Shape(state.x.device, state.x.dtype, attention.num_heads, attention.head_dim, torch.get_num_threads())
+        key = state.stage, by_cost(state.layout, shape)
+        if key not in self._graphs:
+            self._graphs[key] = _compile(self._stretch(key[1]))
+        return self._graphs[key]
+
+    def _stretch(self, kernel: Kernel) -> Callable:
+        game = TokenGame(Backbone(self.backbone.model, kernel), self.config, self.features)
+
+        def stretch(
+            x: Tensor, position: Tensor, size: Tensor | None, kept: tuple[Tensor, ...], total: int,
+            decide: Decide | None,
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+            layout, agents = (Layout([n], x.device) for n in (len(x), len(x) - game.backbone.prefix))
+            state, logits = State(x, position, layout, agents, total, size, kept=kept), None
+            if decide is None:
+                state = game.finish(state)
+            else:
+                state, logits = game.turn(state, decide)
+            return state.x, state.similarity, logits
 
         return stretch

@@ -11,7 +11,6 @@ the rows, sizes added, log size added to the attention logits from then on.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -38,19 +37,22 @@ class TokenGame:
         self.merge = config.transition == "merge"
         self.stages = config.blocks(backbone.depth)
 
-    def reset(self, images: Tensor) -> State:
-        """Embed a batch [B, channels, height, width] and run it to the first decision."""
+    def begin(self, images: Tensor) -> State:
+        """Embed a batch [B, channels, height, width]; no block has run."""
         tokens, prefix = self.backbone.embed(images), self.backbone.prefix
         batch, rows, _ = tokens.shape
         position = torch.arange(-prefix, rows - prefix, device=tokens.device).clamp(min=-1)
-        state = State(
+        return State(
             x=tokens.flatten(0, 1),
             position=position.repeat(batch),
             layout=Layout([rows] * batch, tokens.device),
             agents=Layout([rows - prefix] * batch, tokens.device),
             total=rows - prefix,
         )
-        return self._advance(state, 0)
+
+    def reset(self, images: Tensor) -> State:
+        """`begin`, and run to the first decision."""
+        return self._advance(self.begin(images), 0)
 
     def observe(self, state: State) -> Observation:
         """What the living agents see before the next decision."""
@@ -65,8 +67,13 @@ class TokenGame:
         position = state.of_agents(state.position)
         return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents)
 
-    def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
-        """Remove the agents that decided to leave, then play on to the next decision or the end.
+    def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
+        """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
+        state = self._advance(state, self._starts_at(state.stage))
+        return state, decide(self.observe(state))
+
+    def remove(self, state: State, keep: Tensor, logits: Tensor) -> State:
+        """The state without the agents that decided to leave.
 
         Args:
             state: before the decision.
@@ -83,8 +90,15 @@ class TokenGame:
         rows = torch.nonzero_static(stays, size=layout.rows).squeeze(1)
         x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
         position, kept = state.position.index_select(0, rows), (*state.kept, agents.count)
-        after = State(x, position, layout, agents, state.total, size, kept=kept)
-        return self._advance(after, self._decides_before(state.stage))
+        return State(x, position, layout, agents, state.total, size, kept=kept)
+
+    def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
+        """`remove`, then play on to the next decision or the end."""
+        return self._advance(self.remove(state, keep, logits), self._starts_at(state.stage + 1))
+
+    def finish(self, state: State) -> State:
+        """Run a state without decisions left to the end of the network."""
+        return self._advance(state, self._starts_at(state.stage))
 
     @staticmethod
     def _with_prefix(state: State, keep: Tensor) -> Tensor:
@@ -96,11 +110,11 @@ class TokenGame:
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
-        state = self.reset(images)
+        state = self.begin(images)
         for _ in self.stages:
-            logits = decide(self.observe(state))
-            state = self.step(state, logits > threshold, logits)
-        return state
+            state, logits = self.turn(state, decide)
+            state = self.remove(state, logits > threshold, logits)
+        return self.finish(state)
 
     def logits(self, state: State) -> Tensor:
         """[B, classes] the network's prediction at the end of the game."""
@@ -109,6 +123,10 @@ class TokenGame:
     def _decides_before(self, stage: int) -> int:
         """The half-block (see `Backbone.run`) before which a stage decides; past the last stage, the end."""
         return 2 * self.stages[stage] + self.merge if stage < len(self.stages) else 2 * self.backbone.depth
+
+    def _starts_at(self, stage: int) -> int:
+        """The half-block from which a state runs when `stage` decisions are behind it."""
+        return self._decides_before(stage - 1) if stage else 0
 
     def _advance(self, state: State, half: int) -> State:
         """Run from half-block `half` to the next decision, or to the end."""
@@ -133,25 +151,27 @@ class TokenGame:
         """See `Observation.features`; computed on the padded batch, [B, heads or 1, L]."""
         layout, agents, prefix = state.layout, state.agents, state.prefix
         keys = layout.pad(heads.keys).transpose(1, 2)  # [B, H, L, D]
-        scores = (keys @ (heads.query * heads.scale)[..., None]).squeeze(3).float()  # [B, H, L]
+        query = (heads.query * heads.scale)[:, :, None]
+        scores = (query @ keys.transpose(2, 3)).squeeze(2).float()  # [B, H, L]
         log_size = zero = torch.zeros_like(scores[:, :1])
         if state.bias is not None:
             log_size = layout.pad(state.bias)[:, None]
             scores = scores + log_size
-        if layout.uniform:  # the same number for every image: a scalar spares small operations
-            log_count, count, alive = math.log(layout.longest), agents.longest, zero + agents.longest / state.total
+        rows: Tensor
+        count: Tensor | int
+        if layout.uniform:  # numbers instead of small tensors
+            rows, count = torch.full((), layout.longest, device=scores.device), agents.longest
         else:
             scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
-            log_count, count = layout.count.log()[:, None, None], agents.count[:, None, None]
-            alive = (count / state.total).expand_as(zero)
-        attention = scores.log_softmax(2)[..., prefix:] + log_count  # [B, H, L']
-        mean = attention.exp().mean(1, keepdim=True).clamp_(min=1e-30).log_()
+            rows, count = layout.count[:, None, None], agents.count[:, None, None]
+        attention = scores.log_softmax(2)[..., prefix:] + rows.log()  # [B, H, L']
+        mean = attention.exp().sum(1, keepdim=True).clamp_(min=1e-30).log_()  # but for a constant
         known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
         centred = mean - known.sum(2, keepdim=True) / count
-        similarity = zero[..., prefix:]
+        similarity, alive = zero[..., prefix:], zero[..., prefix:] + count / state.total
         if state.similarity is not None:
             similarity = state.similarity.amax(2)[:, None].float()
-        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive[..., prefix:]], 1)
+        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
         return agents.unpad(features.transpose(1, 2))
 
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokengame.attention import Choice, by_cost
+from tokengame.attention import Kernel, fastest_attention
 from tokengame.backbone import Backbone
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
@@ -24,8 +24,8 @@ Fill = Literal["exit", "absorber", "zero"]
 class RecordingBackbone(Backbone):
     """A backbone that keeps what certain blocks put out."""
 
-    def __init__(self, model: Any, blocks: list[int], choose: Choice = by_cost):
-        super().__init__(model, choose)
+    def __init__(self, model: Any, blocks: list[int], attend: Kernel = fastest_attention):
+        super().__init__(model, attend)
         self.edges = [2 * (block + 1) for block in blocks]
         self.seen: dict[int, Tensor] = {}
         """block -> [M, C], since last emptied"""

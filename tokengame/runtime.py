@@ -10,9 +10,9 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokengame.attention import by_cost
+from tokengame.attention import fastest_attention
 from tokengame.backbone import Backbone
-from tokengame.compiled import CompiledBackbone
+from tokengame.compiled import CompiledGame
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
@@ -31,7 +31,9 @@ class PrunedViT(nn.Module):
     def __init__(self, model: nn.Module, policy: Policy, dial: float):
         super().__init__()
         self.model, self.actor, self.card = model, policy.actor, policy.card
-        self.game = TokenGame(Backbone(model, by_cost), policy.game, policy.card["actor"]["observation"] == "context")
+        self.game = TokenGame(
+            Backbone(model, fastest_attention), policy.game, policy.card["actor"]["observation"] == "context"
+        )
         self._was_training = model.training
         self._compiled: TokenGame | None = None
         self.dial = dial
@@ -59,9 +61,9 @@ class PrunedViT(nn.Module):
 
     @torch.compiler.disable
     def _play_compiled(self, images: Tensor) -> Tensor:
-        """What `torch.compile(fast)` runs: the same game, its dense stretches compiled one by one."""
+        """What `torch.compile(fast)` runs: the same game, compiled from decision to decision (see `compiled`)."""
         if self._compiled is None:
-            self._compiled = TokenGame(CompiledBackbone(self.model), self.game.config, self.game.features)
+            self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)
         return self._compiled.logits(self._compiled.play(images, self.actor, self._threshold))
 
     def __getstate__(self) -> dict[str, Any]:

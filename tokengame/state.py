@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,10 +96,10 @@ class State:
     def prefix(self) -> int:
         return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
 
-    @cached_property
+    @property
     def agent_rows(self) -> Tensor:
         """[A] the agents' rows among all rows"""
-        return torch.arange(self.agents.rows, device=self.x.device) + self.prefix * (self.agents.image + 1)
+        return self.agents.behind(self.prefix)
 
     def of_agents(self, rows: Tensor) -> Tensor:
         """[M, ...] -> [A, ...], without the prefix tokens."""
