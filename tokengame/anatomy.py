@@ -54,7 +54,7 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
     attend = backbone.attend
     shadows: list[tuple[Any, str, Callable]] = [
         (game, "observe", watch.timed("policy", game.observe)),
-        (game, "step", watch.timed("packing", game.step)),
+        (game, "remove", watch.timed("packing", game.remove)),
         (game, "_similarity", watch.timed("packing", game._similarity)),
         (game, "logits", watch.timed("embedding and head", game.logits)),
         (backbone, "embed", watch.timed("embedding and head", backbone.embed)),

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tokengame.anatomy import peak_memory, time_shares
-from tokengame.baselines import tome_at
+from tokengame.attention import padded_attention
+from tokengame.baselines import ToMe, tome_at
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError, first_line
 from tokengame.macs import native_macs, pruned_macs
@@ -198,9 +200,11 @@ def _row(fast: PrunedViT, batch_size: int, plan: Plan) -> dict[str, Any]:
     }
     if plan.tome:
         other = times[best["tome"]]
+        row["tome"] = best["tome"][1]
         row["tome_gmacs_speedup"] = native / tome_at(backbone.model, macs, state.total).macs(state.total)
         row["tome_speedup"] = statistics.median(slow) / statistics.median(other)
         row["speedup_over_tome"] = statistics.median(other) / statistics.median(quick)
+        row["speedup_over_tome_fused"] = statistics.median(times["tome", "fused"]) / statistics.median(quick)
     return row
 
 
@@ -215,18 +219,21 @@ def _variants(fast: PrunedViT, x: Tensor, plan: Plan, macs: float, total: int) -
     for block in unfused.blocks:
         block.attn.fused_attn = False  # two products and a softmax: on some processors faster than the fused kernel
     variants: Variants = {
-        ("native", "fused"): lambda: model(x),
-        ("native", "unfused"): lambda: unfused(x),
-        ("pruned", "eager"): lambda: fast(x),
+        ("native", "fused"): partial(model, x),
+        ("native", "unfused"): partial(unfused, x),
+        ("pruned", "eager"): partial(fast, x),
     }
+    tome: ToMe | None = None
+    if plan.tome:
+        tuned = tome_at(model, macs, total)
+        tome = ToMe(model, tuned.merges, padded_attention)
+        variants["tome", "fused"] = partial(tome, x)
+        variants["tome", "tuned"] = partial(tuned, x)  # on the game's own kernels
     if plan.compiled:
         torch.compiler.reset()
-        compiled, compiled_fast = torch.compile(model), torch.compile(fast)
-        variants["native", "compiled"] = lambda: compiled(x)
-        variants["pruned", "compiled"] = lambda: compiled_fast(x)
-    if plan.tome:
-        tome = tome_at(model, macs, total)
-        variants["tome", "eager"] = lambda: tome(x)
+        sides: dict[str, nn.Module] = {"native": model, "pruned": fast} | ({"tome": tome} if tome else {})
+        for side, module in sides.items():
+            variants[side, "compiled"] = partial(torch.compile(module), x)
     return variants
 
 
