@@ -26,11 +26,18 @@ def tiny_vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **changes):
     if "map" in str(changes.get("global_pool")):
         settings["depth"] = 3
     model = timm.create_model(name, **(settings | changes)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else parameter.data.add_(
-            0.1 * torch.randn_like(parameter)
-        )
+    randomise(model, seed, std=0.15)
     return model
+
+
+def randomise(model, seed: int = 0, std: float = 0.03) -> None:
+    """Random weights under which every part matters: timm's LayerScale starts at nearly nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.add_(0.1 * noise) if parameter.ndim == 1 else parameter.data.copy_(std * noise)
+        if name.endswith("gamma"):
+            parameter.data.add_(0.5)
 
 
 @pytest.fixture

@@ -1,12 +1,27 @@
 """Packing helpers and attention kernels against plain loops."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 
-from tokengame.attention import KERNELS, bias_column
-from tokengame.ops import Layout, keep_at_least_one, segment_mean
+from tokengame import attention
+from tokengame.attention import (
+    KERNELS,
+    Shape,
+    batch_cost,
+    bias_column,
+    by_cost,
+    by_rule,
+    image_cost,
+    looped_attention,
+    padded_attention,
+    varlen_attention,
+)
+from tokengame.ops import TILE, Layout, by_tiles, keep_at_least_one, segment_mean
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -84,3 +99,91 @@ def test_the_best_agent_of_a_starved_image_stays_and_others_are_left_alone():
     keep = torch.tensor([False, False, False, True, False])
     logits = torch.tensor([-3.0, -1.0, -2.0, 1.0, -5.0])
     assert keep_at_least_one(keep, logits, layout_of([3, 2])).tolist() == [False, True, False, True, False]
+
+
+def by_softmax(q, k, v, ends_q, ends_k, longest_q, longest_k, scale):
+    """What `varlen_attn` documents, slowly; it runs on GPUs alone."""
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert longest_q == longest_k == int(ends_q.diff().max())
+    parts = []
+    for first, last in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+        one_q, one_k, one_v = (t[first:last].transpose(0, 1) for t in (q, k, v))
+        parts.append(((one_q @ one_k.transpose(1, 2) * scale).softmax(2) @ one_v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@given(counts=counts, biased=st.booleans(), seed=st.integers(0, 99))
+def test_what_the_gpu_kernel_is_given(counts, biased, seed):
+    def stand_in(*args, **settings):
+        given = signature.bind(*args, **settings).arguments
+        return by_softmax(*list(given.values())[:7], scale=given["scale"])
+
+    signature = inspect.signature(varlen.varlen_attn)
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator)
+    bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "varlen_attn", stand_in)
+        found = varlen_attention(qkv, layout_of(counts), bias)
+    torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_kernels_are_near_double_precision():
+    qkv = torch.randn(90, 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bias = torch.rand(90, generator=torch.Generator().manual_seed(1)) * 3
+    exact = naive_attention(*qkv.double().unbind(1), [40, 20, 30], bias.double())
+    for name, kernel in KERNELS.items():
+        found = kernel(qkv, layout_of([40, 20, 30]), bias)
+        assert found.dtype == torch.bfloat16
+        assert float((found - exact).norm() / exact.norm()) < 0.01, name
+
+
+CPU = Shape(torch.device("cpu"), torch.float32, 2, 8, threads=99)
+
+
+def test_choice_by_cost(monkeypatch):
+    """By hand: groups pay for their longest image, a kernel that pads is for equal lengths, the cheapest wins."""
+    costs = {
+        "padded": 0.5,
+        "looped": 1.0,
+        "written": 1.0,
+        "grouped by 2": 0.8,
+        "grouped by 4": 0.7,
+        "grouped by 8": 9.0,
+    }
+    monkeypatch.setattr("tokengame.attention.measured_cost", lambda name, length, _: costs[name] * length)
+    attention._cheapest.cache_clear()
+    assert batch_cost("grouped by 2", (16, 32, 64), CPU) == pytest.approx(0.8 * (32 + 32 + 64))
+    assert image_cost("looped", 27, CPU) == pytest.approx(27)  # measured at 23 and 32
+    chosen = {counts: by_cost(layout_of(counts), CPU) for counts in [(32,) * 4, (30, 31, 32, 32), (16, 64), (16,)]}
+    assert chosen[(32,) * 4] is KERNELS["padded"]
+    assert chosen[30, 31, 32, 32] is KERNELS["grouped by 4"]
+    assert chosen[16, 64] is KERNELS["looped"]  # 80 against 0.8 * 128
+    assert chosen[16,] is KERNELS["looped"]
+    attention._cheapest.cache_clear()
+
+
+def test_choice_by_rule():
+    gpu = CPU._replace(device=torch.device("cuda"))
+    assert by_rule(layout_of([9, 9]), gpu) is padded_attention
+    assert by_rule(layout_of([9, 5]), gpu) is padded_attention  # float32 has no variable-length kernel
+    assert by_rule(layout_of([9, 5]), gpu._replace(dtype=torch.bfloat16)) is varlen_attention
+    assert by_cost(layout_of([9, 5]), gpu._replace(dtype=torch.float16)) is varlen_attention
+    assert by_rule(layout_of([200, 150]), CPU) is looped_attention
+
+
+def test_pieces_of_rows_are_the_whole():
+    rows, calls = torch.randn(5 * TILE + 7, 3), []
+
+    def double(some):
+        calls.append(len(some))
+        return 2 * some
+
+    with torch.no_grad():
+        assert torch.equal(by_tiles(double, rows), 2 * rows)
+        assert min(calls) >= TILE
+        assert sum(calls) == len(rows)
+        calls.clear()
+        by_tiles(double, rows[: 2 * TILE - 1])
+    by_tiles(double, rows)
+    assert calls == [2 * TILE - 1, len(rows)], "few rows, and rows with gradients, in one piece"

@@ -62,8 +62,9 @@ class ToMe(nn.Module):
         for block, r in zip(backbone.blocks, self.merges, strict=True):
             head_dim = block.attn.head_dim
             total += rows * linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * head_dim
-            r = min(r, (rows - backbone.prefix) // 2)
-            total += ((rows + 1) // 2) * (rows // 2) * head_dim if r > 0 else 0
+            patches = rows - backbone.prefix
+            r = min(r, patches // 2)
+            total += ((patches + 1) // 2) * (patches // 2) * head_dim if r > 0 else 0
             rows -= max(r, 0)
             total += rows * linear_macs(block.mlp)
         pooled = rows - (0 if backbone.model.pool_include_prefix else backbone.prefix)

@@ -177,12 +177,13 @@ class TokenGame:
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and sizes of the survivors `rows`, every leaving agent's row added to its most similar survivor's.
 
-        In float32 whatever the network computes in: many small rows may meet in one.
+        In at least float32 whatever the network computes in: many small rows may meet in one.
         """
         leaving, target = self._pair(state, keep, state.layout.rows - len(rows))
         leaving_rows, target_rows = state.agent_rows.index_select(0, leaving), state.agent_rows.index_select(0, target)
         survivor = (stays.cumsum(0) - 1).index_select(0, target_rows)  # index among the survivors
-        x, absorbed = (state.x.index_select(0, some).float() for some in (rows, leaving_rows))
+        dtype = torch.promote_types(state.x.dtype, torch.float32)
+        x, absorbed = (state.x.index_select(0, some).to(dtype) for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
         if state.size is not None:
             size, gone = state.size.index_select(0, rows), state.size.index_select(0, leaving_rows)

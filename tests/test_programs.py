@@ -1,0 +1,174 @@
+"""The faster model where real programs put models: casts, copies, workers, threads, the compiler."""
+
+import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import tiny_vit
+from torch._dynamo.utils import counters
+
+import tokengame
+from tokengame.anatomy import PARTS, peak_memory, time_shares
+from tokengame.bench import forced_model
+from tokengame.config import ActorConfig, GameConfig
+from tokengame.networks import build_actor
+from tokengame.policy import Policy
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def fast_model(transition="drop", dial=0.5, seed=0, **changes):
+    """A model under a random policy whose decisions differ from token to token."""
+    model = tiny_vit(seed, **changes)
+    torch.manual_seed(seed)
+    actor = build_actor(ActorConfig("context", (16,)), {"dim": 32, "heads": 2, "agents": 16, "stages": 2})
+    torch.nn.init.normal_(actor.rest[-1].weight, std=0.5)
+    card = {"game": {"stages": (1, 2), "transition": transition}, "actor": {"observation": "context"}, "dial": dial}
+    policy = Policy(actor.eval(), card)
+    return tokengame.runtime.PrunedViT(model, policy, dial)
+
+
+@pytest.fixture(params=["drop", "merge"])
+def fast(request):
+    return fast_model(request.param)
+
+
+def kept(fast, images):
+    return [k.tolist() for k in fast.play(images).kept]
+
+
+def test_inference_mode_gives_the_same(fast):
+    with torch.no_grad():
+        expected = fast(IMAGES)
+    with torch.inference_mode():
+        assert torch.equal(fast(IMAGES), expected)
+        assert len(set(kept(fast, IMAGES)[0])) > 1, "images keep different numbers of tokens"
+
+
+@torch.inference_mode()
+def test_autocast(fast):
+    expected, plain = kept(fast, IMAGES), fast(IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(IMAGES)
+        native = fast.model(IMAGES)
+    assert found.dtype == native.dtype
+    assert float((found.float() - plain).norm() / plain.norm()) < 0.1, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.inference_mode()
+def test_casts(dtype):
+    for transition in ("drop", "merge"):
+        fast = fast_model(transition, dial=0.0).to(dtype)
+        found, native = fast(IMAGES.to(dtype)), fast.model(IMAGES.to(dtype))
+        assert found.dtype == native.dtype == dtype
+        tolerance = 1e-10 if dtype == torch.float64 else 0.03
+        assert float((found - native).norm() / native.norm()) < tolerance
+        fast.dial = 0.5
+        assert fast(IMAGES.to(dtype)).isfinite().all()
+        assert min(kept(fast, IMAGES.to(dtype))[0]) < 16
+
+
+@torch.inference_mode()
+def test_state_dict_moves_weights_and_policy(fast):
+    other = fast_model("merge" if fast.game.merge else "drop", seed=1)
+    assert not torch.equal(other(IMAGES), fast(IMAGES))
+    other.load_state_dict(fast.state_dict())
+    assert torch.equal(other(IMAGES), fast(IMAGES))
+
+
+@torch.inference_mode()
+def test_copies_are_independent(fast):
+    expected, twin = fast(IMAGES), copy.deepcopy(fast)
+    twin.dial = 0.0
+    twin.model.head.weight.zero_()
+    assert torch.equal(fast(IMAGES), expected)
+    assert fast.dial == 0.5
+    twin.dial, twin.model = 0.5, fast.model
+    twin.game.backbone.model = fast.model
+    assert torch.equal(twin(IMAGES), expected)
+
+
+class Predictions(torch.utils.data.Dataset):
+    """What a worker process makes of an image."""
+
+    def __init__(self, fast):
+        self.fast = fast
+
+    def __len__(self):
+        return len(IMAGES)
+
+    @torch.inference_mode()
+    def __getitem__(self, index):
+        return self.fast(IMAGES[index : index + 1])[0].clone()
+
+
+@torch.inference_mode()
+def test_workers_get_a_working_pickle(fast):
+    if fast.game.merge:
+        pytest.skip("a worker takes seconds to start; one game shows it")
+    loader = torch.utils.data.DataLoader(Predictions(fast), 4, num_workers=1, multiprocessing_context="spawn")
+    (found,) = loader
+    torch.testing.assert_close(found, torch.cat([fast(image[None]) for image in IMAGES]), atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_two_threads_get_right_answers(fast):
+    batches = [torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3, 4, 5, 6)]
+    expected = [fast(batch) for batch in batches]
+
+    def call(index):
+        with torch.inference_mode():
+            return fast(batches[index % 6])
+
+    with ThreadPoolExecutor(2) as pool:
+        for index, found in enumerate(pool.map(call, range(60))):
+            assert torch.allclose(found, expected[index % 6], atol=1e-6)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@torch.inference_mode()
+def test_compiled_equals_eager_and_settles():
+    """200 batches, whose counts all differ: a graph for each stretch and attention kernel at most, then none."""
+    fast = fast_model()
+    torch.compiler.reset()
+    counters.clear()
+    compiled, seen = torch.compile(fast), set()
+    generator = torch.Generator().manual_seed(5)
+    for batch in range(200):
+        fast.dial = 0.3 + 0.4 * float(torch.rand((), generator=generator))
+        images = torch.randn(1 + batch % 2, 3, 32, 32, generator=generator)
+        torch.testing.assert_close(compiled(images), fast(images), atol=1e-5, rtol=1e-4)
+        seen.add(tuple(map(tuple, kept(fast, images))))
+        if batch == 99:
+            half_way = counters["stats"]["unique_graphs"]
+    assert len(seen) > 50, "counts change from batch to batch"
+    kernels, stretches = 2, 3
+    assert 0 < counters["stats"]["unique_graphs"] <= kernels * stretches
+    assert counters["stats"]["unique_graphs"] - half_way <= 1, "it goes on compiling"
+    twin = copy.deepcopy(fast)
+    torch.testing.assert_close(twin(images), fast(images))
+
+
+def test_time_shares_are_shares():
+    fast = forced_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.3))
+    with torch.inference_mode():
+        fast.actor.force(fast, IMAGES)
+        found = time_shares(fast, IMAGES)
+        expected = fast(IMAGES)
+        assert torch.equal(fast(IMAGES), expected), "the stopwatch is gone"
+    assert set(found) == set(PARTS)
+    assert min(found.values()) > 0
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_peak_memory_of_known_allocations():
+    def call():
+        first = torch.ones(1 << 20)  # 4 MiB
+        second = first + 1
+        del first
+        return second + torch.ones(1 << 18)[0]  # 1 MiB and, at the same time, 4 of the sum
+
+    assert peak_memory(call, torch.device("cpu")) == pytest.approx(9, abs=0.1)

@@ -1,0 +1,124 @@
+"""Every VisionTransformer timm knows: at its own width and tokens the game is exact, or it is refused by name."""
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokengame.attention import written_attention
+from tokengame.backbone import Backbone
+from tokengame.config import GameConfig
+from tokengame.errors import TokenGameError
+from tokengame.game import TokenGame
+from tokengame.macs import head_macs, pruned_macs
+from tokengame.testing import Scripted, masked_forward
+
+MODELS = {
+    "vit_tiny_patch16_224": {},
+    "vit_small_patch32_224": {},
+    "vit_small_patch16_384": {},
+    "vit_base_patch32_224": {},
+    "vit_base_patch16_224": {"img_size": (160, 320)},
+    "vit_base_patch16_384": {"img_size": 256},
+    "vit_base_patch8_224": {"img_size": 112},
+    "vit_large_patch32_384": {},
+    "vit_base_patch16_224_miil": {},
+    "vit_base_patch16_gap_224": {},
+    "vit_medium_patch16_gap_384": {},
+    "vit_base_patch16_reg4_gap_256": {},
+    "vit_betwixt_patch16_reg1_gap_256": {},
+    "vit_mediumd_patch16_reg4_gap_256": {},
+    "vit_so150m_patch16_reg4_map_256": {},
+    "deit_tiny_patch16_224": {},
+    "deit_small_patch16_224": {},
+    "deit_base_patch16_384": {"dynamic_img_size": True},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit_base_distilled_patch16_384": {},
+    "deit3_small_patch16_224": {},
+    "deit3_base_patch16_384": {},
+    "vit_small_patch14_dinov2": {"img_size": 224},
+    "vit_base_patch14_reg4_dinov2": {"img_size": 224},
+    "vit_giant_patch14_reg4_dinov2": {"img_size": 112},
+    "vit_base_patch16_siglip_256": {},
+    "vit_base_patch16_siglip_gap_224": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_base_patch32_clip_quickgelu_224": {},
+    "vit_xsmall_patch16_clip_224": {},
+    "test_vit3": {},
+    "flexivit_small": {"img_size": (192, 256)},
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def wide(request):
+    """Two blocks of the real thing, random weights, and two images."""
+    model = timm.create_model(request.param, depth=2, num_classes=7, **MODELS[request.param]).eval()
+    randomise(model)
+    return model, torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def distance(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def test_identity_and_masks(wide):
+    """With everything kept the native output, with random decisions the masked model's, both within 1e-5."""
+    model, images = wide
+    game = TokenGame(Backbone(model), GameConfig(stages=(1,)))
+    native = model(images)
+    kept = game.play(images, lambda obs: torch.ones(len(obs.token)))
+    assert distance(game.logits(kept), native) < 1e-5
+    table = torch.randn(1, len(images), kept.total, generator=torch.Generator().manual_seed(2))
+    found = game.logits(game.play(images, Scripted(table)))
+    assert distance(found, masked_forward(game.backbone, (1,), images, table)) < 1e-5
+    assert distance(found, native) > 1e-4, "the decisions changed nothing: the test is blind"
+
+
+@torch.inference_mode()
+def test_macs_of_packed_execution(wide):
+    """What is counted by formula is what the flop counter sees when the rows are really gone."""
+    model, images = wide
+    game = TokenGame(Backbone(model, written_attention), GameConfig(stages=(1,)), features=False)
+    table = torch.randn(1, len(images), game.begin(images).total, generator=torch.Generator().manual_seed(2))
+    with FlopCounterMode(display=False) as counter:
+        state = game.play(images, Scripted(table))
+    kept = torch.stack(state.kept)
+    pooled = kept[-1] + (game.backbone.prefix if model.pool_include_prefix else 0)
+    expected = pruned_macs(game, None, kept, state.total) - head_macs(model, pooled.double())
+    assert counter.get_total_flops() / 2 == pytest.approx(float(expected.sum()), rel=1e-6)
+
+
+REFUSED = {
+    "DiffAttention": "attends with DiffAttention",
+    "HybridEmbed": "embeds patches with HybridEmbed",
+    "ResPostBlock": "is a ResPostBlock",
+    "ParallelThingsBlock": "is a ParallelThingsBlock",
+    "ParallelScalingBlock": "is a ParallelScalingBlock",
+    "DiffParallelScalingBlock": "is a DiffParallelScalingBlock",
+}
+
+
+@pytest.mark.parametrize("name", timm.list_models(module="vision_transformer") + timm.list_models(module="deit"))
+def test_every_variant_is_supported_or_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    parts = {type(module).__name__ for module in model.modules()}
+    reasons = [reason for part, reason in REFUSED.items() if part in parts]
+    if not reasons:
+        Backbone(model)
+        return
+    with pytest.raises(TokenGameError, match=reasons[0]):
+        Backbone(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["beit_base_patch16_224", "eva02_tiny_patch14_336", "vit_relpos_small_patch16_224", "mobilevitv2_050",
+             "samvit_base_patch16", "naflexvit_base_patch16_gap", "volo_d1_224", "cait_xxs24_224"],
+)  # fmt: skip
+def test_relatives_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TokenGameError, match=type(model).__name__):
+        Backbone(model)
