@@ -7,9 +7,7 @@ could get wrong is refused by exact type, so an unknown block never runs approxi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +20,6 @@ from tokengame.attention import Kernel, ruled_attention
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, by_tiles, segment_mean
 
-Halves = list[tuple[Any, int]]
-"""blocks, each with 0 for its attention and 1 for its MLP"""
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
@@ -90,8 +86,15 @@ class Backbone:
             x [M, C], and the last attention's queries, keys and values [M, 3, H, D], which `read_heads` reads; None
             where there was no attention.
         """
-        halves = [(self.blocks[half // 2], half % 2) for half in range(first, last)]
-        return run_halves(halves, x, lambda qkv: self.attend(qkv, layout, bias))
+        qkv = None
+        for half in range(first, last):
+            block = self.blocks[half // 2]
+            if half % 2:
+                x = feed_forward(block, x)
+            else:
+                qkv = project(block, x)
+                x = join(block, x, self.attend(qkv, layout, bias))
+        return x, qkv
 
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""
@@ -149,21 +152,9 @@ class Backbone:
         }
 
 
-def run_halves(halves: Halves, x: Tensor, attend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The given halves of blocks on rows x [M, C]; `attend` is attention, [M, 3, H, D] -> [M, H * D]."""
-    qkv = None
-    for block, is_mlp in halves:
-        if is_mlp:
-            x = by_tiles(partial(feed_forward, block), x)
-        else:
-            qkv = project(block, x)
-            x = join(block, x, attend(qkv))
-    return x, qkv
-
-
 def feed_forward(block: Any, x: Tensor) -> Tensor:
     """A block's MLP with its residual: x [M, C] -> [M, C]."""
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return by_tiles(lambda rows: rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), x)
 
 
 def project(block: Any, x: Tensor) -> Tensor:

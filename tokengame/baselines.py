@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokengame.attention import Kernel, fastest_attention
-from tokengame.backbone import Backbone, join, project, run_halves
+from tokengame.backbone import Backbone, feed_forward, join, project
 from tokengame.macs import head_macs, linear_macs
 from tokengame.ops import Layout
 
@@ -51,8 +51,7 @@ class ToMe(nn.Module):
             if r > 0:
                 size = x.new_ones(batch, rows, dtype=torch.float32) if size is None else size
                 x, size = merge_pairs(x, size, qkv[:, 1].mean(1).view(batch, rows, -1), r, backbone.prefix)
-            flat, _ = run_halves([(block, 1)], x.flatten(0, 1), lambda qkv: qkv)
-            x = flat.view(len(x), -1, width)
+            x = feed_forward(block, x.flatten(0, 1)).view(len(x), -1, width)
         return x, size
 
     def macs(self, agents: int) -> float:

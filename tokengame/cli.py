@@ -38,7 +38,7 @@ EXAMPLES: dict[type, tuple[str, str]] = {
     Bench: (
         "bench",
         "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
-        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --json",
+        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json",
     ),
 }
 

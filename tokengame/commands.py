@@ -218,6 +218,19 @@ def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], si
     return strips
 
 
+BENCH_HEADINGS = {
+    "dtype": "format",
+    "batch_size": "batch",
+    "native": "native\nis",
+    "images_per_second_native": "native\nimg/s",
+    "images_per_second_pruned": "pruned\nimg/s",
+    "speedup": "speed-\nup",
+    "gmacs_speedup": "by\nGMACs",
+    "efficiency": "effi-\nciency",
+    "verdict": "verdict",
+}
+
+
 @dataclass(kw_only=True)
 class Bench(Common):
     """Honest timing, native and pruned interleaved in one run."""
@@ -241,7 +254,7 @@ class Bench(Common):
     compiled: bool = True
     """also time what torch.compile makes of both models; of each the fastest counts"""
     tome: bool = False
-    """also time ToMe at equal GMACs, on the same attention kernels"""
+    """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
@@ -257,9 +270,7 @@ class Bench(Common):
         )  # fmt: skip
         with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
             rows = bench(self.place(model), self.backbone, plan, next_step)
-        columns = ["dtype", "batch_size", "native", "images_per_second_native", "images_per_second_pruned", "speedup"]
-        columns += ["gmacs_speedup", "efficiency", *(["speedup_over_tome"] if self.tome else []), "verdict"]
-        show_rows(rows, columns)
-        show_rows([{key: row[key] for key in ("dtype", "batch_size")} | row["time_shares"] for row in rows])
+        show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
+        show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
         console.print(f"wrote {write_csv(rows, self.output, self.keep)}", markup=False, soft_wrap=True)
         return rows

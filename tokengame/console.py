@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -53,10 +54,10 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     console.print(grid)
 
 
-def show_rows(rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
-    """One line a row, numbers to three digits; all columns of the first row unless some are named."""
-    columns = list(rows[0]) if columns is None else columns
-    grid = Table(*columns)
+def show_rows(rows: list[dict[str, Any]], headings: dict[str, str] | None = None) -> None:
+    """One line a row, numbers to three digits; all columns of the first row unless some are given headings."""
+    headings = {key: key for key in rows[0]} if headings is None else headings
+    grid = Table(*headings.values(), box=SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
-        grid.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        grid.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in headings))
     console.print(grid)
