@@ -17,7 +17,7 @@ LEVELS = [
     {"rewards", "networks", "testing"},
     {"policy", "macs", "compiled", "grid"},
     {"train", "runtime", "baselines"},
-    {"evaluate", "anatomy", "figures"},
+    {"evaluate", "anatomy", "figures", "forced"},
     {"bench"},
     {"session", "report", "console"},
     {"commands"},

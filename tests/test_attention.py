@@ -49,7 +49,7 @@ def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator)
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
-    found = KERNELS[kernel](qkv, layout_of(counts), bias)
+    found = KERNELS[kernel].kernel(qkv, layout_of(counts), bias)
     torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
 
 
@@ -132,8 +132,8 @@ def test_half_precision_kernels_are_near_double_precision():
     qkv = torch.randn(90, 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     bias = torch.rand(90, generator=torch.Generator().manual_seed(1)) * 3
     exact = naive_attention(*qkv.double().unbind(1), [40, 20, 30], bias.double())
-    for name, kernel in KERNELS.items():
-        found = kernel(qkv, layout_of([40, 20, 30]), bias)
+    for name, option in KERNELS.items():
+        found = option.kernel(qkv, layout_of([40, 20, 30]), bias)
         assert found.dtype == torch.bfloat16
         assert float((found - exact).norm() / exact.norm()) < 0.01, name
 
@@ -156,14 +156,15 @@ def test_choice_by_cost(monkeypatch):
     assert batch_cost("grouped by 2", (16, 32, 64), CPU) == pytest.approx(0.8 * (32 + 32 + 64))
     assert image_cost("looped", 27, CPU) == pytest.approx(27)  # measured at 23 and 32
     chosen = {counts: by_cost(layout_of(counts), CPU) for counts in [(32,) * 4, (30, 31, 32, 32), (16, 64), (16,)]}
-    assert chosen[(32,) * 4] is KERNELS["padded"]
-    assert chosen[30, 31, 32, 32] is KERNELS["grouped by 4"]
-    assert chosen[16, 64] is KERNELS["looped"]  # 80 against 0.8 * 128
-    assert chosen[16,] is KERNELS["looped"]
+    assert chosen[(32,) * 4] is KERNELS["padded"].kernel
+    assert chosen[30, 31, 32, 32] is KERNELS["grouped by 4"].kernel
+    assert chosen[16, 64] is KERNELS["looped"].kernel  # 80 against 0.8 * 128
+    assert chosen[16,] is KERNELS["looped"].kernel
     attention._cheapest.cache_clear()
 
 
-def test_choice_by_rule():
+def test_choice_by_rule(monkeypatch):
+    monkeypatch.setattr(attention, "has_varlen", lambda device, head_dim: device.type == "cuda" and head_dim == 8)
     gpu = CPU._replace(device=torch.device("cuda"))
     assert by_rule(layout_of([9, 9]), gpu) is padded_attention
     assert by_rule(layout_of([9, 5]), gpu) is padded_attention  # float32 has no variable-length kernel

@@ -6,9 +6,9 @@ from conftest import tiny_vit
 
 from tokengame.attention import looped_attention
 from tokengame.backbone import Backbone
-from tokengame.bench import forced_model
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
+from tokengame.forced import forced_model
 from tokengame.grid import grid_features
 from tokengame.testing import Scripted, _keys, _merge_one_by_one, survivors
 

@@ -7,12 +7,12 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokengame.backbone import Backbone
-from tokengame.bench import SPREAD, ForcedKeep, forced_model
 from tokengame.cli import finite
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import Scores, dial_for
 from tokengame.figures import overlay, stack, strip
+from tokengame.forced import SPREAD, ForcedKeep, forced_model
 from tokengame.game import TokenGame
 from tokengame.quickstart import item_recall
 from tokengame.report import table, verdict

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 import tokengame
 from tokengame.anatomy import PARTS, peak_memory, time_shares
-from tokengame.bench import forced_model
 from tokengame.config import ActorConfig, GameConfig
+from tokengame.forced import forced_model
 from tokengame.networks import build_actor
 from tokengame.policy import Policy
 

@@ -10,6 +10,7 @@ training's choice.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from bisect import bisect_left
@@ -112,7 +113,7 @@ def grouped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None, *
 
 
 def bias_column(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A key bias as one more column of q and k, for kernels that take no bias; zeros fill up to a multiple of 8.
+    """A key bias as one more column of q and k, for kernels that take no bias; with zeros the width grows by 8.
 
     q.k / sqrt(D) + bias = [q, 1].[k, bias * sqrt(D)] / sqrt(D), so the scale of the old width D must be kept.
 
@@ -141,6 +142,19 @@ def varlen_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
     return out[..., :width].flatten(1)
 
 
+@cache
+def has_varlen(device: torch.device, head_dim: int) -> bool:
+    """Whether `varlen_attention` runs here: a CUDA GPU since Ampere, a torch that has it, a head it takes."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    known = "scale" in inspect.signature(varlen_attn).parameters
+    return known and head_dim % 8 == 0 and head_dim + 8 <= 256  # `bias_column` adds 8
+
+
 def ruled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """A kernel chosen without measuring: bitwise the same on every run."""
     return by_rule(layout, Shape.of(qkv))(qkv, layout, bias)
@@ -153,23 +167,33 @@ def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -
 
 def by_rule(layout: Layout, shape: Shape) -> Kernel:
     """Choice of `ruled_attention`."""
-    if shape.device.type == "cuda" and not layout.uniform and shape.dtype in (torch.float16, torch.bfloat16):
+    half = shape.dtype in (torch.float16, torch.bfloat16)
+    if half and not layout.uniform and has_varlen(shape.device, shape.head_dim):
         return varlen_attention
     if shape.device.type != "cpu":
         return padded_attention
+    # Groups of four won below 160 rows for most widths and both formats (docs/LOG.md).
     return partial(grouped_attention, size=4) if layout.longest < 160 and layout.images > 1 else looped_attention
 
 
-KERNELS: dict[str, Kernel] = {
-    "padded": padded_attention,
-    "looped": looped_attention,
-    "written": written_attention,
-    "grouped by 2": partial(grouped_attention, size=2),
-    "grouped by 4": partial(grouped_attention, size=4),
-    "grouped by 8": partial(grouped_attention, size=8),
+class Option(NamedTuple):
+    """A kernel for `by_cost` to choose, and how many images it takes at a time, all padded to their longest."""
+
+    kernel: Kernel
+    group: int = 1
+
+
+KERNELS: dict[str, Option] = {
+    "padded": Option(padded_attention),
+    "looped": Option(looped_attention),
+    "written": Option(written_attention),
+    "grouped by 2": Option(partial(grouped_attention, size=2), 2),
+    "grouped by 4": Option(partial(grouped_attention, size=4), 4),
+    "grouped by 8": Option(partial(grouped_attention, size=8), 8),
 }
 """What `by_cost` chooses from on a CPU; `padded` only where there is nothing to pad"""
-GROUP_SIZE = dict(zip(KERNELS, (1, 1, 1, 2, 4, 8), strict=True))
+LONG = 1024
+"""rows of an image from which on only fused kernels are considered: scores of all pairs would fill the memory"""
 LENGTHS = [round(16 * 2 ** (step / 2)) for step in range(19)]
 """where costs are measured: 16, 23, 32, ... 8192; linear between"""
 
@@ -183,15 +207,17 @@ def by_cost(layout: Layout, shape: Shape) -> Kernel:
 
 @lru_cache(maxsize=256)
 def _cheapest(counts: tuple[int, ...], shape: Shape) -> Kernel:
-    candidates = [name for name, size in GROUP_SIZE.items() if size <= len(counts)]
+    candidates = [name for name, option in KERNELS.items() if option.group <= len(counts)]
+    if counts[-1] > LONG:
+        candidates = ["padded", "looped"]
     if counts[0] < counts[-1] or len(counts) == 1:
         candidates.remove("padded")
-    return KERNELS[min(candidates, key=lambda name: batch_cost(name, counts, shape))]
+    return KERNELS[min(candidates, key=lambda name: batch_cost(name, counts, shape))].kernel
 
 
 def batch_cost(name: str, counts: tuple[int, ...], shape: Shape) -> float:
     """Predicted seconds of one kernel on images of ascending `counts`; groups pay for their longest image."""
-    size, total = GROUP_SIZE[name], 0.0
+    size, total = KERNELS[name].group, 0.0
     for first in range(0, len(counts), size):
         group = counts[first : first + size]
         total += len(group) * image_cost(name, group[-1], shape)
@@ -215,7 +241,7 @@ def measured_cost(name: str, length: int, shape: Shape) -> float:
     images = max(1, min(8, 4096 // length))
     layout = Layout([length] * images, shape.device)
     qkv = torch.zeros(layout.rows, 3, shape.heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
-    kernel, best = KERNELS[name], math.inf
+    kernel, best = KERNELS[name].kernel, math.inf
     with torch.inference_mode():
         for _ in range(6):
             start = time.perf_counter()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tokengame.attention import Kernel, ruled_attention
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, by_tiles, segment_mean
+from tokengame.ops import Layout, by_tiles, segment_mean, spare_rows
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -86,15 +87,17 @@ class Backbone:
             x [M, C], and the last attention's queries, keys and values [M, 3, H, D], which `read_heads` reads; None
             where there was no attention.
         """
-        qkv = None
+        rows, qkv = len(x), None
+        spare = spare_rows(x) if layout.images > 1 else 0
+        x = _lengthen(x, spare)
         for half in range(first, last):
             block = self.blocks[half // 2]
             if half % 2:
                 x = feed_forward(block, x)
             else:
-                qkv = project(block, x)
-                x = join(block, x, self.attend(qkv, layout, bias))
-        return x, qkv
+                qkv = project(block, x)[:rows]
+                x = join(block, x, _lengthen(self.attend(qkv, layout, bias), spare))
+        return x[:rows], qkv
 
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""
@@ -150,6 +153,11 @@ class Backbone:
             "prefix_tokens": self.prefix,
             "input_size": list(size),
         }
+
+
+def _lengthen(x: Tensor, spare: int) -> Tensor:
+    """[M, C] -> [M + spare, C]"""
+    return F.pad(x, (0, 0, 0, spare)) if spare else x
 
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import tyro
 from torch import nn
 
 from tokengame.backbone import Backbone
-from tokengame.bench import Plan, bench, write_csv
+from tokengame.bench import Plan, bench, csv_path, write_csv
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table, steps
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
@@ -261,6 +261,7 @@ class Bench(Common):
     def run(self) -> list[dict[str, Any]]:
         """Time."""
         require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
+        require(bool(self.dtypes), "--dtypes must name at least one")
         embedded = self.weights is not None or self.backbone == EMBEDDED
         model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
         plan = Plan(
@@ -268,9 +269,16 @@ class Bench(Common):
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
             self.tome,
         )  # fmt: skip
+        model = self.place(model)
+        backbone = Backbone(model)
+        path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
+        require_writable(path)
+        rows: list[dict[str, Any]] = []
         with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
-            rows = bench(self.place(model), self.backbone, plan, next_step)
+            for row in bench(model, self.backbone, plan, next_step):
+                rows.append(row)
+                write_csv(rows, path)  # whatever happens later, this much is measured
         show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
         show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
-        console.print(f"wrote {write_csv(rows, self.output, self.keep)}", markup=False, soft_wrap=True)
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
         return rows

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokengame.attention import Kernel, Shape, by_cost
 from tokengame.backbone import Backbone
+from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.ops import Layout
 from tokengame.state import Decide, State
@@ -32,7 +33,9 @@ def _compile(function: Callable) -> Callable:
 class CompiledGame(TokenGame):
     """The same game; a graph for each stage and attention kernel is made when first needed."""
 
-    _graphs: dict[tuple[int, Kernel], Callable] | None = None
+    def __init__(self, backbone: Backbone, config: GameConfig, features: bool = True):
+        super().__init__(backbone, config, features)
+        self._graphs: dict[tuple[int, Kernel], Callable] = {}
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """As `TokenGame.turn`."""
@@ -50,12 +53,11 @@ class CompiledGame(TokenGame):
 
     def _graph(self, state: State) -> Callable:
         """The kernel is chosen outside: it is measured, and which is best changes with the number of rows."""
-        self._graphs = self._graphs or {}
         attention = self.backbone.blocks[0].attn
         shape = Shape(state.x.device, state.x.dtype, attention.num_heads, attention.head_dim, torch.get_num_threads())
         key = state.stage, by_cost(state.layout, shape)
         if key not in self._graphs:
-            self._graphs[key] = _compile(self._stretch(key[1]))
+            self._graphs.setdefault(key, _compile(self._stretch(key[1])))  # two threads get the same one
         return self._graphs[key]
 
     def _stretch(self, kernel: Kernel) -> Callable:

@@ -47,7 +47,7 @@ def untrained(name: str, **settings: Any) -> nn.Module:
     """timm's model `name` with random weights."""
     try:
         return timm.create_model(name, **settings).eval()
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise TokenGameError(f"timm knows no model {name!r} ({first_line(error)})") from None
 
 

@@ -55,6 +55,8 @@ class PrunedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> the model's own output [B, classes]."""
+        if not len(images):
+            return self.model(images)
         if torch.compiler.is_compiling():
             return self._play_compiled(images)
         return self.game.logits(self.play(images))
@@ -102,7 +104,7 @@ class PrunedViT(nn.Module):
         """
         backbone = self.game.backbone
         blocks, _ = feature_take_indices(backbone.depth, indices)
-        rows, columns = (side // patch for side, patch in zip(images.shape[2:], backbone.patch_size, strict=True))
+        rows, columns = backbone.model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
         found = self._grid(images, sorted(set(blocks)), fill, norm)
         return [x[:, backbone.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for x in found]
 

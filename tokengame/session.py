@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from tokengame.attention import ruled_attention
 from tokengame.config import GAME_VERSION, TrainConfig
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError
@@ -198,6 +199,7 @@ class Session:
         count = min(calibration_images, len(self.images.names))
         chosen = np.random.default_rng(self.seed).permutation(len(self.images.names))[:count].tolist()
         fast = prune(self.model, self.policy([]))
+        fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
         loader = Views(self.images, chosen, transform_for(self.preprocessing, train=False)).loader(32, self.workers)
         rows = calibrate(fast, progress(checked(loader, self.tally), "calibrating", len(loader)))
         self.policy(rows).save(self.output)  # a wish that cannot be met must not cost the policy
