@@ -35,10 +35,10 @@ def refusal(name: str) -> str | None:
 @torch.inference_mode()
 def error(name: str) -> float:
     """Relative distance of the output with every token kept from the native one."""
-    patch = timm.get_pretrained_cfg(name).input_size[1]
+    full = timm.get_pretrained_cfg(name).input_size[1]
     with torch.device("meta"):
         side = Backbone(timm.create_model(name, depth=1)).patch_size[0]
-    size = {"img_size": 16 * side} if patch > 30 * side else {}
+    size = {"img_size": 16 * side} if full > 30 * side else {}
     model = timm.create_model(name, depth=2, **size).eval()
     for key, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)

@@ -11,6 +11,7 @@ from torch.nn.attention import varlen
 from tokengame import attention
 from tokengame.attention import (
     KERNELS,
+    LONG,
     Shape,
     batch_cost,
     bias_column,
@@ -21,9 +22,9 @@ from tokengame.attention import (
     padded_attention,
     varlen_attention,
 )
-from tokengame.ops import TILE, Layout, by_tiles, keep_at_least_one, segment_mean
+from tokengame.ops import TILE, Layout, by_tiles, keep_at_least_one, segment_mean, spare_rows
 
-counts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+counts = st.lists(st.integers(1, 9), min_size=1, max_size=10)
 
 
 def layout_of(counts):
@@ -173,6 +174,22 @@ def test_choice_by_rule(monkeypatch):
     assert by_rule(layout_of([200, 150]), CPU) is looped_attention
 
 
+def test_long_images_are_never_scored_in_full(monkeypatch):
+    monkeypatch.setattr("tokengame.attention.measured_cost", lambda name, length, _: (name == "looped") * length)
+    attention._cheapest.cache_clear()
+    assert by_cost(layout_of([LONG, LONG - 1]), CPU) is KERNELS["written"].kernel
+    assert by_cost(layout_of([LONG + 1, LONG]), CPU) is looped_attention
+    attention._cheapest.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [31, 32, 1000])
+def test_half_precision_batches_are_lengthened(rows):
+    with torch.no_grad():
+        assert (rows + spare_rows(torch.zeros(rows, 2, dtype=torch.bfloat16))) % 32 == 0
+        assert spare_rows(torch.zeros(rows, 2)) == 0
+    assert spare_rows(torch.zeros(rows, 2, dtype=torch.bfloat16)) == 0, "not where gradients flow"
+
+
 def test_pieces_of_rows_are_the_whole():
     rows, calls = torch.randn(5 * TILE + 7, 3), []
 
@@ -182,7 +199,7 @@ def test_pieces_of_rows_are_the_whole():
 
     with torch.no_grad():
         assert torch.equal(by_tiles(double, rows), 2 * rows)
-        assert min(calls) >= TILE
+        assert set(calls[:-1]) == {TILE}, "few shapes: each costs something once"
         assert sum(calls) == len(rows)
         calls.clear()
         by_tiles(double, rows[: 2 * TILE - 1])

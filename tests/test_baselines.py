@@ -9,6 +9,7 @@ from tokengame.attention import padded_attention, written_attention
 from tokengame.backbone import Backbone
 from tokengame.baselines import ToMe, merge_pairs, tome_at
 from tokengame.macs import head_macs, native_macs
+from tokengame.testing import _keys
 
 ARCHITECTURES = {
     "class token": {},
@@ -53,12 +54,13 @@ def merged_slowly(x, size, metric, r, prefix):
     first, second = patches[::2], patches[1::2]
     similar = {a: {b: float(torch.cosine_similarity(metric[a], metric[b], dim=0)) for b in second} for a in first}
     best = {a: max(similar[a], key=similar[a].get) for a in first}
-    merged = sorted(first, key=lambda a: similar[a][best[a]], reverse=True)[:r]
+    ranked = sorted(first, key=lambda a: similar[a][best[a]], reverse=True)
+    merged = ranked[:r]
     total, mass = x * size[:, None], size.clone()
     for a in merged:
         total[best[a]] += x[a] * size[a]
         mass[best[a]] += size[a]
-    left = [row for row in range(len(x)) if row not in merged]
+    left = [*range(prefix), *ranked[r:], *second]
     return mass[left], (total / mass[:, None])[left]
 
 
@@ -75,6 +77,23 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
                    ((mass, expected), (found_size[image], found[image]))]  # fmt: skip
         torch.testing.assert_close(torch.tensor(as_sets[1]), torch.tensor(as_sets[0]), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found[image, :prefix], x[image, :prefix])
+
+
+@torch.inference_mode()
+def test_a_whole_pass_is_the_papers(model):
+    """timm's own attention with log size added to its logits, then merging pair by pair; one image at a time."""
+    merges, backbone = (3, 3, 2, 1), Backbone(model)
+    found, found_size = ToMe(model, merges).merged(IMAGES)
+    for image, x in enumerate(backbone.embed(IMAGES)):
+        size = torch.ones(len(x))
+        for block, r in zip(backbone.blocks, merges, strict=True):
+            keys = _keys(block, x)
+            x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=size.log().view(1, 1, 1, -1))[0])
+            size, x = merged_slowly(x, size, keys, r, backbone.prefix)
+            x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
+        as_sets = [sorted(torch.cat([s[:, None], t], 1).tolist()) for s, t in
+                   ((size, x), (found_size[image], found[image]))]  # fmt: skip
+        torch.testing.assert_close(torch.tensor(as_sets[1]), torch.tensor(as_sets[0]), atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +117,22 @@ def test_bench_rows(tmp_path, capsys):
     assert float(written["speedup"]) == row["speedup"]
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_bench_compiles_both_sides(tmp_path, capsys):
+    run = ["bench", "--backbone", "fashion", "--batch-sizes", "1", "--dtypes", "float32", "--seconds", "0.2", "--json"]
+    assert main([*run, "--output", str(tmp_path)]) == 0
+    (row,) = document(capsys)
+    assert set(row["milliseconds"]) == {
+        "native fused", "native unfused", "native compiled", "native unfused compiled", "pruned eager",
+        "pruned compiled", "unpruned tuned",
+    }  # fmt: skip
+    assert row["tokens_kept"][0]["least"] < row["tokens_kept"][0]["most"], "other counts every time"
+    fastest = min(row["milliseconds"][f"native {how}"] for how in ("fused", "compiled"))
+    efficiency = fastest / min(row["milliseconds"][f"pruned {how}"] for how in ("eager", "compiled"))
+    assert row["efficiency_over_sdpa"] == pytest.approx(efficiency / row["gmacs_speedup"])
+    assert row["efficiency"] <= row["efficiency_over_sdpa"]
+
+
 def test_quickstart_small(tmp_path, capsys):
     run = ["quickstart", "--output", str(tmp_path / "out"), "--updates", "2", "--eval-images", "64", "--json"]
     assert main(run) == 0
@@ -172,6 +189,7 @@ def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
         "outside the calibrated": ["eval", *flags, "--policy", str(policy), "--gmacs-ratio", "0.01"],
         "between 0": ["eval", *flags, "--policy", str(policy), "--dial", "7"],
         "no device": ["eval", *flags, "--policy", str(policy), "--device", "cuda:7"],
+        "cannot write ": ["bench", "--backbone", NAME, "--output", str(place / "weights.safetensors")],
         "shares between": ["bench", "--backbone", NAME, "--keep", "0.3", "0.5"],
         "cannot write": [*train, *weights, *images, "--output", str(place / "weights.safetensors" / "p.safetensors")],
         "does not fit": ["show", *flags, "--policy", str(policy), "--backbone", "fashion", "--output",

@@ -7,10 +7,12 @@ from conftest import tiny_vit
 from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokengame.attention import written_attention
 from tokengame.backbone import Backbone
-from tokengame.config import GameConfig
+from tokengame.config import GameConfig, TrainConfig
 from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
+from tokengame.networks import build_actor
 from tokengame.testing import Scripted, survivors
 
 
@@ -65,3 +67,24 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
         if transition == "merge":
             expected += (16**2 + int(kept[0, image]) ** 2) * 16  # matching keys of width 16
         assert float(found[image]) == expected
+
+
+@pytest.mark.parametrize("preset", ["tokengame", "rl4evit"])
+@torch.inference_mode()
+def test_the_policy_costs_what_the_flop_counter_sees(preset):
+    """Within 3 %: what a decision computes once an image (class token, rows of prefix tokens) is left out."""
+    model = tiny_vit(img_size=112)
+    config = TrainConfig.from_preset(preset).actor
+    actor = build_actor(config, {"dim": 32, "heads": 2, "agents": 196, "stages": 1})
+    seen = config.observation == "context"
+    game = TokenGame(Backbone(model, written_attention), GameConfig(stages=(2,)), features=seen)
+    images, table = torch.randn(2, 3, 112, 112), torch.randn(1, 2, 196)
+    plain = counted(lambda: game.play(images, Scripted(table)))
+    keys = 2 * 196 * 32 if seen else 0  # every agent's keys against the class token's query
+    with_policy = counted(lambda: game.play(images, lambda obs: actor(obs) * 0 + Scripted(table)(obs)))
+    kept = torch.full((1, 2), 90)
+    analytic = float((pruned_macs(game, actor, kept, 196) - pruned_macs(game, None, kept, 196)).sum())
+    assert analytic == pytest.approx(with_policy - plain, rel=0.03)
+    assert float((pruned_macs(game, None, kept, 196)).sum()) - keys == pytest.approx(
+        float(pruned_macs(TokenGame(game.backbone, game.config, features=False), None, kept, 196).sum())
+    )

@@ -1,4 +1,4 @@
-"""Every VisionTransformer timm knows: at its own width and tokens the game is exact, or it is refused by name."""
+"""Widths, heads and tokens of real architectures: the game is exact; the rest of timm is taken or refused by name."""
 
 import pytest
 import timm

@@ -11,7 +11,7 @@ import tyro
 from torch import nn
 
 from tokengame.backbone import Backbone
-from tokengame.bench import Plan, bench, csv_path, write_csv
+from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table, steps
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
@@ -274,6 +274,7 @@ class Bench(Common):
         path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
         require_writable(path)
         rows: list[dict[str, Any]] = []
+        keep_heap()
         with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
             for row in bench(model, self.backbone, plan, next_step):
                 rows.append(row)
