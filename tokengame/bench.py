@@ -48,6 +48,8 @@ class Plan:
     """also time what torch.compile makes of both models"""
     tome: bool = False
     """also time ToMe at equal GMACs"""
+    heap_kept: bool = False
+    """that `keep_heap` was called, for the file's name"""
 
 
 def bench(
@@ -219,8 +221,7 @@ def interleave(variants: Variants, device: torch.device, seconds: float) -> dict
 def keep_heap() -> bool:
     """Tell glibc to keep freed memory, for native and pruned alike; whether it does.
 
-    Otherwise big tensors come as fresh pages from the kernel again and again, which costs some variants a quarter of
-    their time and others nothing, by the accident of who ran before.
+    As it is set by default, big tensors come as fresh pages from the kernel again and again.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -240,7 +241,8 @@ def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...],
     }
     machine = f"cpu-{torch.get_num_threads()}threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     parts = [name, plan.game.transition, *(f"{key}{'-'.join(map(str, values))}" for key, values in lists.items())]
-    parts += ["tome"] * plan.tome + ["eager"] * (not plan.compiled) + [machine]
+    marks = {"tome": plan.tome, "eager": not plan.compiled, "heap": plan.heap_kept}
+    parts += [*(mark for mark, holds in marks.items() if holds), machine]
     return Path(folder) / ("_".join(["bench", *parts]).replace(" ", "-").replace("/", "-") + ".csv")
 
 

@@ -255,6 +255,8 @@ class Bench(Common):
     """also time what torch.compile makes of both models; of each the fastest counts"""
     tome: bool = False
     """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
+    keep_heap: bool = False
+    """tell glibc to keep freed memory: float32 batches get faster, the native model's most"""
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
@@ -267,14 +269,15 @@ class Bench(Common):
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome,
+            self.tome, self.keep_heap,
         )  # fmt: skip
         model = self.place(model)
         backbone = Backbone(model)
         path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
         require_writable(path)
         rows: list[dict[str, Any]] = []
-        keep_heap()
+        if self.keep_heap:
+            require(keep_heap(), "--keep-heap needs glibc's allocator")
         with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
             for row in bench(model, self.backbone, plan, next_step):
                 rows.append(row)
