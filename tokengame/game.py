@@ -143,7 +143,7 @@ class TokenGame:
         metric = F.normalize(state.of_agents(heads.keys).mean(1), dim=1)
         metric = state.agents.pad(metric)  # [B, L, D]
         similarity = metric @ metric.transpose(1, 2)
-        similarity.diagonal(dim1=1, dim2=2).fill_(-1)
+        similarity.flatten(1)[:, :: metric.shape[1] + 1].fill_(-1)  # the diagonal
         return similarity if state.agents.uniform else similarity.masked_fill_(~state.agents.mask[:, None], -1)
 
     @staticmethod
