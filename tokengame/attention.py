@@ -172,7 +172,7 @@ def by_rule(layout: Layout, shape: Shape) -> Kernel:
         return varlen_attention
     if shape.device.type != "cpu":
         return padded_attention
-    # Groups of four won below 160 rows for most widths and both formats (docs/LOG.md).
+    # Groups win for short images; long ones of wide float32 models fall out of the cache (docs/LOG.md).
     return partial(grouped_attention, size=4) if layout.longest < 160 and layout.images > 1 else looped_attention
 
 
