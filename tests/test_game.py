@@ -41,6 +41,21 @@ def test_packed_equals_the_slow_reference(size, stages, batch, lean, seed, trans
     assert torch.equal(torch.stack(state.kept), survivors(table).sum(2))
 
 
+@pytest.mark.parametrize("stages", [(1,), (3,), (0, 2)])
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@torch.no_grad()
+def test_patches_leave_after_the_last_attention_and_nothing_changes(stages, transition, model):
+    """A class token alone goes through the last MLP; a model that averages patches keeps them."""
+    game, seen = TokenGame(Backbone(model), GameConfig(stages=stages, transition=transition)), []
+    handle = model.blocks[-1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    images = torch.randn(3, 3, 32, 32)
+    found = game.logits(game.play(images, lambda obs: torch.ones(len(obs.token))))
+    handle.remove()
+    assert seen == [3]
+    torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-4)
+    assert not Backbone(tiny_vit(global_pool="avg", class_token=False)).reads_prefix_only
+
+
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 def test_an_image_does_not_care_about_its_batch(transition):
     game = TokenGame(Backbone(MODELS[32, 32]), GameConfig(transition=transition))
@@ -75,13 +90,18 @@ def test_features_equal_the_attention_of_timm(model):
         attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(3)[:, :, 0, 1:]  # [B, H, N]
         expected = (17 * attention).log().permute(0, 2, 1).reshape(-1, 2)
         torch.testing.assert_close(obs.features[:, :2], expected, atol=1e-4, rtol=1e-4)
-        centred = (attention.sum(1)).log()
-        centred = (centred - centred.mean(1, keepdim=True)).reshape(-1)
+        mean = (attention.sum(1)).log()
+        centred = (mean - mean.mean(1, keepdim=True)).reshape(-1)
         torch.testing.assert_close(obs.features[:, 2], centred, atol=1e-4, rtol=1e-4)
         if transition == "merge":
             keys = torch.nn.functional.normalize(k.mean(1)[:, 1:], dim=2)
             similar = keys @ keys.transpose(1, 2) - 3 * torch.eye(16)
             torch.testing.assert_close(obs.features[:, 4], similar.amax(2).reshape(-1), atol=1e-4, rtol=1e-4)
+            for image in range(3):
+                for agent in range(16):
+                    lead = [float(similar[image, agent, j]) for j in range(16) if mean[image, j] > mean[image, agent]]
+                    found = float(obs.features[16 * image + agent, 6])
+                    assert found == pytest.approx(max(lead, default=-1.0), abs=1e-4)
 
 
 # Traps
@@ -98,9 +118,9 @@ def play(trainer, batch=4):
 
 
 def test_trap_masks_tokens_are_really_removed(model):
-    """Work shrinks with the tokens: rows seen by the last block's MLP are the survivors' and no more."""
+    """Work shrinks with the tokens: rows seen by a later block's MLP are the survivors' and no more."""
     game, seen = TokenGame(Backbone(model), GameConfig(stages=(1,))), []
-    handle = model.blocks[-1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    handle = model.blocks[-2].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     with torch.no_grad():
         state = game.play(torch.randn(3, 3, 32, 32), Scripted(torch.randn(1, 3, 16)))
     handle.remove()

@@ -58,6 +58,7 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
         (game, "_similarity", watch.timed("packing", game._similarity)),
         (game, "logits", watch.timed("embedding and head", game.logits)),
         (backbone, "embed", watch.timed("embedding and head", backbone.embed)),
+        (backbone, "close", watch.timed("projections and MLP", backbone.close)),
         (backbone, "run", watch.timed("projections and MLP", backbone.run)),
         (backbone, "read_heads", watch.timed("policy", backbone.read_heads)),
         (backbone, "attend", watch.timed("attention", attend)),

@@ -58,6 +58,16 @@ def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
     return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
+def prefix_attention(qkv: Tensor, layout: Layout, prefix: int, bias: Tensor | None = None) -> Tensor:
+    """What the first `prefix` rows of each image alone attend to: qkv [M, 3, H, D] -> [B * prefix, H * D]."""
+    if bias is None and not layout.uniform:
+        bias = qkv.new_zeros(layout.rows)
+    query = qkv[:, 0].index_select(0, layout.first_rows(prefix)).unflatten(0, (layout.images, prefix)).transpose(1, 2)
+    key, value = layout.pad(qkv[:, 1:]).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
+    mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(qkv.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
 def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One fused call per image: no padding, and never a matrix of all pairs."""
     bias = None if bias is None else bias.to(qkv.dtype)

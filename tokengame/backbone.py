@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.attention import Kernel, ruled_attention
+from tokengame.attention import Kernel, prefix_attention, ruled_attention
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, by_tiles, segment_mean, spare_rows
 
@@ -99,6 +99,22 @@ class Backbone:
                 x = join(block, x, _lengthen(self.attend(qkv, layout, bias), spare))
         return x[:rows], qkv
 
+    @property
+    def reads_prefix_only(self) -> bool:
+        """Whether the prediction is made of prefix rows alone, so that patches may leave after the last attention."""
+        return self.model.global_pool == "token" and self.model.attn_pool is None
+
+    def close(self, half: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+        """The last block from `half` on, for prefix rows only: x [M, C] -> [B * prefix, C].
+
+        Exact where `reads_prefix_only`: nobody looks at what the last block makes of the patches.
+        """
+        block, rows = self.blocks[-1], layout.first_rows(self.prefix)
+        own = x.index_select(0, rows)
+        if half % 2 == 0:
+            own = join(block, own, prefix_attention(project(block, x), layout, self.prefix, bias))
+        return feed_forward(block, own)
+
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""
         q, k, _ = qkv.unbind(1)
@@ -117,8 +133,7 @@ class Backbone:
         if model.attn_pool is not None:
             return self._attention_pool(x, layout, size)
         if model.global_pool == "token":
-            prefix = layout.start[:, None] + torch.arange(self.prefix, device=x.device)
-            return model.forward_head(x[prefix])
+            return model.forward_head(x[layout.first_rows(self.prefix)].unflatten(0, (layout.images, self.prefix)))
         rows = layout.pad(x)
         first = 0 if model.pool_include_prefix else self.prefix
         mask = layout.mask.clone()

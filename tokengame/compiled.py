@@ -45,11 +45,14 @@ class CompiledGame(TokenGame):
         return replace(state, x=x, similarity=similarity), logits
 
     def finish(self, state: State) -> State:
-        """As `TokenGame.finish`."""
+        """As `TokenGame.finish`; of single images `logits` does it, in one graph with the head."""
+        return super().finish(state) if state.layout.images > 1 else state
+
+    def logits(self, state: State) -> Tensor:
+        """As `TokenGame.logits`."""
         if state.layout.images > 1:
-            return super().finish(state)
-        x, _, _ = self._graph(state)(state.x, state.position, state.size, state.kept, state.total, None)
-        return replace(state, x=x)
+            return super().logits(state)
+        return self._graph(state)(state.x, state.position, state.size, state.kept, state.total, None)[2]
 
     def _graph(self, state: State) -> Callable:
         """The kernel is chosen outside: it is measured, and which is best changes with the number of rows."""
@@ -66,13 +69,12 @@ class CompiledGame(TokenGame):
         def stretch(
             x: Tensor, position: Tensor, size: Tensor | None, kept: tuple[Tensor, ...], total: int,
             decide: Decide | None,
-        ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
             layout, agents = (Layout([n], x.device) for n in (len(x), len(x) - game.backbone.prefix))
-            state, logits = State(x, position, layout, agents, total, size, kept=kept), None
+            state = State(x, position, layout, agents, total, size, kept=kept)
             if decide is None:
-                state = game.finish(state)
-            else:
-                state, logits = game.turn(state, decide)
+                return state.x, None, game.logits(game.finish(state))
+            state, logits = game.turn(state, decide)
             return state.x, state.similarity, logits
 
         return stretch

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tokengame.errors import TokenGameError
 
-GAME_VERSION = 1
+GAME_VERSION = 2
 """Raised whenever the same policy would decide differently."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokengame.backbone import Backbone, Heads
 from tokengame.config import GameConfig
 from tokengame.ops import Layout, keep_at_least_one, segment_mean
-from tokengame.state import Decide, Observation, State
+from tokengame.state import EXTRAS, Decide, Observation, State
 
 
 class TokenGame:
@@ -36,6 +36,14 @@ class TokenGame:
         self.backbone, self.config, self.features = backbone, config, features
         self.merge = config.transition == "merge"
         self.stages = config.blocks(backbone.depth)
+
+    @property
+    def end(self) -> int:
+        """The half-block (see `Backbone.run`) up to which patches play; what follows concerns prefix tokens alone."""
+        depth = self.backbone.depth
+        if not self.backbone.reads_prefix_only:
+            return 2 * depth
+        return max(2 * depth - 2, 2 * self.stages[-1] + self.merge)
 
     def begin(self, images: Tensor) -> State:
         """Embed a batch [B, channels, height, width]; no block has run."""
@@ -62,7 +70,7 @@ class TokenGame:
         if self.features and state.heads is not None:
             features = self._features(state, state.heads)
         else:
-            features = torch.zeros(agents.rows, self.backbone.heads + 4, device=device)
+            features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
         stage = torch.full((agents.images,), state.stage, device=device)
         position = state.of_agents(state.position)
         return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents)
@@ -97,7 +105,7 @@ class TokenGame:
         return self._advance(self.remove(state, keep, logits), self._starts_at(state.stage + 1))
 
     def finish(self, state: State) -> State:
-        """Run a state without decisions left to the end of the network."""
+        """Run a state without decisions left to the end of the game."""
         return self._advance(state, self._starts_at(state.stage))
 
     @staticmethod
@@ -117,12 +125,20 @@ class TokenGame:
         return self.finish(state)
 
     def logits(self, state: State) -> Tensor:
-        """[B, classes] the network's prediction at the end of the game."""
-        return self.backbone.head(state.x, state.layout, state.size)
+        """[B, classes] the network's prediction at the end of the game.
+
+        A network that reads its class token alone needs the patches as keys and values of its last attention, and then
+        no more: they leave, the prediction is exactly the same, and most of a block is saved.
+        """
+        backbone, x, layout, size = self.backbone, state.x, state.layout, state.size
+        if backbone.reads_prefix_only:
+            x, size = backbone.close(self.end, x, layout, state.bias), None
+            layout = Layout([backbone.prefix] * layout.images, x.device)
+        return backbone.head(x, layout, size)
 
     def _decides_before(self, stage: int) -> int:
         """The half-block (see `Backbone.run`) before which a stage decides; past the last stage, the end."""
-        return 2 * self.stages[stage] + self.merge if stage < len(self.stages) else 2 * self.backbone.depth
+        return 2 * self.stages[stage] + self.merge if stage < len(self.stages) else self.end
 
     def _starts_at(self, stage: int) -> int:
         """The half-block from which a state runs when `stage` decisions are behind it."""
@@ -168,10 +184,15 @@ class TokenGame:
         mean = attention.exp().sum(1, keepdim=True).clamp_(min=1e-30).log_()  # but for a constant
         known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
         centred = mean - known.sum(2, keepdim=True) / count
-        similarity, alive = zero[..., prefix:], zero[..., prefix:] + count / state.total
+        zero = zero[..., prefix:]
+        similarity = leader = zero
         if state.similarity is not None:
             similarity = state.similarity.amax(2)[:, None].float()
-        features = torch.cat([attention, centred, log_size[..., prefix:], similarity, alive], 1)
+            above = centred > centred.transpose(1, 2)  # [B, L, L]: whether the second is paid more attention
+            leader = state.similarity.masked_fill(~above, -1).amax(2)[:, None].float()
+        features = torch.cat(
+            [attention, centred, log_size[..., prefix:], similarity, zero + count / state.total, leader], 1
+        )
         return agents.unpad(features.transpose(1, 2))
 
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

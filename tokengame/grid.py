@@ -44,9 +44,13 @@ class RecordingBackbone(Backbone):
 
 
 class RecordingGame(TokenGame):
-    """A game that remembers who absorbed whom in the latest decision."""
+    """A game that remembers who absorbed whom in the latest decision, and in which all patches play to the end."""
 
     pairs: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def end(self) -> int:
+        return 2 * self.backbone.depth
 
     def _pair(self, state: State, keep: Tensor, number: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         self.pairs = super()._pair(state, keep, number)

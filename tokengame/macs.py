@@ -23,7 +23,7 @@ def linear_macs(module: nn.Module | None) -> int:
 
 def native_macs(backbone: Backbone, agents: int) -> float:
     """MACs of one image with `agents` patch tokens through the untouched model."""
-    return float(_model_macs(backbone, [], False, torch.zeros(0, 1), agents))
+    return float(_model_macs(backbone, [], False, 2 * backbone.depth, torch.zeros(0, 1), agents))
 
 
 def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tensor:
@@ -36,7 +36,7 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
         agents: at the start.
     """
     kept = kept.double()
-    macs = _model_macs(game.backbone, list(game.stages), game.merge, kept, agents)
+    macs = _model_macs(game.backbone, list(game.stages), game.merge, game.end, kept, agents)
     deciding = torch.cat([torch.full_like(kept[:1], agents), kept[:-1]])  # [T, B]
     if hasattr(actor, "macs_per_agent"):
         macs = macs + (deciding * actor.macs_per_agent()).sum(0)
@@ -48,7 +48,8 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
     return macs
 
 
-def _model_macs(backbone: Backbone, stages: list[int], merge: bool, kept: Tensor, agents: int) -> Tensor:
+def _model_macs(backbone: Backbone, stages: list[int], merge: bool, end: int, kept: Tensor, agents: int) -> Tensor:
+    """[B] MACs of the network; from half-block `end` on prefix tokens alone are computed."""
     prefix, model = backbone.prefix, backbone.model
     rows = torch.full_like(kept[0] if len(kept) else torch.zeros(1, dtype=torch.double), agents + prefix).double()
     macs = torch.full_like(rows, float(agents * model.patch_embed.proj.weight.numel()))
@@ -56,10 +57,18 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, kept: Tensor
         decides = index in stages
         after = kept[stages.index(index)] + prefix if decides else rows
         rows = after if decides and not merge else rows
-        macs = macs + rows * linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * block.attn.head_dim
+        asking = rows if 2 * index < end else torch.full_like(rows, prefix)
+        macs = macs + attention_macs(block.attn, rows, asking)
         rows = after
-        macs = macs + rows * linear_macs(block.mlp)
+        macs = macs + (rows if 2 * index + 1 < end else torch.full_like(rows, prefix)) * linear_macs(block.mlp)
     return macs + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
+
+
+def attention_macs(attn: Any, rows: Tensor, asking: Tensor) -> Tensor:
+    """MACs of an attention over `rows` rows of which only `asking` ask and go on; every row gives q, k and v."""
+    projected = linear_macs(attn.qkv)
+    products = 2 * rows * asking * attn.num_heads * attn.head_dim
+    return rows * projected + asking * (linear_macs(attn) - projected) + products
 
 
 def head_macs(model: Any, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengame.config import ActorConfig
-from tokengame.state import Observation
+from tokengame.state import EXTRAS, Observation
 
 WARM_SLOPE = 1.5
 """Start value of the context actor's linear term on centred log attention; alone it is a fair adaptive threshold."""
@@ -69,7 +69,7 @@ class ContextActor(nn.Module):
         self.norm_cls = nn.LayerNorm(dim)
         self.token = _linear(dim, hidden[0])
         self.cls = _linear(dim, hidden[0])
-        self.features = _linear(heads + 4, hidden[0])
+        self.features = _linear(heads + len(EXTRAS), hidden[0])
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)
         self.slope = nn.Parameter(torch.full((stages,), WARM_SLOPE))
@@ -84,7 +84,7 @@ class ContextActor(nn.Module):
             scene, slope, bias = (values.index_select(0, obs.scene) for values in (scene, slope, bias))
         features = obs.features.to(dtype)
         hidden = self.token(self.norm_token(obs.token.to(dtype))).add_(self.features(features)).add_(scene)
-        return self.rest(hidden.tanh_()).squeeze(1) + torch.addcmul(bias, slope, features[:, -4])
+        return self.rest(hidden.tanh_()).squeeze(1) + torch.addcmul(bias, slope, obs.attention.to(dtype))
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""
@@ -102,7 +102,7 @@ class Critic(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim) if features else nn.Identity()
         self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0])
-        self.features = _linear(heads + 4, hidden[0]) if features else None
+        self.features = _linear(heads + len(EXTRAS), hidden[0]) if features else None
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)  # starts near 0: a wrong baseline is worse than none
 

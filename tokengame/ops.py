@@ -65,6 +65,11 @@ class Layout:
         """[B, longest] bool, true where a row is"""
         return self._once("mask", lambda: torch.arange(self.longest, device=self.device) < self.count[:, None])
 
+    def first_rows(self, number: int) -> Tensor:
+        """[B * number] the first rows of each image"""
+        rows = lambda: (self.start[:, None] + torch.arange(number, device=self.device)).flatten()  # noqa: E731
+        return self._once(f"first {number}", rows)
+
     def behind(self, prefix: int) -> Tensor:
         """[M] where the rows lie in a batch that has `prefix` further rows at the start of each image"""
         rows = lambda: torch.arange(self.rows, device=self.device) + prefix * (self.image + 1)  # noqa: E731

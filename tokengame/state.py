@@ -11,6 +11,9 @@ from torch import Tensor
 from tokengame.backbone import Heads
 from tokengame.ops import Layout
 
+EXTRAS = ("centred attention", "log size", "similarity", "alive", "leader")
+"""the features that follow the attention of each head"""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -21,8 +24,9 @@ class Observation:
     cls: Tensor
     """[S, C] class token of the scene; without one, the mean of its rows"""
     features: Tensor
-    """[A, heads + 4] per head: log attention from the class token times the number of rows; then the mean over heads,
-    centred in the image; log size; highest key similarity to another agent; share of agents alive"""
+    """[A, heads + 5] per head: log attention from the class token times the number of rows; then the mean over heads,
+    centred in the image; log size; highest key similarity to another agent; share of agents alive; highest similarity
+    to an agent that more attention is paid to, so that of two alike tokens one knows that it is the lesser"""
     scene: Tensor
     """[A] index into S"""
     agent: Tensor
@@ -31,6 +35,11 @@ class Observation:
     """[S] stage index"""
     layout: Layout | None = None
     """of the A agents over the S scenes; None for an arbitrary selection of agents"""
+
+    @property
+    def attention(self) -> Tensor:
+        """[A] log attention from the class token, mean over heads, centred in the image"""
+        return self.features[:, -len(EXTRAS)]
 
     def take(self, rows: Tensor) -> Observation:
         """The same for some of the agents."""

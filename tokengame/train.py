@@ -167,7 +167,10 @@ class Trainer:
 
     def _segments(self, rollout: Rollout) -> Tensor:
         """[T] share of the native compute that one row causes from each decision to the next."""
-        edges = torch.tensor([*self.game.stages, self.backbone.depth], device=self.device)
+        last = (
+            self.backbone.depth - 0.75 * self.backbone.reads_prefix_only
+        )  # a patch's q, k, v are a quarter of a block
+        edges = torch.tensor([*self.game.stages, last], device=self.device)
         return edges.diff() / (self.backbone.depth * rollout.final.total)
 
     def rewards(self, outcome: Outcome) -> Tensor:
