@@ -17,11 +17,12 @@ LEVELS = [
     {"rewards", "networks", "testing"},
     {"policy", "macs", "compiled", "grid"},
     {"train", "runtime", "baselines"},
-    {"evaluate", "anatomy", "figures", "forced"},
-    {"bench"},
+    {"evaluate", "anatomy", "figures", "forced", "heuristics"},
+    {"bench", "dynamicvit"},
+    {"compare"},
     {"session", "report", "console"},
     {"commands"},
-    {"quickstart"},
+    {"quickstart", "contests"},
     {"cli"},
 ]
 

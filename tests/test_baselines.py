@@ -1,13 +1,17 @@
-"""ToMe against its paper: identity, what is conserved, who is merged, and what it costs."""
+"""ToMe, EViT and ATS against their papers: identity, what is conserved, who stays, and what it costs."""
+
+import math
 
 import pytest
 import torch
 from conftest import tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokengame.attention import padded_attention, written_attention
 from tokengame.backbone import Backbone
-from tokengame.baselines import ToMe, merge_pairs, tome_at
+from tokengame.baselines import ATS, EViT, ToMe, merge_pairs, sample_by_significance, tome_at
 from tokengame.macs import head_macs, native_macs
 from tokengame.testing import _keys
 
@@ -32,10 +36,17 @@ def test_merging_nothing_is_the_native_model(model):
     torch.testing.assert_close(ToMe(model, (0, 0, 0, 0))(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-5)
 
 
+def merged(tome, images=IMAGES):
+    """Rows [B, n, C] after the last block, and how many patches each stands for."""
+    end = tome.play(images).rows
+    shape = end.layout.images, end.layout.longest
+    return end.x.view(*shape, -1), end.size.view(shape)
+
+
 @torch.inference_mode()
 def test_every_patch_is_in_exactly_one_token(model):
     tome = ToMe(model, (3, 3, 2, 1))
-    x, size = tome.merged(IMAGES)
+    x, size = merged(tome)
     rows = 16 + tome.backbone.prefix
     assert x.shape[1] == rows - 9
     assert torch.equal(size.sum(1), torch.full((3,), float(rows)))
@@ -83,7 +94,7 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
 def test_a_whole_pass_is_the_papers(model):
     """timm's own attention with log size added to its logits, then merging pair by pair; one image at a time."""
     merges, backbone = (3, 3, 2, 1), Backbone(model)
-    found, found_size = ToMe(model, merges).merged(IMAGES)
+    found, found_size = merged(ToMe(model, merges))
     for image, x in enumerate(backbone.embed(IMAGES)):
         size = torch.ones(len(x))
         for block, r in zip(backbone.blocks, merges, strict=True):
@@ -100,14 +111,118 @@ def test_a_whole_pass_is_the_papers(model):
 def test_macs_are_what_the_flop_counter_sees(model):
     tome = ToMe(model, (3, 0, 2, 1), written_attention)
     with FlopCounterMode(display=False) as counter:
-        x, _ = tome.merged(IMAGES[:1])
+        x, _ = merged(tome, IMAGES[:1])
     pooled = x.shape[1] - (0 if model.pool_include_prefix else tome.backbone.prefix)
-    expected = tome.macs(16) - float(head_macs(model, torch.tensor(float(pooled))))
+    expected = tome.macs_at(16) - float(head_macs(model, torch.tensor(float(pooled))))
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
 def test_the_budget_is_met(ratio, model):
     native = native_macs(Backbone(model), 16)
-    found = tome_at(model, ratio * native, 16).macs(16)
+    found = tome_at(model, ratio * native, 16).macs_at(16)
     assert found / native == pytest.approx(ratio, abs=0.04)
+
+
+def class_attention(block, x, prefix):
+    """[H, n] of the class token to all rows, written out for one image; without one, of the mean query."""
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+    query = q[:, :1] if prefix else q.mean(1, keepdim=True)
+    return (query @ k.transpose(1, 2) * attn.head_dim**-0.5).softmax(2)[:, 0], v
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@torch.inference_mode()
+def test_evit_is_the_papers(fuse, model):
+    """One image at a time: after the attention the most attended stay, the rest is one sum weighted by attention."""
+    evit = EViT(model, 0.6, blocks=(1, 2), fuse=fuse)
+    backbone, found = evit.backbone, evit(IMAGES)
+    for image, x in enumerate(backbone.embed(IMAGES)):
+        for index, block in enumerate(backbone.blocks):
+            attention = class_attention(block, x, backbone.model.has_class_token)[0].mean(0)
+            x = x + block.ls1(block.attn(block.norm1(x)[None])[0])
+            if index in (1, 2):
+                patches = range(backbone.prefix, len(x))
+                ranked = sorted(patches, key=lambda p: -float(attention[p]))
+                number = math.ceil(0.6 * len(patches))
+                fused = sum(attention[p] * x[p] for p in ranked[number:])
+                kept = [*range(backbone.prefix), *sorted(ranked[:number])]
+                x = torch.cat([x[kept], fused[None]]) if fuse else x[kept]
+            x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
+        expected = backbone.model.forward_head(backbone.model.norm(x)[None])[0]
+        torch.testing.assert_close(found[image], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_evit_that_keeps_all_is_the_native_model(model):
+    torch.testing.assert_close(EViT(model, 1.0)(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_evit_keeps_the_papers_numbers():
+    """DeiT's 196 patches at keep 0.7: 138 and the fused one, of those 98 and one, of those 70 and one.
+
+    The paper's Table 1: 3.0 of DeiT-S's 4.6 GMACs.
+    """
+    from timm import create_model
+
+    with torch.device("meta"):
+        evit = EViT(create_model("deit_small_patch16_224"), 0.7)
+    assert evit.blocks == (3, 6, 9)
+    counts = [torch.tensor([n]) for n in (197, 140, 100, 72)]
+    assert float(evit.macs_of(counts)) / 1e9 == pytest.approx(3.0, abs=0.05)
+
+
+@given(
+    values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12).filter(lambda v: sum(v) > 0.1),
+    samples=st.integers(1, 15),
+)
+def test_ats_inverts_the_distribution(values, samples):
+    """Against a walk along the distribution, point by point."""
+    hits, total = set(), sum(values)
+    for k in range(1, samples + 1):
+        point, mass = (2 * k - 1) / (2 * samples) * total, 0.0
+        distances = []
+        for index, value in enumerate(values):
+            mass += value
+            distances.append(abs(mass - point))
+            if mass >= point:
+                hits.add(index)
+                break
+        if min(distances) < 1e-9:
+            return  # a tie that rounding may break either way
+    found = sample_by_significance(torch.tensor([values]), samples)[0]
+    assert set(found.nonzero().flatten().tolist()) == hits
+    assert 1 <= len(hits) <= samples
+
+
+@torch.inference_mode()
+def test_ats_is_the_papers(model):
+    ats = ATS(model, samples=12, blocks=(1, 2))
+    backbone, found = ats.backbone, ats(IMAGES)
+    assert int(ats.play(IMAGES).kept[-1].min()) < 12, "nobody was hit twice: the test is blind"
+    for image, x in enumerate(backbone.embed(IMAGES)):
+        for index, block in enumerate(backbone.blocks):
+            attention, values = class_attention(block, x, backbone.model.has_class_token)
+            x = x + block.ls1(block.attn(block.norm1(x)[None])[0])
+            if index in (1, 2):
+                significance = (attention * values.norm(dim=2)).sum(0)[backbone.prefix :]
+                kept = sample_by_significance(significance[None], 12)[0].nonzero().flatten() + backbone.prefix
+                x = x[[*range(backbone.prefix), *kept.tolist()]]
+            x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
+        expected = backbone.model.forward_head(backbone.model.norm(x)[None])[0]
+        torch.testing.assert_close(found[image], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [EViT, ATS])
+@torch.inference_mode()
+def test_macs_of_single_images(method, model):
+    reducer = method(model, 0.5) if method is EViT else method(model, 6)
+    reducer.backbone.attend = written_attention
+    for image in IMAGES.split(1):
+        with FlopCounterMode(display=False) as counter:
+            end = reducer.play(image)
+        pooled = end.counts[-1] - (0 if model.pool_include_prefix else reducer.backbone.prefix)
+        expected = reducer.macs(end)[1] - head_macs(model, pooled.double())
+        assert counter.get_total_flops() / 2 == pytest.approx(float(expected), rel=1e-6)

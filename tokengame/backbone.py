@@ -35,6 +35,16 @@ class Heads:
     scale: float
     """factor on q.k"""
 
+    def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
+        """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""
+        keys = layout.pad(self.keys).transpose(1, 2)  # [B, H, L, D]
+        scores = ((self.query * self.scale)[:, :, None] @ keys.transpose(2, 3)).squeeze(2).float()
+        if bias is not None:
+            scores = scores + layout.pad(bias)[:, None]
+        if not layout.uniform:
+            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
+        return scores.log_softmax(2)
+
 
 class Backbone:
     """View of a timm `model` that can run on packed rows.

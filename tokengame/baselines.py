@@ -1,24 +1,126 @@
-"""Peers under the same runtime, each written from its paper."""
+"""Peers that let rows go between a block's attention and its MLP, each written from its paper, on our kernels."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokengame.attention import Kernel, fastest_attention
-from tokengame.backbone import Backbone, feed_forward, join, project
-from tokengame.macs import head_macs, linear_macs
+from tokengame.backbone import Backbone
+from tokengame.macs import attention_macs, head_macs, linear_macs, native_macs
 from tokengame.ops import Layout
 
 
-class ToMe(nn.Module):
-    """Token Merging (Bolya et al., ICLR 2023): every block merges its r most similar pairs, between attention and MLP.
+@dataclass(frozen=True)
+class Rows:
+    """A batch somewhere in a `Reducer`."""
+
+    x: Tensor
+    """[M, C] packed, prefix tokens first in each image"""
+    layout: Layout
+    size: Tensor | None = None
+    """[M] patches each row stands for, in methods that weigh them"""
+    stage: int = 0
+    """reductions before this one"""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A batch at the end of the network."""
+
+    rows: Rows
+    counts: tuple[Tensor, ...]
+    """[B] rows of each image at the start and after each reduction, prefix tokens included"""
+    prefix: int
+
+    @property
+    def total(self) -> int:
+        """Patches of an image at the start."""
+        return int(self.counts[0][0]) - self.prefix
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """[B] patch tokens after each reduction"""
+        return tuple(count - self.prefix for count in self.counts[1:])
+
+
+class Reducer(nn.Module):
+    """A frozen network that lets rows go after the attention of some blocks and before their MLP.
+
+    It runs on the same kernels as the game, so that a difference in time is not one in kernels.
+
+    Args:
+        model: supported timm model.
+        blocks: where rows go, ascending.
+        attend: attention within images.
+    """
+
+    def __init__(self, model: nn.Module, blocks: tuple[int, ...], attend: Kernel = fastest_attention):
+        super().__init__()
+        self.backbone, self.blocks = Backbone(model, attend), blocks
+
+    def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
+        """What goes on; qkv [M, 3, H, D] are of the block's attention."""
+        raise NotImplementedError
+
+    def cost(self, rows: Tensor) -> Tensor:
+        """MACs of reducing `rows` [B] rows."""
+        raise NotImplementedError
+
+    def play(self, images: Tensor) -> Reduced:
+        """Run [B, channels, height, width] images through all blocks."""
+        backbone = self.backbone
+        tokens = backbone.embed(images)
+        rows = Rows(tokens.flatten(0, 1), Layout([tokens.shape[1]] * len(tokens), tokens.device))
+        half, counts = 0, [rows.layout.count]
+        for stage, block in enumerate(self.blocks):
+            x, qkv = backbone.run(half, 2 * block + 1, rows.x, rows.layout, _bias(rows))
+            assert qkv is not None
+            rows, half = self.reduce(Rows(x, rows.layout, rows.size, stage), qkv), 2 * block + 1
+            counts.append(rows.layout.count)
+        x, _ = backbone.run(half, 2 * backbone.depth, rows.x, rows.layout, _bias(rows))
+        return Reduced(Rows(x, rows.layout, rows.size), tuple(counts), backbone.prefix)
+
+    def logits(self, end: Reduced) -> Tensor:
+        """[B, classes]"""
+        return self.backbone.head(end.rows.x, end.rows.layout, end.rows.size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, classes]."""
+        return self.logits(self.play(images))
+
+    def macs(self, end: Reduced) -> tuple[float, Tensor]:
+        """Multiply-accumulates of an image natively, and of each image [B] as it was run."""
+        return native_macs(self.backbone, end.total), self.macs_of([count.cpu() for count in end.counts])
+
+    def macs_of(self, counts: list[Tensor]) -> Tensor:
+        """[B] multiply-accumulates of images with `counts` [B] rows at the start and after each reduction."""
+        backbone, rows = self.backbone, counts[0].double()
+        model, prefix, stage = backbone.model, backbone.prefix, 0
+        total = (rows - prefix) * model.patch_embed.proj.weight.numel()
+        for index, block in enumerate(backbone.blocks):
+            total = total + attention_macs(block.attn, rows, rows)
+            if index in self.blocks:
+                total, stage = total + self.cost(rows), stage + 1
+                rows = counts[stage].double()
+            total = total + rows * linear_macs(block.mlp)
+        return total + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
+
+
+def _bias(rows: Rows) -> Tensor | None:
+    return None if rows.size is None else rows.size.log()
+
+
+class ToMe(Reducer):
+    """Token Merging (Bolya et al., ICLR 2023): every block merges its r most similar pairs.
 
     Tokens are split alternately into sets A and B; each of A is tied to its most similar one of B (cosine of keys,
     averaged over heads), and the r strongest ties are merged: size-weighted mean, log size on the attention logits
-    (proportional attention). Prefix tokens never merge. Every image keeps the same number of tokens. It runs on the
-    same attention kernels as the game, so that a difference in time is not one in kernels.
+    (proportional attention). Prefix tokens never merge. Every image keeps the same number of tokens.
 
     Args:
         model: supported timm model.
@@ -27,47 +129,32 @@ class ToMe(nn.Module):
     """
 
     def __init__(self, model: nn.Module, merges: tuple[int, ...], attend: Kernel = fastest_attention):
-        super().__init__()
-        self.backbone, self.merges = Backbone(model, attend), merges
+        super().__init__(model, tuple(block for block, r in enumerate(merges) if r > 0), attend)
+        self.merges = merges
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] -> [B, classes]."""
-        x, size = self.merged(images)
-        layout = Layout([x.shape[1]] * len(x), x.device)
-        return self.backbone.head(x.flatten(0, 1), layout, None if size is None else size.flatten())
+    def _pairs(self, stage: int, rows: int) -> int:
+        return min(self.merges[self.blocks[stage]], (rows - self.backbone.prefix) // 2)
 
-    def merged(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows [B, n, C] after the last block, and how many patches each stands for, [B, n] (None: one each)."""
-        backbone = self.backbone
-        x, size = backbone.embed(images), None
-        for block, r in zip(backbone.blocks, self.merges, strict=True):
-            batch, rows, width = x.shape
-            layout, flat = Layout([rows] * batch, x.device), x.flatten(0, 1)
-            qkv = project(block, flat)
-            bias = None if size is None else size.log().flatten()
-            flat = join(block, flat, backbone.attend(qkv, layout, bias))
-            x = flat.view(batch, rows, width)
-            r = min(r, (rows - backbone.prefix) // 2)
-            if r > 0:
-                size = x.new_ones(batch, rows, dtype=torch.float32) if size is None else size
-                x, size = merge_pairs(x, size, qkv[:, 1].mean(1).view(batch, rows, -1), r, backbone.prefix)
-            x = feed_forward(block, x.flatten(0, 1)).view(len(x), -1, width)
-        return x, size
+    def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
+        layout, width = rows.layout, rows.x.shape[1]
+        x = rows.x.view(layout.images, layout.longest, width)
+        size = x.new_ones(x.shape[:2], dtype=torch.float32) if rows.size is None else rows.size.view(x.shape[:2])
+        metric, r = qkv[:, 1].mean(1).view(*x.shape[:2], -1), self._pairs(rows.stage, layout.longest)
+        if r < 1:
+            return rows
+        x, size = merge_pairs(x, size, metric, r, self.backbone.prefix)
+        return Rows(x.flatten(0, 1), Layout([x.shape[1]] * len(x), x.device), size.flatten())
 
-    def macs(self, agents: int) -> float:
-        """Multiply-accumulates of one image with `agents` patches, matching included."""
-        backbone, rows = self.backbone, agents + self.backbone.prefix
-        total = float(agents * backbone.model.patch_embed.proj.weight.numel())
-        for block, r in zip(backbone.blocks, self.merges, strict=True):
-            head_dim = block.attn.head_dim
-            total += rows * linear_macs(block.attn) + 2 * rows**2 * block.attn.num_heads * head_dim
-            patches = rows - backbone.prefix
-            r = min(r, patches // 2)
-            total += ((patches + 1) // 2) * (patches // 2) * head_dim if r > 0 else 0
-            rows -= max(r, 0)
-            total += rows * linear_macs(block.mlp)
-        pooled = rows - (0 if backbone.model.pool_include_prefix else backbone.prefix)
-        return total + float(head_macs(backbone.model, torch.tensor(float(pooled))))
+    def cost(self, rows: Tensor) -> Tensor:
+        patches = rows - self.backbone.prefix
+        return ((patches + 1) // 2) * (patches // 2) * self.backbone.blocks[0].attn.head_dim
+
+    def macs_at(self, agents: int) -> float:
+        """Multiply-accumulates of one image with `agents` patches."""
+        counts = [agents + self.backbone.prefix]
+        for stage in range(len(self.blocks)):
+            counts.append(counts[-1] - self._pairs(stage, counts[-1]))
+        return float(self.macs_of([torch.tensor([count]) for count in counts]))
 
 
 def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -111,4 +198,91 @@ def tome_at(model: nn.Module, macs: float, agents: int) -> ToMe:
     depth = Backbone(model).depth
     most = max(1, agents // depth)
     schedules = [tuple(r + (block < extra) for block in range(depth)) for r in range(most) for extra in range(depth)]
-    return min((ToMe(model, merges) for merges in schedules), key=lambda tome: abs(tome.macs(agents) - macs))
+    return min((ToMe(model, merges) for merges in schedules), key=lambda tome: abs(tome.macs_at(agents) - macs))
+
+
+class EViT(Reducer):
+    """EViT (Liang et al., ICLR 2022): of each image the same share of patches, those the class token attends to most.
+
+    After the attention of three blocks (4th, 7th, 10th of 12) ceil(keep * n) patches stay; the others are fused into
+    one more, their sum weighted by attention (mean over heads), which then counts as a patch like any other.
+
+    Args:
+        model: supported timm model.
+        keep: share of the patches that stays at each of the blocks.
+        blocks: where; evenly spread by default.
+        fuse: whether the others are fused, or gone.
+    """
+
+    def __init__(self, model: nn.Module, keep: float, blocks: tuple[int, ...] = (), fuse: bool = True):
+        depth = len(model.blocks)  # type: ignore[arg-type]
+        super().__init__(model, blocks or tuple(depth * i // 4 for i in (1, 2, 3)))
+        self.keep, self.fuse = keep, fuse
+
+    def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
+        layout, prefix = rows.layout, self.backbone.prefix
+        x = rows.x.view(layout.images, layout.longest, -1)
+        attention = self.backbone.read_heads(qkv, layout).log_attention(layout).exp().mean(1)[:, prefix:]  # [B, n]
+        number = math.ceil(self.keep * attention.shape[1])
+        if number == attention.shape[1]:
+            return rows
+        order = attention.argsort(1, descending=True)
+        stay, gone = order[:, :number].sort(1).values, order[:, number:]
+        patches = x[:, prefix:]
+        parts = [x[:, :prefix], patches.gather(1, stay[..., None].expand(-1, -1, x.shape[2]))]
+        if self.fuse:
+            weight = attention.gather(1, gone).to(x.dtype)[:, None]  # [B, 1, n - number]
+            parts.append(weight @ patches.gather(1, gone[..., None].expand(-1, -1, x.shape[2])))
+        x = torch.cat(parts, 1)
+        return Rows(x.flatten(0, 1), Layout([x.shape[1]] * len(x), x.device))
+
+    def cost(self, rows: Tensor) -> Tensor:
+        """The class token's attention once more, and the fusing."""
+        patches = rows - self.backbone.prefix
+        fused = patches - (self.keep * patches).ceil() if self.fuse else 0
+        return (rows + fused) * self.backbone.dim
+
+
+class ATS(Reducer):
+    """Adaptive Token Sampling (Fayyaz et al., ECCV 2022): patches are sampled by significance, few where few matter.
+
+    Significance is the class token's attention times the norm of the value, summed over heads (eq. 3). Its cumulative
+    distribution is inverted at `samples` evenly spaced points (section 3.2); a patch hit several times stays once, so
+    that images with a few significant patches keep fewer.
+
+    Args:
+        model: supported timm model.
+        samples: points at which the distribution is inverted: the most patches an image can keep.
+        blocks: where; from a quarter of the depth to the last but one, as in the paper's multi-stage models.
+    """
+
+    def __init__(self, model: nn.Module, samples: int, blocks: tuple[int, ...] = ()):
+        depth = len(model.blocks)  # type: ignore[arg-type]
+        super().__init__(model, blocks or tuple(range(depth // 4, depth - 1)))
+        self.samples = samples
+
+    def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
+        layout, prefix = rows.layout, self.backbone.prefix
+        attention = self.backbone.read_heads(qkv, layout).log_attention(layout).exp()  # [B, H, L]
+        norms = layout.pad(qkv[:, 2].float().norm(dim=2)).transpose(1, 2)
+        chosen = sample_by_significance((attention * norms).sum(1)[:, prefix:], self.samples)
+        stays = F.pad(chosen, (prefix, 0), value=True)
+        counts = stays.sum(1).tolist()
+        row = torch.nonzero(layout.unpad(stays)).squeeze(1)
+        return Rows(rows.x.index_select(0, row), Layout(counts, row.device))
+
+    def cost(self, rows: Tensor) -> Tensor:
+        """The class token's attention once more."""
+        return rows * self.backbone.dim
+
+
+def sample_by_significance(significance: Tensor, samples: int) -> Tensor:
+    """Invert the cumulative distribution of [B, n] non-negative numbers at (2 k - 1) / (2 samples), k = 1..samples.
+
+    Returns:
+        [B, n] bool, which were hit; at least one of each row, never one of significance 0.
+    """
+    cumulative = significance.double().cumsum(1)
+    points = (torch.arange(samples, device=significance.device).double() * 2 + 1) / (2 * samples)
+    hit = torch.searchsorted(cumulative, points * cumulative[:, -1:])
+    return torch.zeros_like(significance, dtype=torch.bool).scatter(1, hit, True)

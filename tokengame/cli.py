@@ -11,9 +11,10 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.markup import escape
 
-from tokengame.commands import Bench, Eval, Show, Train
+from tokengame.commands import Eval, Show, Train
 from tokengame.config import TrainConfig
 from tokengame.console import console
+from tokengame.contests import Bench, Compare
 from tokengame.errors import TokenGameError
 from tokengame.quickstart import Quickstart, short
 
@@ -39,6 +40,12 @@ EXAMPLES: dict[type, tuple[str, str]] = {
         "bench",
         "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
         "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json",
+    ),
+    Compare: (
+        "compare",
+        "tokengame compare --backbone vit_small_patch16_224 --images val/ --policies policy.safetensors\n"
+        "tokengame compare --backbone vit_tiny_patch16_224 --images images.tar --class-map classes.txt --holdout 0.3 "
+        "--policies mine.safetensors rl4evit.safetensors --dynamicvit-updates 200 --dtype bfloat16",
     ),
 }
 

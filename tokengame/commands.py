@@ -11,15 +11,14 @@ import tyro
 from torch import nn
 
 from tokengame.backbone import Backbone
-from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
-from tokengame.config import GameConfig, TrainConfig, require
-from tokengame.console import console, progress, show_rows, show_table, steps
+from tokengame.config import TrainConfig, require
+from tokengame.console import console, progress, show_table
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, dial_for, evaluate
 from tokengame.figures import denormalise, png, stack, strip
 from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
-from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
+from tokengame.models import load_model, preprocessing_of
 from tokengame.report import table, verdict
 from tokengame.runtime import PrunedViT, prune
 from tokengame.session import Session, require_writable
@@ -216,73 +215,3 @@ def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], si
         captions = ["input", *(f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True))]
         strips.append(strip(pixels, alive[:, number], (rows, columns), captions, side))
     return strips
-
-
-BENCH_HEADINGS = {
-    "dtype": "format",
-    "batch_size": "batch",
-    "native": "native\nis",
-    "images_per_second_native": "native\nimg/s",
-    "images_per_second_pruned": "pruned\nimg/s",
-    "speedup": "speed-\nup",
-    "gmacs_speedup": "by\nGMACs",
-    "efficiency": "effi-\nciency",
-    "verdict": "verdict",
-}
-
-
-@dataclass(kw_only=True)
-class Bench(Common):
-    """Honest timing, native and pruned interleaved in one run."""
-
-    backbone: str
-    """timm model name, or "fashion"; random weights serve, for decisions are forced"""
-    weights: str | None = None
-    """local checkpoint"""
-    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
-    """forced shares of tokens alive after each stage, spread over images"""
-    stages: tuple[int, ...] = ()
-    """blocks at which tokens leave; empty: evenly spaced"""
-    transition: Literal["drop", "merge"] = "drop"
-    """what becomes of pruned tokens"""
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    """images a batch"""
-    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
-    """what both models compute in"""
-    seconds: float = 20.0
-    """time spent on each row, after warm-up"""
-    compiled: bool = True
-    """also time what torch.compile makes of both models; of each the fastest counts"""
-    tome: bool = False
-    """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
-    keep_heap: bool = False
-    """tell glibc to keep freed memory: float32 batches get faster, the native model's most"""
-    output: Path = Path("results")
-    """folder for the CSV, whose name holds the conditions"""
-
-    def run(self) -> list[dict[str, Any]]:
-        """Time."""
-        require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
-        require(bool(self.dtypes), "--dtypes must name at least one")
-        embedded = self.weights is not None or self.backbone == EMBEDDED
-        model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
-        plan = Plan(
-            GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
-            self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome, self.keep_heap,
-        )  # fmt: skip
-        model = self.place(model)
-        backbone = Backbone(model)
-        path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
-        require_writable(path)
-        rows: list[dict[str, Any]] = []
-        if self.keep_heap:
-            require(keep_heap(), "--keep-heap needs glibc's allocator")
-        with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
-            for row in bench(model, self.backbone, plan, next_step):
-                rows.append(row)
-                write_csv(rows, path)  # whatever happens later, this much is measured
-        show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
-        show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
-        console.print(f"wrote {path}", markup=False, soft_wrap=True)
-        return rows

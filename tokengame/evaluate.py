@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median, mode
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from tokengame.data import Batch
 from tokengame.errors import TokenGameError
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
-from tokengame.state import State
 
 CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-4, 2.01, 0.5))
 
@@ -32,6 +31,8 @@ class Scores:
     correct_pruned: list[bool] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    """the native model's in its own prediction"""
     macs: list[float] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
     """tokens alive after each stage"""
@@ -90,7 +91,21 @@ class Scores:
         }
 
 
-def _timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
+class Method(Protocol):
+    """Whatever makes predictions with fewer tokens: our pruned model and its peers."""
+
+    def play(self, images: Tensor) -> Any:
+        """Run [B, channels, height, width] to the end of the network; the result knows `kept` and `total`."""
+
+    def logits(self, end: Any) -> Tensor:
+        """[B, classes]"""
+
+    def macs(self, end: Any) -> tuple[float, Tensor]:
+        """Multiply-accumulates of an image natively, and of each image [B] as it was run."""
+
+
+def timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
+    """What `call` makes of `images`, and the seconds it took."""
     start = time.perf_counter()
     result = call(images)
     if device.type == "cuda":
@@ -111,21 +126,29 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
         images = batch.images.to(weight.device, weight.dtype)
         if not number:
             fast.model(images), fast(images)
-        calls: dict[str, Callable[[Tensor], Any]] = {"native": fast.model, "pruned": partial(_play, fast)}
+        calls: dict[str, Callable[[Tensor], Any]] = {"native": fast.model, "pruned": partial(run, fast)}
         order = sorted(calls, reverse=number % 2 == 0)
-        timed = {name: _timed(weight.device, calls[name], images) for name in order}
-        (native, seconds_native), ((state, pruned), seconds_pruned) = timed["native"], timed["pruned"]
+        results = {name: timed(weight.device, calls[name], images) for name in order}
+        (native, seconds_native), ((state, pruned), seconds_pruned) = results["native"], results["pruned"]
         scores.seconds.append((len(images), seconds_native, seconds_pruned))
-        _score(scores, fast, batch, native.float(), pruned.float(), state)
+        score(scores, fast, batch, native.float(), pruned.float(), state)
+        alive = state.position[state.agent_rows].cpu()
+        scores.positions += alive.split(state.agents.counts)
     return scores
 
 
-def _play(fast: PrunedViT, images: Tensor) -> tuple[State, Tensor]:
-    state = fast.play(images)
-    return state, fast.game.logits(state)
+def run(method: Method, images: Tensor) -> tuple[Any, Tensor]:
+    """The end of the network and the prediction [B, classes]."""
+    end = method.play(images)
+    return end, method.logits(end)
 
 
-def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned: Tensor, state: State) -> None:
+def score(scores: Scores, method: Method, batch: Batch, native: Tensor, pruned: Tensor, end: Any) -> None:
+    """Add a batch to `scores`: logits [B, classes] of the native model and of the method, and where the latter ended.
+
+    Raises:
+        TokenGameError: the native prediction is not finite.
+    """
     if not native.isfinite().all():
         raise TokenGameError("the native model's prediction is not finite; check its weights")
     scores.index += batch.index.tolist()
@@ -135,12 +158,11 @@ def _score(scores: Scores, fast: PrunedViT, batch: Batch, native: Tensor, pruned
         scores.correct_pruned += (pruned.argmax(1) == labels).tolist()
     scores.agree += (native.argmax(1) == pruned.argmax(1)).tolist()
     scores.kl += fidelity_loss(native, pruned).tolist()
-    scores.macs_native, macs = fast.macs(state)
-    scores.tokens = state.total
+    scores.confidence += native.softmax(1).amax(1).tolist()
+    scores.macs_native, macs = method.macs(end)
+    scores.tokens = end.total
     scores.macs += macs.tolist()
-    scores.kept += torch.stack(state.kept, 1).tolist()
-    alive = state.position[state.agent_rows].cpu()
-    scores.positions += alive.split(state.agents.counts)
+    scores.kept += torch.stack(end.kept, 1).tolist() if end.kept else [[] for _ in macs]
 
 
 @torch.inference_mode()
@@ -153,14 +175,14 @@ def calibrate(
     for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
         native = fast.model(images).float()
-        for dial, score in scores.items():
+        for dial, found in scores.items():
             fast.dial = dial
-            state, pruned = _play(fast, images)
-            _score(score, fast, batch, native, pruned.float(), state)
+            state, pruned = run(fast, images)
+            score(found, fast, batch, native, pruned.float(), state)
     fast.dial = wanted
     rows = []
-    for dial, score in scores.items():
-        summary = score.summary()
+    for dial, found in scores.items():
+        summary = found.summary()
         names = ("gmacs_ratio", "agreement", "kl", "drop_pp", "drop_pp_ci95", "images")
         rows.append({"dial": dial, **{name: summary[name] for name in names}})
     return rows

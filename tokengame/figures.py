@@ -121,3 +121,35 @@ def _svg(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
+    """PNG: agreement, points lost and KL over compute, and agreement over measured speed-up; a line a method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.6), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    panels = [
+        ("gmacs_ratio", "agreement", "same top-1 as the native model", "linear"),
+        ("speedup", "agreement", "same top-1 as the native model", "linear"),
+        ("gmacs_ratio", "kl", "KL(native || pruned), nats", "log"),
+        ("gmacs_ratio", "drop_pp", "points of top-1 lost", "linear"),
+    ]
+    labels = {"gmacs_ratio": "compute, pruned / native", "speedup": "images a second, pruned / native, measured"}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axes, (x, y, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for number, method in enumerate(methods):
+            points = sorted((r[x], r[y]) for r in rows if r["method"] == method and r.get(x) and r[y] is not None)
+            points = [(a, max(b, 1e-5) if scale == "log" else b) for a, b in points]
+            ours = not any(r["published"] for r in rows if r["method"] == method)
+            axes.plot(
+                *zip(*points, strict=True), "o-" if ours else "s--", ms=4, color=f"C{number % 10}", label=method
+            ) if points else None
+        axes.set(xlabel=labels[x], ylabel=label, yscale=scale)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return png(Image.open(buffer).quantize(64))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +9,7 @@ from torch import Tensor, nn
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.networks import Actor, build_actor
-from tokengame.policy import Policy
-from tokengame.runtime import PrunedViT
+from tokengame.runtime import PrunedViT, by_rule
 from tokengame.state import Observation
 
 SPREAD = 0.15
@@ -103,7 +99,7 @@ def forced_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...], se
     Raises:
         TokenGameError: not one share for each stage.
     """
-    fast = PrunedViT(model, Policy(nn.Identity(), _blank_card(game)), dial=0.5)  # type: ignore[arg-type]
+    fast = by_rule(model, game, nn.Identity())
     backbone, stages = fast.game.backbone, len(fast.game.stages)
     if stages != len(keep):
         raise TokenGameError(f"{len(keep)} shares to keep for {stages} stages: give one for each")
@@ -111,7 +107,3 @@ def forced_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...], se
     actor = build_actor(ActorConfig("context", (32,)), shape).eval().to(backbone.device)
     fast.actor = ForcedKeep(actor, keep, seed)  # type: ignore[assignment]
     return fast
-
-
-def _blank_card(game: GameConfig) -> dict[str, Any]:
-    return {"game": asdict(game), "actor": {"observation": "context"}}

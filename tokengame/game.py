@@ -166,33 +166,27 @@ class TokenGame:
     def _features(state: State, heads: Heads) -> Tensor:
         """See `Observation.features`; computed on the padded batch, [B, heads or 1, L]."""
         layout, agents, prefix = state.layout, state.agents, state.prefix
-        keys = layout.pad(heads.keys).transpose(1, 2)  # [B, H, L, D]
-        query = (heads.query * heads.scale)[:, :, None]
-        scores = (query @ keys.transpose(2, 3)).squeeze(2).float()  # [B, H, L]
-        log_size = zero = torch.zeros_like(scores[:, :1])
+        attention = heads.log_attention(layout, state.bias)[..., prefix:]
+        log_size = zero = torch.zeros_like(attention[:, :1])
         if state.bias is not None:
-            log_size = layout.pad(state.bias)[:, None]
-            scores = scores + log_size
+            log_size = layout.pad(state.bias)[:, None, prefix:]
         rows: Tensor
         count: Tensor | int
         if layout.uniform:  # numbers instead of small tensors
-            rows, count = torch.full((), layout.longest, device=scores.device), agents.longest
+            rows, count = torch.full((), layout.longest, device=attention.device), agents.longest
         else:
-            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
             rows, count = layout.count[:, None, None], agents.count[:, None, None]
-        attention = scores.log_softmax(2)[..., prefix:] + rows.log()  # [B, H, L']
+        attention = attention + rows.log()  # [B, H, L]
         mean = attention.exp().sum(1, keepdim=True).clamp_(min=1e-30).log_()  # but for a constant
         known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
         centred = mean - known.sum(2, keepdim=True) / count
-        zero = zero[..., prefix:]
         similarity = leader = zero
         if state.similarity is not None:
             similarity = state.similarity.amax(2)[:, None].float()
             above = centred > centred.transpose(1, 2)  # [B, L, L]: whether the second is paid more attention
             leader = state.similarity.masked_fill(~above, -1).amax(2)[:, None].float()
-        features = torch.cat(
-            [attention, centred, log_size[..., prefix:], similarity, zero + count / state.total, leader], 1
-        )
+        alive = zero + count / state.total
+        features = torch.cat([attention, centred, log_size, similarity, alive, leader], 1)
         return agents.unpad(features.transpose(1, 2))
 
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

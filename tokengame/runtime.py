@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from tokengame.attention import fastest_attention
 from tokengame.backbone import Backbone
 from tokengame.compiled import CompiledGame
+from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.policy import Policy, check_fits, threshold
-from tokengame.state import State
+from tokengame.state import Decide, State
 
 
 class PrunedViT(nn.Module):
@@ -59,7 +61,11 @@ class PrunedViT(nn.Module):
             return self.model(images)
         if torch.compiler.is_compiling():
             return self._play_compiled(images)
-        return self.game.logits(self.play(images))
+        return self.logits(self.play(images))
+
+    def logits(self, state: State) -> Tensor:
+        """[B, classes] the prediction at the end of a game."""
+        return self.game.logits(state)
 
     @torch.compiler.disable
     def _play_compiled(self, images: Tensor) -> Tensor:
@@ -156,6 +162,12 @@ def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = No
         warnings.warn(warning, stacklevel=2)
     policy.actor.to(backbone.device)
     return PrunedViT(model, policy, policy.card["dial"] if dial is None else dial)
+
+
+def by_rule(model: nn.Module, game: GameConfig, rule: Decide) -> PrunedViT:
+    """`model` whose tokens decide by `rule` instead of by a learned policy: baselines, benchmarks."""
+    card: dict[str, Any] = {"game": asdict(game), "actor": {"observation": "context"}}
+    return PrunedViT(model, Policy(rule, card), dial=0.5)  # type: ignore[arg-type]
 
 
 SHIPPED = Path(__file__).parent / "policies"

@@ -41,6 +41,11 @@ class Observation:
         """[A] log attention from the class token, mean over heads, centred in the image"""
         return self.features[:, -len(EXTRAS)]
 
+    @property
+    def alive(self) -> Tensor:
+        """[A] share of the image's agents that are alive"""
+        return self.features[:, -2]
+
     def take(self, rows: Tensor) -> Observation:
         """The same for some of the agents."""
         return replace(

@@ -1,0 +1,206 @@
+"""Rules, DynamicViT and the harness that sets methods against each other."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_vit
+
+from tokengame.backbone import Backbone
+from tokengame.cli import main
+from tokengame.compare import Entry, compare, peers, speed_at, speeds
+from tokengame.config import GameConfig
+from tokengame.data import Batch
+from tokengame.dynamicvit import DynamicViT, Predictor, _hiding, _masked, dynamic_loss, pruned_by, train_dynamicvit
+from tokengame.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
+from tokengame.ops import Layout
+from tokengame.runtime import by_rule
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+
+
+def batches(number=2, labels=True):
+    wanted = torch.tensor([0, 1, 2, 3]) if labels else None
+    generator = torch.Generator().manual_seed(0)
+    return [Batch(torch.randn(4, 3, 32, 32, generator=generator), wanted, torch.arange(4)) for _ in range(number)]
+
+
+def test_the_best_stay():
+    layout, score = Layout([3, 1, 4], CPU), torch.tensor([0.1, 0.9, 0.5, 0.2, 3.0, -1.0, 2.0, 1.0])
+    found = keep_best(score, torch.tensor([2, 1, 3]), layout) > 0
+    assert found.tolist() == [False, True, True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@torch.inference_mode()
+def test_attention_keeps_its_share_of_the_most_attended(transition, model):
+    shares = (0.7, 0.49)
+    fast = by_rule(model, GameConfig(stages=(1, 2), transition=transition), KeepBest(attention, shares))
+    state = fast.play(IMAGES)
+    assert [n.tolist() for n in state.kept] == [[12] * 4, [8] * 4]  # ceil of 11.2 and 7.84
+    game = fast.game
+    state = game.reset(IMAGES)
+    obs = game.observe(state)
+    stays = (fast.actor(obs) > 0).view(4, 16)
+    for image in range(4):
+        paid = obs.features[obs.scene == image, :2].exp().mean(1)
+        assert float(paid[stays[image]].min()) >= float(paid[~stays[image]].max())
+
+
+@torch.inference_mode()
+def test_chance_differs_from_call_to_call_and_repeats_with_its_seed(model):
+    game = GameConfig(stages=(1,))
+    one, other = (by_rule(model, game, KeepBest(Random(3), (0.5,))) for _ in range(2))
+    first, second = one.trace(IMAGES), one.trace(IMAGES)
+    assert torch.equal(first, other.trace(IMAGES))
+    assert not torch.equal(first, second)
+    assert (first.sum(2) == 8).all()
+
+
+@torch.inference_mode()
+def test_budgets_are_the_others(model):
+    game = GameConfig(stages=(1, 2))
+    fast = by_rule(model, game, lambda obs: torch.sin(1e3 * obs.token[:, 0]) + 0.3)
+    ruled = AtBudgets(fast, attention)
+    state = ruled.play(IMAGES)
+    assert torch.equal(torch.stack(state.kept), torch.stack(fast.play(IMAGES).kept))
+    assert not torch.equal(state.position, fast.play(IMAGES).position)
+
+
+def predicted_slowly(predictor, tokens, alive):
+    """Section 3.2 on one image [n, C]: half of the features local, half the mean over the living."""
+    features = predictor.local(tokens)
+    half = features.shape[1] // 2
+    everyone = (features[:, half:] * alive[:, None]).sum(0) / alive.sum()
+    joined = torch.cat([features[:, :half], everyone.expand(len(tokens), -1)], 1)
+    return predictor.rest(joined).softmax(1).log()
+
+
+@torch.no_grad()
+def test_predictor_is_the_papers():
+    predictor, layout = Predictor(32), Layout([5, 5], CPU)
+    tokens, alive = torch.randn(10, 32), torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 0])
+    found = predictor(tokens, layout, alive)
+    expected = [predicted_slowly(predictor, tokens[i : i + 5], alive[i : i + 5]) for i in (0, 5)]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_hiding_is_a_mask_but_for_oneself():
+    qkv, layout = torch.randn(10, 3, 2, 8), Layout([5, 5], CPU)
+    visible = torch.tensor([[1.0, 0, 1, 1, 0], [1, 1, 0, 1, 1]])
+    found = _hiding(qkv, layout, visible, None)
+    allowed = visible.bool()[:, None, None, :] | torch.eye(5, dtype=torch.bool)
+    q, k, v = qkv.view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).reshape(10, 16)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dynamicvit_learns_its_ratio_and_the_backbone_stays(model):
+    model.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backbone, data = Backbone(model), batches(40, labels=False)
+    torch.manual_seed(0)
+    untrained = DynamicViT(32, 3, keep=0.5)
+    dynamic = train_dynamicvit(model, data, 40, keep=0.5, lr=1e-2)
+    losses = []
+    for candidate in (untrained, dynamic):
+        torch.manual_seed(1)
+        losses.append(float(dynamic_loss(backbone, candidate, (1, 2, 3), data[0]).detach()))
+    assert losses[1] < losses[0]
+    torch.manual_seed(1)
+    _, alive = _masked(backbone, torch.cat([b.images for b in data]), (1, 2, 3), dynamic)
+    assert float(alive[0].mean().detach()) == pytest.approx(0.5, abs=0.12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_loss_reaches_the_predictors(model):
+    model.requires_grad_(False)
+    dynamic = DynamicViT(32, 3)
+    loss = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), batches(1)[0])
+    without = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), replace(batches(1)[0], labels=None))
+    assert float(loss.detach()) > float(without.detach()), "labels add cross-entropy"
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dynamic.predictors[0].parameters())
+
+
+@torch.inference_mode()
+def test_dynamicvit_really_drops(model):
+    fast = pruned_by(model, DynamicViT(32, 3, keep=0.5).eval())
+    assert [n.tolist() for n in fast.play(IMAGES).kept] == [[8] * 4, [4] * 4, [2] * 4]
+    native, macs = fast.macs(fast.play(IMAGES))
+    assert float(macs.mean()) < 0.75 * native
+
+
+def test_methods_meet_on_the_same_images(model):
+    rows = compare(model, peers(model), batches())
+    methods = {row["method"] for row in rows}
+    assert {"ToMe", "EViT", "EViT, not fusing", "ATS", "attention, drop", "attention, merge", "random, drop"} < methods
+    assert len({row["top1_native"] for row in rows}) == 1
+    for row in rows:
+        assert row["images"] == 8
+        assert row["speedup"] > 0
+        if row["method"] == "all tokens, exact exit":
+            assert row["agreement"] == 1
+            assert row["kl"] < 1e-6
+        assert row["gmacs_ratio"] < 1.03  # tiny backbones pay for looking at attention
+    assert {row["method"] for row in rows if row["published"]} == {"ToMe", "EViT", "EViT, not fusing", "ATS"}
+
+
+def test_what_is_not_timed_has_no_speed(model):
+    fast = by_rule(model, GameConfig(stages=(1,)), KeepBest(attention, (0.5,)))
+    (row,) = compare(model, [Entry("a", "", AtBudgets(fast, Random()), False, is_timed=False)], batches())
+    assert "speedup" not in row
+
+
+def point(method, agreement, speedup, published=True):
+    return {
+        "method": method,
+        "agreement": agreement,
+        "speedup": speedup,
+        "gmacs_ratio": 1 / speedup,
+        "published": published,
+    }
+
+
+def test_speed_at_an_agreement_by_hand():
+    line = [point("a", 0.98, 1.1), point("a", 0.94, 1.3), point("a", 0.90, 1.7)]
+    assert speed_at(line, 0.96) == pytest.approx(1.2)
+    assert speed_at(line, 0.92) == pytest.approx(1.5)
+    assert speed_at(line, 0.99) is None
+    assert speed_at(line, 0.80) == pytest.approx(1.7), "better than asked is good enough"
+    rows = [*line, point("ours", 0.96, 1.6, published=False), point("b", 0.97, 1.25)]
+    table = speeds(rows, levels=(0.96,))
+    assert table[0]["fastest_peer"] == "b"
+    assert table[0]["fastest_peer_speedup"] == pytest.approx(1.25)
+    assert table[0]["ours"] == pytest.approx(1.6)
+
+
+def test_the_command(tmp_path, capsys):
+    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.04", "--batch-size", "20"]
+    arguments += ["--dynamicvit-updates", "2"]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    written = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == [row["method"] for row in written]
+    assert "DynamicViT" in {row["method"] for row in rows}
+    assert {row["images"] for row in rows} == {40}
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "speeds.csv").is_file()
+
+
+def test_dynamicvit_is_never_measured_on_what_it_learned(tmp_path, capsys):
+    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--dynamicvit-updates", "1"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "give --holdout" in " ".join(capsys.readouterr().err.split())
+
+
+def test_models_without_a_class_token_compare_too():
+    model = tiny_vit(global_pool="avg", class_token=False)
+    rows = compare(model, peers(model), batches(1))
+    exact = next(row for row in rows if row["method"] == "all tokens, exact exit")
+    assert exact["gmacs_ratio"] >= 1

@@ -1,0 +1,170 @@
+"""Every method over its range of settings: same native model, images, number format, kernels and MAC counter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokengame.backbone import Backbone
+from tokengame.baselines import ATS, EViT, ToMe
+from tokengame.config import GameConfig
+from tokengame.data import Batch
+from tokengame.dynamicvit import DynamicViT, pruned_by
+from tokengame.evaluate import Method, Scores, run, score, timed
+from tokengame.heuristics import AtBudgets, KeepBest, Random, attention
+from tokengame.policy import Policy
+from tokengame.runtime import by_rule, prune
+
+KEEP = (0.9, 0.8, 0.7, 0.6)
+"""shares kept at each of three stages by methods that have such a setting"""
+TOME = (4, 6, 8, 10, 13, 16)
+"""r for 196 tokens and 12 blocks; scaled to others"""
+ATS_SHARES = (0.9, 0.7, 0.55, 0.45, 0.35)
+"""points at which ATS inverts the distribution, relative to the number of tokens"""
+LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
+"""agreements at which speed is compared"""
+
+
+@dataclass
+class Entry:
+    """One method at one setting, and what was measured of it."""
+
+    method: str
+    setting: str
+    runs: Method
+    published: bool = True
+    """from a paper, so that the fastest of these is the one to beat"""
+    is_timed: bool = True
+    scores: Scores = field(default_factory=Scores)
+    seconds: list[float] = field(default_factory=list)
+    """of each batch"""
+
+
+def peers(model: nn.Module) -> list[Entry]:
+    """What needs no training: the native model's exact exit, random, attention, EViT, ToMe, ATS."""
+    backbone = Backbone(model)
+    drop, merge = GameConfig(stage_count=3), GameConfig(stage_count=3, transition="merge")
+    entries = [
+        Entry("all tokens, exact exit", "", by_rule(model, drop, lambda obs: torch.ones_like(obs.attention)), False)
+    ]
+    for keep in KEEP:
+        shares = (keep, keep**2, keep**3)
+        name = f"keep {keep:g}"
+        entries += [
+            Entry("random, drop", name, by_rule(model, drop, KeepBest(Random(), shares)), False),
+            Entry("attention, drop", name, by_rule(model, drop, KeepBest(attention, shares)), False),
+            Entry("attention, merge", name, by_rule(model, merge, KeepBest(attention, shares)), False),
+            Entry("EViT", name, EViT(model, keep)),
+            Entry("EViT, not fusing", name, EViT(model, keep, fuse=False)),
+        ]
+    for r in sorted({max(1, round(r * backbone.patches / 196 * 12 / backbone.depth)) for r in TOME}):
+        entries.append(Entry("ToMe", f"r {r}", ToMe(model, (r,) * backbone.depth)))
+    for share in ATS_SHARES:
+        samples = max(1, round(share * backbone.patches))
+        entries.append(Entry("ATS", f"{samples} samples", ATS(model, samples)))
+    return entries
+
+
+def dynamic_entries(model: nn.Module, dynamic: DynamicViT) -> list[Entry]:
+    """A trained DynamicViT over its keep ratios."""
+    entries = []
+    for keep in KEEP:
+        other = copy.copy(dynamic)  # the same predictors
+        other.keep = keep
+        entries.append(Entry("DynamicViT", f"keep {keep:g}", pruned_by(model, other)))
+    return entries
+
+
+def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[float], budgets: bool) -> list[Entry]:
+    """A policy over its dials; with `budgets`, also attention and chance at the policy's own numbers in each image."""
+    entries = []
+    for dial in dials:
+        fast, setting = prune(model, policy, dial), f"dial {dial:g}"
+        entries.append(Entry(name, setting, fast, False))
+        if budgets:
+            for rule, scorer in (("attention", attention), ("random", Random())):
+                method = f"{rule} at the budgets of {name}"
+                entries.append(Entry(method, setting, AtBudgets(fast, scorer), False, is_timed=False))
+    return entries
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> list[dict[str, Any]]:
+    """Run all entries on all batches in turn, natively too; every batch begins with another.
+
+    Returns:
+        One row an entry: method, setting, published and the keys of `eval`. Native's speed is that of the faster of
+        fused and written-out attention.
+    """
+    weight = next(model.parameters())
+    forms = {"fused": model, "written out": _written_out(model)}
+    native_seconds: dict[str, list[float]] = {name: [] for name in forms}
+    sizes: list[int] = []
+    order = list(range(len(entries)))
+    for number, batch in enumerate(batches):
+        images = batch.images.to(weight.device, weight.dtype)
+        if not number:  # warm-up
+            for form in forms.values():
+                form(images)
+            for entry in entries:
+                run(entry.runs, images)
+        results = {name: timed(weight.device, form, images) for name, form in forms.items()}
+        native = results["fused"][0].float()
+        sizes.append(len(images))
+        for name, (_, seconds) in results.items():
+            native_seconds[name].append(seconds)
+        for index in order:
+            entry = entries[index]
+            (end, logits), seconds = timed(weight.device, partial(run, entry.runs), images)
+            entry.seconds.append(seconds)
+            score(entry.scores, entry.runs, batch, native, logits.float(), end)
+        order = order[7:] + order[:7]
+    fastest = min(native_seconds.values(), key=median)
+    return [_row(entry, sizes, fastest) for entry in entries]
+
+
+def _row(entry: Entry, sizes: list[int], native: list[float]) -> dict[str, Any]:
+    if entry.is_timed:
+        entry.scores.seconds = list(zip(sizes, native, entry.seconds, strict=True))
+    named = {"method": entry.method, "setting": entry.setting, "published": entry.published}
+    return named | entry.scores.summary()
+
+
+def _written_out(model: nn.Module) -> nn.Module:
+    """`model` with attention as two products and a softmax; the same weights in memory."""
+    written: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for block in written.blocks:
+        block.attn.fused_attn = False
+    return cast(nn.Module, written)
+
+
+def speed_at(rows: list[dict[str, Any]], agreement: float) -> float | None:
+    """Speed-up of one method at a wanted agreement, linear between its neighbouring settings; None if out of reach."""
+    rows = sorted((row for row in rows if row.get("speedup")), key=lambda row: -row["gmacs_ratio"])
+    found = [row["speedup"] for row in rows if row["agreement"] >= agreement]
+    for one, other in pairwise(rows):
+        ends = sorted((r["agreement"], r["speedup"]) for r in (one, other))
+        if ends[0][0] <= agreement <= ends[1][0]:
+            found.append(float(np.interp(agreement, [e[0] for e in ends], [e[1] for e in ends])))
+    return max(found, default=None)
+
+
+def speeds(rows: list[dict[str, Any]], levels: Sequence[float] = LEVELS) -> list[dict[str, Any]]:
+    """For each agreement the speed-up of every timed method (None: out of reach), and the fastest one of a paper."""
+    published = {row["method"]: row["published"] for row in rows if row.get("speedup")}
+    table = []
+    for level in levels:
+        speed = {m: speed_at([row for row in rows if row["method"] == m], level) for m in published}
+        peers = {m: s for m, s in speed.items() if published[m] and s is not None}
+        best = max(peers, key=lambda m: peers[m], default=None)
+        table.append({"agreement": level, "fastest_peer": best, "fastest_peer_speedup": peers.get(best or "")} | speed)
+    return table

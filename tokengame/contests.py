@@ -1,0 +1,181 @@
+"""The commands that set methods against each other: `bench` on the clock, `compare` on quality, compute and clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tokengame.backbone import Backbone
+from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
+from tokengame.commands import Common, OnImages, report_bad
+from tokengame.compare import compare, dynamic_entries, peers, policy_entries, speeds
+from tokengame.config import GameConfig, require
+from tokengame.console import console, progress, show_rows, steps
+from tokengame.data import BadImages, Batch, Views, checked, transform_for
+from tokengame.dynamicvit import DynamicViT, train_dynamicvit
+from tokengame.figures import frontier_figure
+from tokengame.images import ImageSource, split_images
+from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
+from tokengame.policy import Policy
+from tokengame.runtime import find_policy
+from tokengame.session import require_writable
+
+BENCH_HEADINGS = {
+    "dtype": "format",
+    "batch_size": "batch",
+    "native": "native\nis",
+    "images_per_second_native": "native\nimg/s",
+    "images_per_second_pruned": "pruned\nimg/s",
+    "speedup": "speed-\nup",
+    "gmacs_speedup": "by\nGMACs",
+    "efficiency": "effi-\nciency",
+    "verdict": "verdict",
+}
+
+
+@dataclass(kw_only=True)
+class Bench(Common):
+    """Honest timing, native and pruned interleaved in one run."""
+
+    backbone: str
+    """timm model name, or "fashion"; random weights serve, for decisions are forced"""
+    weights: str | None = None
+    """local checkpoint"""
+    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
+    """forced shares of tokens alive after each stage, spread over images"""
+    stages: tuple[int, ...] = ()
+    """blocks at which tokens leave; empty: evenly spaced"""
+    transition: Literal["drop", "merge"] = "drop"
+    """what becomes of pruned tokens"""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """images a batch"""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
+    """what both models compute in"""
+    seconds: float = 20.0
+    """time spent on each row, after warm-up"""
+    compiled: bool = True
+    """also time what torch.compile makes of both models; of each the fastest counts"""
+    tome: bool = False
+    """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
+    keep_heap: bool = False
+    """tell glibc to keep freed memory: float32 batches get faster, the native model's most"""
+    output: Path = Path("results")
+    """folder for the CSV, whose name holds the conditions"""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Time."""
+        require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
+        require(bool(self.dtypes), "--dtypes must name at least one")
+        embedded = self.weights is not None or self.backbone == EMBEDDED
+        model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
+        plan = Plan(
+            GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
+            self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
+            self.tome, self.keep_heap,
+        )  # fmt: skip
+        model = self.place(model)
+        backbone = Backbone(model)
+        path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
+        require_writable(path)
+        rows: list[dict[str, Any]] = []
+        if self.keep_heap:
+            require(keep_heap(), "--keep-heap needs glibc's allocator")
+        with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
+            for row in bench(model, self.backbone, plan, next_step):
+                rows.append(row)
+                write_csv(rows, path)  # whatever happens later, this much is measured
+        show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
+        show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+        return rows
+
+
+COMPARE_HEADINGS = {
+    "method": "method",
+    "setting": "setting",
+    "gmacs_ratio": "compute",
+    "agreement": "agree-\nment",
+    "kl": "KL",
+    "drop_pp": "points\nlost",
+    "speedup": "speed-\nup",
+}
+
+
+@dataclass(kw_only=True)
+class Compare(OnImages):
+    """Every method over its range of settings: same native model, images, number format, kernels and timing."""
+
+    policies: tuple[str, ...] = ()
+    """policy files or names of shipped ones; each is run over its dials"""
+    dials: tuple[float, ...] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
+    """of the policies"""
+    budgets: bool = False
+    """also let attention and chance choose as many tokens in each image as each policy did: not timed"""
+    holdout: float | None = None
+    """measure only on the share that `train` held back with the same --holdout and --seed"""
+    dynamicvit_updates: int = 0
+    """train DynamicViT's predictor on the images not held back for so many updates; 0 leaves it out"""
+    batch_size: int = 32
+    """images a batch"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what all models compute in"""
+    output: Path = Path("compare")
+    """folder for compare.csv, speeds.csv and frontier.png"""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train what must be trained, measure everything in turn, draw."""
+        require_writable(self.output / "compare.csv")
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
+        needs = "DynamicViT must be trained on images that it is not measured on"
+        require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
+        policies = {self._name(path): Policy.load(find_policy(path)) for path in self.policies}
+        model, source = self.load()
+        learn, held = (source, source) if self.holdout is None else split_images(source, self.holdout, self.seed)
+        model.requires_grad_(False)
+        dynamic = self._train(model, learn) if self.dynamicvit_updates else None
+        model.to(getattr(torch, self.dtype))
+        entries = peers(model) + (dynamic_entries(model, dynamic) if dynamic is not None else [])
+        for name, policy in policies.items():
+            entries += policy_entries(model, name, policy, self.dials, self.budgets)
+        tally = BadImages(len(held.names))
+        rows = compare(model, entries, self._batches(model, held, tally))
+        report_bad(tally)
+        self._write(rows)
+        return rows
+
+    @staticmethod
+    def _name(path: str) -> str:
+        return Path(path).stem
+
+    def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
+        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        # on a CPU, decoding in other processes would take the cores from what is timed
+        loader = views.loader(self.batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
+        yield from progress(checked(loader, tally), "comparing", len(loader))
+
+    def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:
+        count = self.dynamicvit_updates
+        wanted, generator = count * self.batch_size, torch.Generator().manual_seed(self.seed)
+        epochs = [
+            torch.randperm(len(source.names), generator=generator) for _ in range(wanted // len(source.names) + 1)
+        ]
+        order = torch.cat(epochs)[:wanted].tolist()
+        transform = transform_for(preprocessing_of(model), train=True)
+        loader = Views(source, order, transform, self.seed).loader(self.batch_size, self.workers)
+        batches = progress(checked(loader, BadImages(len(source.names))), "training DynamicViT", count)
+        return train_dynamicvit(model, batches, count, seed=self.seed)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        write_csv(rows, self.output / "compare.csv")
+        table = speeds(rows)
+        write_csv(table, self.output / "speeds.csv")
+        (self.output / "frontier.png").write_bytes(frontier_figure(rows))
+        blank = dict.fromkeys(COMPARE_HEADINGS, "")
+        show_rows([blank | row for row in rows], COMPARE_HEADINGS)
+        show_rows(table)
+        console.print(f"wrote {self.output}/compare.csv, speeds.csv and frontier.png", markup=False, soft_wrap=True)
