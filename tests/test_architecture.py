@@ -9,7 +9,7 @@ import tokengame
 PACKAGE = Path(tokengame.__file__).parent
 LEVELS = [
     {"errors", "scenes"},
-    {"config", "ops"},
+    {"config", "ops", "promise"},
     {"attention", "models"},
     {"backbone", "images"},
     {"state", "data"},
@@ -19,7 +19,7 @@ LEVELS = [
     {"train", "runtime", "baselines"},
     {"evaluate", "anatomy", "figures", "forced", "heuristics"},
     {"bench", "dynamicvit"},
-    {"compare"},
+    {"compare", "ablate"},
     {"session", "report", "console"},
     {"commands"},
     {"quickstart", "contests"},

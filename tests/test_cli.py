@@ -89,6 +89,30 @@ def test_eval_at_each_operating_point(flags, policy, capsys):
     assert untouched["gmacs_native"] == pytest.approx(1.2535, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("default")
+def test_calibrate_writes_what_is_promised(flags, policy, tmp_path, capsys):
+    """A sentence where so few images can promise nothing, and all tokens; any drop allowed is the last dial."""
+    output = tmp_path / "calibrated.safetensors"
+    assert main(["calibrate", *flags, "--policy", str(policy), "--output", str(output), "--json"]) == 0
+    rows = document(capsys)
+    assert [row["images"] for row in rows] == [20] * len(rows)
+    assert all(row["drop_pp_bound95"] >= row["drop_pp"] for row in rows)
+    evaluation = ["eval", *flags, "--policy", str(output), "--json", "--max-drop"]
+    assert main([*evaluation, "0.5"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["dial"] == 0
+    assert "20 calibration images can promise" in " ".join(captured.err.split())
+    assert main([*evaluation, "100"]) == 0
+    assert document(capsys)["dial"] == rows[-1]["dial"]
+
+
+def test_show_the_easiest_and_the_hardest(flags, policy, tmp_path, capsys):
+    output = tmp_path / "tokens.png"
+    arguments = ["show", *flags, "--policy", str(policy), "--output", str(output), "--count", "3", "--side", "80"]
+    assert main([*arguments, "--pick", "extremes", "--dial", "0.9", "--json"]) == 0
+    assert document(capsys)["files"] == [str(output)]
+
+
 def test_show_writes_a_picture_one_strip_an_image(flags, policy, tmp_path, capsys):
     output = tmp_path / "tokens.png"
     assert main(["show", *flags, "--policy", str(policy), "--output", str(output), "--count", "3", "--json"]) == 0

@@ -10,10 +10,11 @@ from tokengame.backbone import Backbone
 from tokengame.cli import finite
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
-from tokengame.evaluate import Scores, dial_for
+from tokengame.evaluate import Scores
 from tokengame.figures import overlay, stack, strip
 from tokengame.forced import SPREAD, ForcedKeep, forced_model
 from tokengame.game import TokenGame
+from tokengame.policy import dial_for
 from tokengame.quickstart import item_recall
 from tokengame.report import table, verdict
 from tokengame.scenes import FashionScenes
@@ -26,6 +27,7 @@ def scores(**changes):
         "agree": [True, False, False, True],
         "kl": [0.0, 0.2, 0.4, 0.0],
         "macs": [50.0, 70.0, 60.0, 60.0],
+        "confidence": [0.9, 0.2, 0.5, 0.6],
         "kept": [[8, 4], [6, 2], [8, 4], [6, 2]],
         "macs_native": 100.0,
         "tokens": 10,
@@ -41,6 +43,9 @@ def test_summary_by_hand():
     assert found["drop_pp_ci95"] == pytest.approx([-80.0, 80.0], abs=0.1)
     assert (found["agreement"], found["gmacs_ratio"], found["tokens_kept"]) == (0.5, 0.6, [7.0, 3.0])
     assert found["gmacs_ratio_std"] == pytest.approx(0.0707, abs=1e-4)
+    # ranks 1, 4, 2.5, 2.5 of compute and 1, 4, 3, 2 of doubt
+    assert found["compute_vs_uncertainty"] == pytest.approx(0.9487, abs=1e-4)
+    assert scores(macs=[60.0] * 4).summary()["compute_vs_uncertainty"] is None
     # medians over the batches of 4 alone: 4 seconds and 1
     assert (found["images_per_second_native"], found["images_per_second_pruned"]) == (1.0, 4.0)
     assert (found["batch_size"], found["speedup"]) == (4, 4.0)
@@ -61,22 +66,32 @@ def test_slower_is_called_slower_and_a_gain_a_gain():
 
 
 ROWS = [
-    {"dial": 0.2, "gmacs_ratio": 0.9, "drop_pp": 0.0},
-    {"dial": 0.4, "gmacs_ratio": 0.7, "drop_pp": 0.5},
-    {"dial": 0.6, "gmacs_ratio": 0.5, "drop_pp": 2.0},
-    {"dial": 0.8, "gmacs_ratio": 0.3, "drop_pp": 0.4},
+    {"dial": 0.2, "gmacs_ratio": 0.9, "gmacs": 4.5, "keep": 0.8, "drop_pp_bound95": 0.3, "images": 900},
+    {"dial": 0.4, "gmacs_ratio": 0.7, "gmacs": 3.5, "keep": 0.6, "drop_pp_bound95": 0.5, "images": 900},
+    {"dial": 0.6, "gmacs_ratio": 0.5, "gmacs": 2.5, "keep": 0.2, "drop_pp_bound95": 2.0, "images": 900},
+    {"dial": 0.8, "gmacs_ratio": 0.3, "gmacs": 1.5, "keep": 0.1, "drop_pp_bound95": 0.4, "images": 900},
 ]
+CARD = {"calibration": ROWS}
 
 
 def test_dial_for_a_wish():
-    assert dial_for(ROWS, gmacs_ratio=0.6) == pytest.approx(0.5)
-    assert dial_for(ROWS[::-1], max_drop=1.0) == 0.4, "luck behind a failure does not count"
+    assert dial_for(CARD, gmacs_ratio=0.6) == pytest.approx(0.5)
+    assert dial_for(CARD, gmacs=1.5) == pytest.approx(0.8)
+    assert dial_for(CARD, keep=0.4) == pytest.approx(0.5)
+    assert dial_for({"calibration": ROWS[::-1]}, max_drop=1.0) == 0.4, "luck behind a failure does not count"
     with pytest.raises(TokenGameError, match=r"outside the calibrated 0.30 to 0.90"):
-        dial_for(ROWS, gmacs_ratio=0.95)
+        dial_for(CARD, gmacs_ratio=0.95)
     with pytest.raises(TokenGameError, match="no calibration"):
-        dial_for([], gmacs_ratio=0.5)
+        dial_for({"calibration": []}, gmacs_ratio=0.5)
     with pytest.raises(TokenGameError, match="without labels"):
-        dial_for([{"dial": 0.5, "gmacs_ratio": 0.5, "drop_pp": None}], max_drop=1.0)
+        dial_for({"calibration": [{"dial": 0.5, "gmacs_ratio": 0.5, "drop_pp_bound95": None}]}, max_drop=1.0)
+    with pytest.raises(TokenGameError, match="give one of"):
+        dial_for(CARD, gmacs=2.0, max_drop=1.0)
+
+
+def test_what_cannot_be_promised_keeps_all_tokens_and_says_so():
+    with pytest.warns(UserWarning, match=r"900 calibration images can promise a drop of 0.30 points at best"):
+        assert dial_for(CARD, max_drop=0.1) == 0
 
 
 @torch.no_grad()

@@ -165,14 +165,15 @@ def play_toy(actor, critic, generator, sign=1.0, gamma=1.0):
     advantages, returns = gae(torch.stack(rewards), torch.stack(values), acting, torch.stack(ends), gamma, 0.95)
     advantages = normalise(advantages, acting)
     seen = Cards(torch.cat([c.seen for c in cards]))
-    return Experience(seen, torch.cat(action), torch.cat(old), advantages[acting], returns[acting])
+    scene = (torch.arange(2)[:, None, None] * 64 + torch.arange(64)[:, None]).expand(2, 64, 12)[acting]
+    return Experience(seen, torch.cat(action), torch.cat(old), advantages[acting], returns[acting], scene)
 
 
-def solve_toy(seed=0, **changes):
+def solve_toy(seed=0, agents="tokens", **changes):
     torch.manual_seed(seed)
     actor, critic, generator = Net(True), Net(True), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=5e-3)
-    config = PPOConfig(entropy=0.003, minibatches=2, max_grad_norm=1.0)
+    config = PPOConfig(entropy=0.003, minibatches=2, max_grad_norm=1.0, agents=agents)
     for _ in range(80):
         update(actor, critic, optimizer, play_toy(actor, critic, generator, **changes), config, generator)
     stages = torch.eye(2)
@@ -183,6 +184,22 @@ def solve_toy(seed=0, **changes):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_toy_game_is_solved(seed):
     assert torch.equal(solve_toy(seed), OPTIMUM)
+
+
+def test_one_agent_for_all_solves_it_too():
+    """The toy is small enough for ratios that multiply over a scene."""
+    assert torch.equal(solve_toy(agents="image"), OPTIMUM)
+
+
+def test_the_ratio_of_one_agent_for_all_is_the_product():
+    logits, old = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([-0.7, -0.6, -0.4])
+    action, scene = torch.tensor([True, False, True]), torch.tensor([7, 7, 2])
+    loss, _ = policy_loss(logits, action, old, torch.tensor([1.0, 3.0, -1.0]), 0.2, scene)
+    new = log_prob(logits, action)
+    ratio = [float((new[2] - old[2]).exp()), float((new[:2] - old[:2]).sum().exp())]
+    clipped = [min(max(r, 0.8), 1.2) for r in ratio]
+    gains = [min(-1 * ratio[0], -1 * clipped[0]), min(2 * ratio[1], 2 * clipped[1])]
+    assert float(loss) == pytest.approx(-sum(gains) / 2, rel=1e-5)
 
 
 def test_a_broken_reward_does_not_solve_it():
@@ -201,7 +218,11 @@ def experience_of(seed=0, rows=50):
     logits = actor(cards).detach()
     action = torch.rand(rows, generator=generator) < logits.sigmoid()
     advantage, returns = torch.randn(2, rows, generator=generator)
-    return actor, critic, Experience(cards, action, log_prob(logits, action), advantage, returns)
+    return (
+        actor,
+        critic,
+        Experience(cards, action, log_prob(logits, action), advantage, returns, torch.arange(rows) // 10),
+    )
 
 
 def test_first_ratio_is_one_only_if_the_stored_action_is_the_sampled_one():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tokengame.config import RewardConfig
 from tokengame.errors import TokenGameError
-from tokengame.rewards import KLController, Outcome, fidelity, fidelity_loss, leave_one_out, share, target
+from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, leave_one_out, share, target
 
 
 def outcome(alive, correct=None, kl=None, segment=None, rollouts=1):
@@ -64,6 +64,13 @@ def test_fidelity_charges_kl_once_at_the_exit_and_compute_while_staying():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_team_shares_what_it_costs():
+    """Of two who acted one stayed: each pays half of its row; KL as before."""
+    played = outcome([[[1, 0]], [[1, 0]]], kl=[0.1], segment=[0.25, 0.5])
+    found = fidelity(played, RewardConfig(credit="team"), kl_weight=10.0)
+    torch.testing.assert_close(found, torch.tensor([[[-0.125, -1.125]], [[-1.5, 0.0]]]))
+
+
 def test_fidelity_clamps_a_hopeless_image():
     found = fidelity(outcome([[[0]]], kl=[9.0]), RewardConfig(kl_clamp=1.5), kl_weight=2.0)
     assert found.flatten().tolist() == [-3.0]
@@ -91,7 +98,17 @@ def test_labelled_rewards_say_that_they_need_labels():
 
 def test_controller_settles_at_its_target():
     """A plant whose KL falls with the price: KL = 0.6 / weight; the target 0.06 wants 10."""
-    controller = KLController(weight=2.0, target=0.06)
+    controller = PriceController(weight=2.0, target=0.06, scale=0.06)
     for _ in range(300):
         controller.update(0.6 / controller.weight)
     assert controller.weight == pytest.approx(10, rel=0.01)
+
+
+def test_the_controller_holds_a_drop_through_noise():
+    """A game that loses 5 points at price 1, 1 at price 5, through noise of 4 points: half a point is held."""
+    generator = torch.Generator().manual_seed(0)
+    controller, losses = PriceController(2.0, 0.5, scale=1.0, smoothing=0.95), []
+    for _ in range(2000):
+        controller.update(5 / controller.weight + 4 * float(torch.randn(1, generator=generator)))
+        losses.append(5 / controller.weight)
+    assert sum(losses[500:]) / 1500 == pytest.approx(0.5, rel=0.15)

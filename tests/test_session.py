@@ -38,7 +38,7 @@ def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, t
     session = session_for(model, source, tmp_path / "run", preset)
     before = weights_of(session).clone()
     session.run()
-    fast = session.finish()
+    fast = session.finish(source)
     assert not torch.equal(before, weights_of(session))
     assert fast(torch.randn(2, 3, 32, 32)).shape == (2, 5)
     lines = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +46,9 @@ def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, t
     standard = {"policy", "value", "entropy", "approx_kl", "clipfrac", "explained_variance"}
     assert {f"losses/{name}" for name in standard} <= set(lines[0])
     assert list(session.log_dir.glob("events.*")), "TensorBoard"
-    assert {"dial", "gmacs_ratio", "agreement", "drop_pp"} <= set(fast.card["calibration"][0])
+    assert {"dial", "gmacs_ratio", "gmacs", "keep", "agreement", "drop_pp", "drop_pp_bound95"} <= set(
+        fast.card["calibration"][0]
+    )
     assert session.result()["images_seen"] == 16
 
 

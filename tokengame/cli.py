@@ -11,10 +11,10 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.markup import escape
 
-from tokengame.commands import Eval, Show, Train
+from tokengame.commands import Calibrate, Eval, Show, Train
 from tokengame.config import TrainConfig
 from tokengame.console import console
-from tokengame.contests import Bench, Compare
+from tokengame.contests import Ablate, Bench, Compare
 from tokengame.errors import TokenGameError
 from tokengame.quickstart import Quickstart, short
 
@@ -32,14 +32,26 @@ EXAMPLES: dict[type, tuple[str, str]] = {
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
         "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy vit_tiny_patch16_224 --max-drop 1",
     ),
+    Calibrate: (
+        "calibrate",
+        "tokengame calibrate --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors "
+        "--output calibrated.safetensors\n"
+        "tokengame calibrate --backbone vit_tiny_patch16_224 --images val.tar --class-map classes.txt "
+        "--policy vit_tiny_patch16_224 --output mine.safetensors",
+    ),
     Show: (
         "show",
-        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --count 6",
+        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --count 6\n"
+        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --pick extremes",
     ),
     Bench: (
         "bench",
         "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
         "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json",
+    ),
+    Ablate: (
+        "ablate",
+        "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations",
     ),
     Compare: (
         "compare",
@@ -93,6 +105,7 @@ def parse(arguments: list[str]) -> Any:
         defaults = {
             Train: Train(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
             Quickstart: Quickstart(config=short(named[-1])),
+            Ablate: Ablate(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
         }
     subcommands = tuple(
         Annotated[

@@ -10,17 +10,20 @@ import torch
 import tyro
 from torch import nn
 
+from tokengame.attention import ruled_attention
 from tokengame.backbone import Backbone
 from tokengame.config import TrainConfig, require
-from tokengame.console import console, progress, show_table
+from tokengame.console import console, progress, show_rows, show_table
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError, first_line
-from tokengame.evaluate import Scores, dial_for, evaluate
+from tokengame.evaluate import Scores, calibrate, evaluate
 from tokengame.figures import denormalise, png, stack, strip
 from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
+from tokengame.macs import native_macs, pruned_macs
 from tokengame.models import load_model, preprocessing_of
+from tokengame.policy import Policy
 from tokengame.report import table, verdict
-from tokengame.runtime import PrunedViT, prune
+from tokengame.runtime import PrunedViT, find_policy, prune
 from tokengame.session import Session, require_writable
 
 
@@ -83,6 +86,17 @@ class OnImages(Common):
         return scores
 
 
+CALIBRATION_HEADINGS = {
+    "dial": "dial",
+    "gmacs_ratio": "compute",
+    "keep": "tokens\nkept",
+    "agreement": "agree-\nment",
+    "kl": "KL",
+    "drop_pp": "points\nlost",
+    "drop_pp_bound95": "at most\n(95 %)",
+}
+
+
 def report_bad(tally: BadImages) -> None:
     """Say which images were skipped."""
     if tally.reasons:
@@ -119,7 +133,7 @@ class Train(OnImages):
             seed=self.seed, device=self.torch_device, resume=self.resume, workers=self.workers,
         )  # fmt: skip
         session.run(progress)
-        fast = session.finish(progress, self.gmacs_ratio)
+        fast = session.finish(validate, progress, self.gmacs_ratio)
         report_bad(session.tally)
         scores = self.measure(fast, validate, self.config.batch_size, session.preprocessing)
         result = {**session.result(), **scores.summary(), "dial": fast.dial}
@@ -139,7 +153,7 @@ class Eval(OnImages):
     gmacs_ratio: float | None = None
     """operating point: pruned / native compute, by the policy's calibration"""
     max_drop: float | None = None
-    """operating point: the fastest that lost at most so many points of top-1 in calibration (an estimate, no bound)"""
+    """operating point: the hardest for which calibration can promise, at 95 %, that at most so many points are lost"""
     batch_size: int = 32
     """images a batch, in the timing too"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -151,18 +165,54 @@ class Eval(OnImages):
         """Measure."""
         points = (self.dial, self.gmacs_ratio, self.max_drop)
         require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
+        wishes = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop}
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
-        fast = prune(model.to(getattr(torch, self.dtype)), self.policy, self.dial)
-        if self.gmacs_ratio is not None or self.max_drop is not None:
-            fast.dial = dial_for(fast.card["calibration"], self.gmacs_ratio, self.max_drop)
+        fast = prune(model.to(getattr(torch, self.dtype)), self.policy, self.dial, **wishes)
         result = self.measure(fast, source, self.batch_size, preprocessing_of(model)).summary()
         result |= {"dial": fast.dial, "dtype": self.dtype}
         show_table(f"{self.backbone}, dial {fast.dial:.3f}", table(result))
         console.print(verdict(result))
         return result
+
+
+@dataclass(kw_only=True)
+class Calibrate(OnImages):
+    """Measure every dial of a policy and write it to its card, so that a drop can be promised.
+
+    The images must be labelled for that, and none the policy has learned from. A promise of half a point takes a
+    thousand images and more; of two points, hundreds.
+    """
+
+    policy: str
+    """policy file, or the name of a shipped one"""
+    output: Path
+    """the policy file to write; may be the same"""
+    batch_size: int = 32
+    """images a batch"""
+    holdout: float | None = None
+    """calibrate only on the share that `train` held back with the same --holdout and --seed"""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Measure, write."""
+        require_writable(self.output)
+        model, source = self.load()
+        if self.holdout is not None:
+            source = split_images(source, self.holdout, self.seed)[1]
+        policy = Policy.load(find_policy(self.policy))
+        fast = prune(model, policy)
+        fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
+        tally = BadImages(len(source.names))
+        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        loader = views.loader(self.batch_size, self.workers)
+        policy.card["calibration"] = calibrate(fast, progress(checked(loader, tally), "calibrating", len(loader)))
+        report_bad(tally)
+        policy.save(self.output)
+        show_rows(policy.card["calibration"], CALIBRATION_HEADINGS)
+        console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
+        return policy.card["calibration"]
 
 
 @dataclass(kw_only=True)
@@ -174,7 +224,9 @@ class Show(OnImages):
     output: Path = Path("tokens.png")
     """PNG of one strip per image"""
     count: int = 8
-    """how many images, picked at random by the seed"""
+    """how many images"""
+    pick: Literal["random", "extremes"] = "random"
+    """random: by the seed. extremes: the images that kept the least compute, then those that kept the most"""
     dial: float | None = None
     """between 0 and 1; default is the policy's recommendation"""
     side: int = 160
@@ -184,10 +236,9 @@ class Show(OnImages):
         """Draw."""
         require_writable(self.output)
         model, source = self.load()
-        order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        chosen = Subset(source, order[: self.count])
         fast = prune(model, self.policy, self.dial)
         preprocessing = preprocessing_of(model)
+        chosen = Subset(source, self._picked(fast, source, preprocessing))
         views = Views(chosen, range(len(chosen.names)), transform_for(preprocessing, train=False))
         tally = BadImages(10**9)
         strips = []
@@ -200,18 +251,30 @@ class Show(OnImages):
         console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
         return {"files": [str(self.output)]}
 
+    def _picked(self, fast: PrunedViT, source: ImageSource, preprocessing: dict[str, Any]) -> list[int]:
+        if self.pick == "random":
+            order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            return order[: self.count]
+        scores = self.measure(fast, source, 32, preprocessing)
+        order = [scores.index[place] for place in torch.tensor(scores.macs).argsort().tolist()]
+        most = min(self.count, len(order)) // 2
+        return order[: self.count - most] + order[len(order) - most :]
+
 
 @torch.inference_mode()
 def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], side: int) -> list[Any]:
-    """One strip per image: input, and what is left after each stage."""
+    """One strip per image: input with the share of the compute it took, and what is left after each stage."""
     weight = next(fast.model.parameters())
     images = batch.images.to(weight.device, weight.dtype)
     alive = fast.trace(images).cpu().numpy()  # [T, B, N]
     game = fast.game
     rows, columns = (s // p for s, p in zip(images.shape[2:], game.backbone.patch_size, strict=True))
     strips = []
+    kept, total = torch.from_numpy(alive.sum(2)), alive.shape[2]
+    native, macs = native_macs(game.backbone, total), pruned_macs(game, fast.actor, kept, total)
     for number, pixels in enumerate(denormalise(images, preprocessing)):
         shares = alive[:, number].mean(1)
-        captions = ["input", *(f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True))]
+        compute = f"compute {float(macs[number]) / native:.0%}"
+        captions = [compute, *(f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True))]
         strips.append(strip(pixels, alive[:, number], (rows, columns), captions, side))
     return strips

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe

@@ -83,8 +83,13 @@ class RewardConfig:
     """target: share of the living kept at each stage"""
     target_kl: float = 0.06
     """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
+    target_drop: float | None = None
+    """fidelity: instead of target_kl, points of top-1 that the sampled game may lose against the native model; needs
+    labels"""
     kl_weight: float = 2.4
     """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
+    credit: Literal["own", "team"] = "own"
+    """fidelity: whether an agent pays for the compute of its own row, or all share that of the image"""
     kl_clamp: float = 1.5
     """fidelity: largest KL one image can be charged for"""
 
@@ -112,6 +117,11 @@ class PPOConfig:
     """weight of the value loss"""
     max_grad_norm: float = 10.0
     """gradient norm is clipped to this"""
+    critic: Literal["central", "local"] = "central"
+    """central: sees the class token as well (MAPPO). local: an agent's own observation alone (IPPO)"""
+    agents: Literal["tokens", "image"] = "tokens"
+    """tokens: every token is an agent, with a probability ratio of its own. image: one agent decides for all tokens of
+    an image at once, so that their ratios multiply (single-agent PPO)"""
 
     def __post_init__(self) -> None:
         require(min(self.epochs, self.minibatches) >= 1, "ppo.epochs and ppo.minibatches must be at least 1")

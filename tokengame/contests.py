@@ -1,29 +1,34 @@
-"""The commands that set methods against each other: `bench` on the clock, `compare` on quality, compute and clock."""
+"""The commands that set things against each other: `bench` on the clock, `compare` methods, `ablate` their parts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
+from tokengame.ablate import RATIOS, across_seeds, by_rules, quality, variants
 from tokengame.backbone import Backbone
 from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
 from tokengame.commands import Common, OnImages, report_bad
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, speeds
-from tokengame.config import GameConfig, require
+from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, steps
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
+from tokengame.evaluate import CALIBRATION_DIALS
 from tokengame.figures import frontier_figure
 from tokengame.images import ImageSource, split_images
 from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
 from tokengame.policy import Policy
-from tokengame.runtime import find_policy
-from tokengame.session import require_writable
+from tokengame.runtime import find_policy, prune
+from tokengame.session import Session, require_writable
 
 BENCH_HEADINGS = {
     "dtype": "format",
@@ -93,6 +98,74 @@ class Bench(Common):
         show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
         return rows
+
+
+ABLATE_HEADINGS = {"ablation": "without", **{f"{name}_{ratio}": f"{label}\nat {ratio}" for ratio in RATIOS
+                   for name, label in (("agreement", "agree"), ("kl", "KL"))}}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Ablate(OnImages):
+    """What each part of learning is worth: trained without it, over several seeds, same held-back images."""
+
+    seeds: int = 3
+    """runs of each; the first has the seed given by --seed"""
+    holdout: float = 0.3
+    """share of the images held back and measured on"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    output: Path = Path("ablations")
+    """folder for ablations.csv, the policies and their logs; finished runs found there are not repeated"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("tokengame")
+    )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train all, measure all."""
+        require(self.seeds >= 1, "--seeds must be at least 1")
+        require_writable(self.output / "ablations.csv")
+        model, source = self.load()
+        learn, held = split_images(source, self.holdout, self.seed)
+        found: dict[str, list[dict[str, float]]] = {}
+        for number, (name, config) in enumerate(variants(self.config).items()):
+            for seed in range(self.seed, self.seed + self.seeds):
+                policy = self._policy(model, config, learn, f"{number}_seed{seed}", seed)
+                batches = partial(self._batches, model, held, name)
+                found.setdefault(name, []).append(quality(model, policy, batches))
+                if not number:
+                    for rule, row in by_rules(prune(model, policy), batches, self._dials()).items():
+                        found.setdefault(rule, []).append(row)
+        rows = [{"ablation": name, **across_seeds(results)} for name, results in found.items()]
+        write_csv(rows, self.output / "ablations.csv")
+        show_rows(rows, ABLATE_HEADINGS)
+        return rows
+
+    def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
+        path = self.output / f"{name}.safetensors"
+        done = {"config": json.loads(json.dumps(asdict(config))), "seed": seed}  # as the card has it
+        if path.is_file():
+            policy = Policy.load(path)
+            if {key: policy.card["training"][key] for key in done} == done:
+                return policy
+        session = Session(
+            model, self.backbone, config, learn, path, seed=seed, device=self.torch_device, workers=self.workers
+        )
+        session.run(partial(_named, f"{name}:"))
+        session.policy([]).save(path)
+        return Policy.load(path)
+
+    @staticmethod
+    def _dials() -> tuple[float, ...]:
+        return CALIBRATION_DIALS[::2]
+
+    def _batches(self, model: nn.Module, source: ImageSource, name: str) -> Iterator[Batch]:
+        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        loader = views.loader(self.config.batch_size, self.workers)
+        yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))
+
+
+def _named(name: str, iterable: Any, description: str, total: int) -> Any:
+    return progress(iterable, f"{name} {description}", total)
 
 
 COMPARE_HEADINGS = {

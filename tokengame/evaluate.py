@@ -12,14 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from tokengame.data import Batch
 from tokengame.errors import TokenGameError
+from tokengame.promise import upper_bound
 from tokengame.rewards import fidelity_loss
 from tokengame.runtime import PrunedViT
 
-CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-4, 2.01, 0.5))
+CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-6, 2.01, 0.5))
 
 
 @dataclass
@@ -57,10 +59,18 @@ class Scores:
             "gmacs_pruned": float(macs.mean()) / 1e9,
             "gmacs_ratio": float(macs.mean()) / self.macs_native,
             "gmacs_ratio_std": float(macs.std()) / self.macs_native,
+            "compute_vs_uncertainty": self._adaptivity(),
             "tokens_kept": [float(n) for n in np.mean(self.kept, 0)],
             "tokens": self.tokens,
             **self._speed(),
         }
+
+    def _adaptivity(self) -> float | None:
+        """Spearman's rank correlation over images of compute with the native model's doubt; None where one is flat."""
+        macs, doubt = np.asarray(self.macs), -np.asarray(self.confidence)
+        if np.ptp(macs) == 0 or np.ptp(doubt) == 0:
+            return None
+        return float(spearmanr(macs, doubt).statistic)
 
     def _speed(self) -> dict[str, Any]:
         """Medians over the batches of the most frequent size; a short last batch would not be comparable."""
@@ -169,9 +179,15 @@ def score(scores: Scores, method: Method, batch: Batch, native: Tensor, pruned: 
 def calibrate(
     fast: PrunedViT, batches: Iterable[Batch], dials: tuple[float, ...] = CALIBRATION_DIALS
 ) -> list[dict[str, Any]]:
-    """What each dial costs and keeps: rows of dial, gmacs_ratio, agreement, kl, drop_pp, drop_pp_ci95, images."""
+    """What each dial costs and keeps, on images that the policy has not learned from, or its promise is void.
+
+    Returns:
+        A row a dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens alive at the end), agreement,
+        kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: what 95 % confidence can promise of the drop (None
+        without labels; see `promise`).
+    """
     weight, wanted = next(fast.model.parameters()), fast.dial
-    scores = {dial: Scores() for dial in dials}
+    scores = {dial: Scores() for dial in sorted(dials)}
     for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
         native = fast.model(images).float()
@@ -180,45 +196,16 @@ def calibrate(
             state, pruned = run(fast, images)
             score(found, fast, batch, native, pruned.float(), state)
     fast.dial = wanted
-    rows = []
-    for dial, found in scores.items():
-        summary = found.summary()
-        names = ("gmacs_ratio", "agreement", "kl", "drop_pp", "drop_pp_ci95", "images")
-        rows.append({"dial": dial, **{name: summary[name] for name in names}})
-    return rows
+    return [{"dial": dial, **_calibrated(found)} for dial, found in scores.items()]
 
 
-def dial_for(
-    calibration: list[dict[str, Any]], gmacs_ratio: float | None = None, max_drop: float | None = None
-) -> float:
-    """The dial that calibration says meets a wish.
-
-    Args:
-        calibration: rows of `calibrate`.
-        gmacs_ratio: pruned / native compute wanted, interpolated between rows.
-        max_drop: points of top-1 that may be lost by calibration's estimate; of the dials that keep to it, with all
-            gentler ones, the fastest.
-
-    Raises:
-        TokenGameError: no calibration, or the wish lies outside what was calibrated.
-    """
-    rows = sorted(calibration, key=lambda row: row["dial"])
-    if not rows:
-        raise TokenGameError("the policy's card holds no calibration; choose the operating point with --dial")
-    if gmacs_ratio is not None:
-        ratios = [row["gmacs_ratio"] for row in rows]
-        if not min(ratios) <= gmacs_ratio <= max(ratios):
-            raise TokenGameError(
-                f"gmacs ratio {gmacs_ratio} lies outside the calibrated {min(ratios):.2f} to {max(ratios):.2f}"
-            )
-        return float(np.interp(-gmacs_ratio, [-r for r in ratios], [row["dial"] for row in rows]))
-    if rows[0]["drop_pp"] is None:
-        raise TokenGameError(
-            "the policy was calibrated without labels and promises no drop; use --dial or --gmacs-ratio"
-        )
-    dial = 0.0
-    for row in rows:
-        if row["drop_pp"] > max_drop:
-            break
-        dial = row["dial"]
-    return dial
+def _calibrated(scores: Scores) -> dict[str, Any]:
+    summary = scores.summary()
+    row = {name: summary[name] for name in ("gmacs_ratio", "agreement", "kl", "drop_pp", "drop_pp_ci95", "images")}
+    row |= {"gmacs": summary["gmacs_pruned"], "keep": summary["tokens_kept"][-1] / scores.tokens}
+    bound = None
+    if scores.correct_native:
+        native, pruned = np.asarray(scores.correct_native), np.asarray(scores.correct_pruned)
+        lost, gained = int((native & ~pruned).sum()), int((pruned & ~native).sum())
+        bound = 100 * upper_bound(lost, gained, len(native))
+    return row | {"drop_pp_bound95": bound}

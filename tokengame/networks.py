@@ -96,19 +96,26 @@ Actor = TokenActor | ContextActor
 
 
 class Critic(nn.Module):
-    """Value of agent i's state from the agent-specific global state [x_i ; x_CLS] (and, where seen, its features)."""
+    """Value of agent i's state from the agent-specific global state [x_i ; x_CLS] (and, where seen, its features).
 
-    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool):
+    Not `central`, it sees x_i alone: independent learners, IPPO.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool, central: bool = True
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(dim) if features else nn.Identity()
-        self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0])
+        self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0]) if central else None
         self.features = _linear(heads + len(EXTRAS), hidden[0]) if features else None
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)  # starts near 0: a wrong baseline is worse than none
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] values."""
-        scene = self.cls(self.norm(obs.cls.to(self.cls.weight.dtype))) + self.stage[obs.stage]
+        scene = self.stage[obs.stage]
+        if self.cls is not None:
+            scene = scene + self.cls(self.norm(obs.cls.to(self.cls.weight.dtype)))
         hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + scene[obs.scene]
         if self.features is not None:
             hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))

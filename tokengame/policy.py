@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from tokengame.backbone import Backbone
 from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, merge
 from tokengame.errors import TokenGameError, first_line
 from tokengame.networks import Actor, build_actor
+from tokengame.promise import chosen
 
 FORMAT = 1
 
@@ -111,6 +114,55 @@ def threshold(dial: float) -> float:
     if dial in (0, 1):
         return math.inf if dial else -math.inf
     return math.log(dial / (1 - dial))
+
+
+WISHES = {"gmacs_ratio": "pruned / native compute", "gmacs": "GMACs an image", "keep": "share of tokens kept"}
+
+
+def dial_for(card: dict[str, Any], max_drop: float | None = None, **wish: float | None) -> float:
+    """The dial that the card's calibration says meets a wish.
+
+    Args:
+        card: of a policy.
+        max_drop: points of top-1 that may be lost: the hardest dial for which 95 % confidence can promise it, with all
+            gentler ones (see `promise`). Where none can, 0, with a warning: the native prediction.
+        wish: one of gmacs_ratio, gmacs, keep: interpolated between the calibrated dials.
+
+    Raises:
+        TokenGameError: not exactly one wish, no calibration, or the wish lies outside what was calibrated.
+    """
+    wishes = {name: value for name, value in wish.items() if value is not None}
+    if len(wishes) + (max_drop is not None) != 1:
+        raise TokenGameError(f"give one of max_drop, {', '.join(WISHES)}")
+    rows = sorted(card["calibration"], key=lambda row: row["dial"])
+    if not rows:
+        raise TokenGameError("the policy's card holds no calibration; choose the operating point with --dial")
+    if max_drop is not None:
+        return _promised(rows, max_drop)
+    ((name, value),) = wishes.items()
+    found = [row[name] for row in rows]
+    if not min(found) <= value <= max(found):
+        what = f"{name.replace('_', ' ')} {value:g} ({WISHES[name]})"
+        raise TokenGameError(f"{what} lies outside the calibrated {min(found):.2f} to {max(found):.2f}")
+    return float(np.interp(-value, [-f for f in found], [row["dial"] for row in rows]))
+
+
+def _promised(rows: list[dict[str, Any]], max_drop: float) -> float:
+    if rows[0]["drop_pp_bound95"] is None:
+        raise TokenGameError(
+            "the policy was calibrated without labels and promises no drop: run `tokengame calibrate` on labelled "
+            "images, or use --dial or --gmacs-ratio"
+        )
+    number = chosen([row["drop_pp_bound95"] for row in rows], max_drop)
+    if number:
+        return rows[number - 1]["dial"]
+    least, images = rows[0]["drop_pp_bound95"], rows[0]["images"]
+    warnings.warn(
+        f"{images} calibration images can promise a drop of {least:.2f} points at best, not {max_drop:g}: all tokens "
+        "are kept; calibrate on more images (see `tokengame calibrate --help`)",
+        stacklevel=3,
+    )
+    return 0.0
 
 
 def fingerprint(backbone: Backbone) -> str:

@@ -6,6 +6,7 @@ Selection is by `torch.where` or indexing, never by multiplying with a mask (nan
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ class Experience:
     """[A] normalised"""
     returns: Tensor
     """[A] targets of the critic"""
+    scene: Tensor
+    """[A] image and stage of each decision, from 0"""
 
 
 def log_prob(logits: Tensor, action: Tensor) -> Tensor:
@@ -78,13 +81,23 @@ def normalise(advantages: Tensor, acting: Tensor) -> Tensor:
     return torch.where(acting, centred, 0.0)
 
 
-def policy_loss(logits: Tensor, action: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float):
+def policy_loss(
+    logits: Tensor, action: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float, scene: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate (Schulman et al. 2017, eq. 7) over [A] decisions.
+
+    With `scene` [A], decisions of one scene are one: their log probabilities add up, their advantages are averaged.
 
     Returns:
         loss, and detached diagnostics approx_kl (estimator k3, Schulman 2020) and clipfrac.
     """
     log_ratio = log_prob(logits, action) - old_log_prob
+    if scene is not None:
+        _, scene, count = scene.unique(return_inverse=True, return_counts=True)
+        log_ratio, advantage = (
+            torch.zeros(len(count), device=v.device).index_add(0, scene, v) for v in (log_ratio, advantage)
+        )
+        advantage = advantage / count
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     with torch.no_grad():
@@ -111,16 +124,16 @@ def update(
         TokenGameError: a loss or gradient is not finite; the networks keep the last good step.
     """
     sums: dict[str, float] = {}
-    rows, steps = len(experience.action), 0
+    steps = 0
     first_ratio_error = explained = 0.0
     for _ in range(config.epochs):
-        order = torch.randperm(rows, generator=generator).to(experience.action.device)
-        for chosen in order.chunk(config.minibatches):
+        for chosen in _minibatches(experience, config, generator):
             obs = experience.obs.take(chosen)
             logits, values = actor(obs), critic(obs)
             action, old = experience.action[chosen], experience.log_prob[chosen]
             returns = experience.returns[chosen]
-            loss, parts = policy_loss(logits, action, old, experience.advantage[chosen], config.clip)
+            scene = experience.scene[chosen] if config.agents == "image" else None
+            loss, parts = policy_loss(logits, action, old, experience.advantage[chosen], config.clip, scene)
             if not steps:
                 first_ratio_error = float(((log_prob(logits, action) - old).exp() - 1).abs().max().detach())
                 explained = _explained_variance(values.detach(), returns)
@@ -136,6 +149,17 @@ def update(
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
     metrics = {f"losses/{name}": total / steps for name, total in sums.items()}
     return metrics | {"losses/first_ratio_error": first_ratio_error, "losses/explained_variance": explained}
+
+
+def _minibatches(experience: Experience, config: PPOConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """[a] rows of each minibatch of one epoch, in random order; where an image is one agent, whole scenes."""
+    device = experience.action.device
+    if config.agents == "tokens":
+        yield from torch.randperm(len(experience.action), generator=generator).to(device).chunk(config.minibatches)
+        return
+    scenes = torch.randperm(int(experience.scene.max()) + 1, generator=generator).to(device)
+    for chosen in scenes.chunk(config.minibatches):
+        yield torch.isin(experience.scene, chosen).nonzero().squeeze(1)
 
 
 def _step(optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], loss: Tensor, config: PPOConfig) -> None:

@@ -20,6 +20,7 @@ ROWS = [
     ("gmacs_pruned", "GMACs an image, pruned, policy included", "{:.3f}"),
     ("gmacs_ratio", "compute, pruned / native", "{:.3f}"),
     ("gmacs_ratio_std", "its spread over images", "{:.3f}"),
+    ("compute_vs_uncertainty", "rank correlation of compute with the native model's doubt", "{:+.2f}"),
     ("images_per_second_native", "images per second, native", "{:.0f}"),
     ("images_per_second_pruned", "images per second, pruned", "{:.0f}"),
     ("speedup", "measured speed-up", "{:.2f}x"),

@@ -88,22 +88,36 @@ def fidelity(outcome: Outcome, config: RewardConfig, kl_weight: float) -> Tensor
     """[T, B, N] own compute at each stage survived, the game's KL (leave-one-out) at the agent's exit."""
     charged = kl_weight * leave_one_out(outcome.kl.clamp(max=config.kl_clamp), outcome.rollouts)
     reward = -torch.where(outcome.alive, outcome.segment.view(-1, 1, 1), 0.0)
+    if config.credit == "team":
+        mean = reward.sum(2, keepdim=True) / outcome.acting.sum(2, keepdim=True).clamp(min=1)
+        reward = torch.where(outcome.acting, mean, 0.0)
     return torch.where(outcome.acting & outcome.ends, reward - charged.view(1, -1, 1), reward)
 
 
-class KLController:
-    """Moves the price of KL so that the sampled games' mean KL settles at `target`: multiplicative integral control.
+class PriceController:
+    """Moves the price of KL so that what is measured settles at `target`: multiplicative integral control.
 
     Args:
         weight: price at the start.
-        target: mean KL wanted, in nats.
+        target: mean KL of the sampled games wanted, in nats, or points of top-1 they may lose.
+        scale: difference from `target` from which on the price moves at full speed.
+        smoothing: share of the running mean that an update keeps; 0 for none.
         rate: largest change of log(price) in an update.
     """
 
-    def __init__(self, weight: float, target: float, rate: float = 0.05):
-        self.weight, self.target, self.rate = weight, target, rate
+    def __init__(self, weight: float, target: float, scale: float, smoothing: float = 0.0, rate: float = 0.05):
+        self.weight, self.target, self.scale, self.smoothing, self.rate = weight, target, scale, smoothing, rate
+        self.mean = target
 
-    def update(self, kl: float) -> None:
-        """Raise the price where the measured mean `kl` is above target, lower it below."""
-        error = max(-1.0, min(1.0, kl / self.target - 1))
+    @staticmethod
+    def of(config: RewardConfig) -> PriceController:
+        """As configured: of KL, or of lost points where a `target_drop` is given."""
+        if config.target_drop is None:
+            return PriceController(config.kl_weight, config.target_kl, scale=config.target_kl)
+        return PriceController(config.kl_weight, config.target_drop, scale=1.0, smoothing=0.95)
+
+    def update(self, measured: float) -> None:
+        """Raise the price where `measured`, smoothed, is above target, lower it below."""
+        self.mean = self.smoothing * self.mean + (1 - self.smoothing) * measured
+        error = max(-1.0, min(1.0, (self.mean - self.target) / self.scale))
         self.weight *= math.exp(self.rate * error)

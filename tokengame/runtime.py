@@ -19,7 +19,7 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
 from tokengame.macs import native_macs, pruned_macs
-from tokengame.policy import Policy, check_fits, threshold
+from tokengame.policy import Policy, check_fits, dial_for, threshold
 from tokengame.state import Decide, State
 
 
@@ -140,19 +140,32 @@ class PrunedViT(nn.Module):
         return self.model.train(self._was_training)
 
 
-def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = None) -> PrunedViT:
+def prune(
+    model: nn.Module,
+    policy: Policy | str | Path,
+    dial: float | None = None,
+    *,
+    max_drop: float | None = None,
+    gmacs: float | None = None,
+    gmacs_ratio: float | None = None,
+    keep: float | None = None,
+) -> PrunedViT:
     """Make a trained Vision Transformer faster.
 
     Args:
         model: a plain timm VisionTransformer (see `backbone.check_supported`); it is wrapped, never changed.
         policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224").
         dial: how hard to prune, between 0 and 1; default is the card's recommendation.
+        max_drop, gmacs, gmacs_ratio, keep: instead of a dial, what is wanted of it, by the card's calibration: points
+            of top-1 that may be lost (a 95 % promise), GMACs an image, these relative to native, share of the tokens
+            alive at the end.
 
     Returns:
         A module with the model's call and output. Warns where the policy was trained for other weights.
 
     Raises:
-        TokenGameError: model not supported, policy damaged or of another architecture, dial out of range.
+        TokenGameError: model not supported, policy damaged or of another architecture, dial out of range, more than
+            one wish, or one that calibration does not cover.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(find_policy(policy))
@@ -160,6 +173,11 @@ def prune(model: nn.Module, policy: Policy | str | Path, dial: float | None = No
     warning = check_fits(policy, backbone)
     if warning:
         warnings.warn(warning, stacklevel=2)
+    wishes = {"max_drop": max_drop, "gmacs": gmacs, "gmacs_ratio": gmacs_ratio, "keep": keep}
+    if any(wish is not None for wish in wishes.values()):
+        if dial is not None:
+            raise TokenGameError("give a dial or what is wanted of it, not both")
+        dial = dial_for(policy.card, **wishes)
     policy.actor.to(backbone.device)
     return PrunedViT(model, policy, policy.card["dial"] if dial is None else dial)
 

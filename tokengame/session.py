@@ -22,10 +22,10 @@ from tokengame.attention import ruled_attention
 from tokengame.config import GAME_VERSION, TrainConfig
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.errors import TokenGameError
-from tokengame.evaluate import calibrate, dial_for
+from tokengame.evaluate import calibrate
 from tokengame.images import ImageSource
 from tokengame.models import preprocessing_of
-from tokengame.policy import FORMAT, Policy, fingerprint
+from tokengame.policy import FORMAT, Policy, dial_for, fingerprint
 from tokengame.runtime import PrunedViT, prune
 from tokengame.train import Trainer
 
@@ -87,6 +87,8 @@ class Session:
             raise TokenGameError(
                 f"reward {config.reward.kind!r} needs labels: give class folders and --class-map, or use fidelity"
             )
+        if config.reward.target_drop is not None and images.labels is None:
+            raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
         self.trainer = Trainer(model, config, seed, device)
         self.tally = BadImages(len(images.names))
         self.preprocessing = preprocessing_of(model)
@@ -190,21 +192,25 @@ class Session:
         )
 
     def finish(
-        self, progress: Progress = silent, gmacs_ratio: float | None = None, calibration_images: int = 512
-    ) -> PrunedViT:
-        """Calibrate on training images in evaluation crops, write the policy file, return the faster model.
+        self, held: ImageSource, progress: Progress = silent, gmacs_ratio: float | None = None,
+        calibration_images: int = 1024,
+    ) -> PrunedViT:  # fmt: skip
+        """Calibrate on images `held` back from learning, write the policy file, return the faster model.
 
         The card recommends the dial that calibration gives for `gmacs_ratio`, or 0.5.
         """
-        count = min(calibration_images, len(self.images.names))
-        chosen = np.random.default_rng(self.seed).permutation(len(self.images.names))[:count].tolist()
+        self.policy([]).save(self.output)  # whatever calibration meets, what was learned is on disk
+        count = min(calibration_images, len(held.names))
+        chosen = np.random.default_rng(self.seed).permutation(len(held.names))[:count].tolist()
         fast = prune(self.model, self.policy([]))
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
-        loader = Views(self.images, chosen, transform_for(self.preprocessing, train=False)).loader(32, self.workers)
-        rows = calibrate(fast, progress(checked(loader, self.tally), "calibrating", len(loader)))
-        self.policy(rows).save(self.output)  # a wish that cannot be met must not cost the policy
+        loader = Views(held, chosen, transform_for(self.preprocessing, train=False)).loader(32, self.workers)
+        rows = calibrate(fast, progress(checked(loader, BadImages(count)), "calibrating", len(loader)))
+        policy = self.policy(rows)
+        policy.save(self.output)  # a wish that cannot be met must not cost the policy
         if gmacs_ratio is not None:
-            self.policy(rows, dial_for(rows, gmacs_ratio=gmacs_ratio)).save(self.output)
+            policy.card["dial"] = dial_for(policy.card, gmacs_ratio=gmacs_ratio)
+            policy.save(self.output)
         return prune(self.model, Policy.load(self.output))
 
     def result(self) -> dict[str, Any]:

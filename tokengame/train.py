@@ -17,7 +17,7 @@ from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.networks import Critic, build_actor
 from tokengame.ppo import Experience, gae, log_prob, normalise, update
-from tokengame.rewards import KLController, Outcome, fidelity, fidelity_loss, share, target
+from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, share, target
 from tokengame.state import Observation, State
 
 
@@ -101,10 +101,11 @@ class Trainer:
             torch.manual_seed(seed)
             self.actor = build_actor(config.actor, self.shape).to(self.device)
             sizes = {k: self.shape[k] for k in ("dim", "heads", "stages")}
-            self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context).to(self.device)
+            central = config.ppo.critic == "central"
+            self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context, central=central).to(self.device)
         parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=config.ppo.lr, eps=1e-5)
-        self.controller = KLController(config.reward.kl_weight, config.reward.target_kl)
+        self.controller = PriceController.of(config.reward)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
 
@@ -121,7 +122,7 @@ class Trainer:
         experience = self.experience(rollout, outcome)
         metrics |= update(self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator)
         if self.config.reward.kind == "fidelity":
-            self.controller.update(float(outcome.kl.clamp(max=self.config.reward.kl_clamp).mean()))
+            self.controller.update(self._steered(outcome, metrics))
         self.updates += 1
         self.images_seen += len(images)
         end = self._clock()
@@ -135,6 +136,15 @@ class Trainer:
             "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
         }
 
+    def _steered(self, outcome: Outcome, metrics: dict[str, float]) -> float:
+        """What the controller holds."""
+        reward = self.config.reward
+        if reward.target_drop is None:
+            return float(outcome.kl.clamp(max=reward.kl_clamp).mean())
+        if "game/drop_pp" not in metrics:
+            raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
+        return metrics["game/drop_pp"]
+
     @torch.no_grad()
     def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
         """Play `rollouts` games on each image; the part before the first decision is computed once."""
@@ -147,7 +157,12 @@ class Trainer:
         pruned = self.game.logits(rollout.final).float()
         kl = fidelity_loss(native.repeat_interleave(rollouts, 0), pruned)
         self._require_finite(kl, "KL(native || pruned)")
-        correct = None if labels is None else pruned.argmax(1) == labels.to(self.device).repeat_interleave(rollouts)
+        correct, lost = None, {}
+        if labels is not None:
+            wanted = labels.to(self.device)
+            correct = pruned.argmax(1) == wanted.repeat_interleave(rollouts)
+            top1, native_top1 = (float(right.float().mean()) for right in (correct, native.argmax(1) == wanted))
+            lost = {"game/top1": top1, "game/drop_pp": 100 * (native_top1 - top1)}
         outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, kl, self._segments(rollout), rollouts)
         kept = torch.stack(rollout.final.kept).cpu()
         macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
@@ -160,7 +175,7 @@ class Trainer:
                 "game/agreement": float(agree),
                 "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
                 **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
-                **({} if correct is None else {"game/top1": float(correct.float().mean())}),
+                **lost,
                 "time/native_images_per_second": len(images) / native_time,
             },
         )
@@ -196,7 +211,8 @@ class Trainer:
             return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
 
         obs = Observation.concat([replace(o, token=o.token.float(), cls=o.cls.float()) for o in rollout.observations])
-        return Experience(obs, torch.cat(rollout.action), torch.cat(rollout.log_prob), flat(advantages), flat(returns))
+        action, log_probs = torch.cat(rollout.action), torch.cat(rollout.log_prob)
+        return Experience(obs, action, log_probs, flat(advantages), flat(returns), obs.scene)
 
     def _clock(self) -> float:
         """Seconds, after all queued work is done."""
@@ -220,7 +236,7 @@ class Trainer:
             "critic": self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "kl_weight": self.controller.weight,
+            "controller": [self.controller.weight, self.controller.mean],
             "updates": self.updates,
             "images_seen": self.images_seen,
         }
@@ -231,5 +247,5 @@ class Trainer:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.controller.weight = state["kl_weight"]
+        self.controller.weight, self.controller.mean = state["controller"]
         self.updates, self.images_seen = state["updates"], state["images_seen"]

@@ -1,0 +1,87 @@
+"""The promise about top-1 against enumeration and simulation."""
+
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokengame.promise import LEVEL, chosen, p_value, upper_bound
+
+
+def tail_by_enumeration(net, images, p_lost, p_gained):
+    """P(lost - gained <= net) for independent images, outcome by outcome."""
+    total = 0.0
+    for lost in range(images + 1):
+        for gained in range(images + 1 - lost):
+            if lost - gained <= net:
+                ways = comb(images, lost) * comb(images - lost, gained)
+                total += ways * p_lost**lost * p_gained**gained * (1 - p_lost - p_gained) ** (images - lost - gained)
+    return total
+
+
+@settings(max_examples=25)
+@given(images=st.integers(2, 14), data=st.data())
+def test_p_value_covers_every_way_to_break_the_promise(images, data):
+    """Enumerated: with a true net loss of `bound` or more, small p-values are no more frequent than they say."""
+    bound = data.draw(st.floats(0.01, 0.6))
+    p_gained = data.draw(st.floats(0, (1 - bound) / 2))
+    p_lost = min(bound + p_gained + data.draw(st.floats(0, 0.1)), 1 - p_gained)
+    broken = 0.0
+    for lost in range(images + 1):
+        for gained in range(images + 1 - lost):
+            if p_value(lost, gained, images, bound) <= LEVEL:
+                ways = comb(images, lost) * comb(images - lost, gained)
+                rest = max(1 - p_lost - p_gained, 0.0)
+                broken += ways * p_lost**lost * p_gained**gained * rest ** (images - lost - gained)
+    assert broken <= LEVEL + 1e-9
+
+
+def test_p_value_is_the_worst_tail():
+    found = p_value(1, 2, 12, 0.2)
+    tails = [tail_by_enumeration(-1, 12, (c + 0.2) / 2, (c - 0.2) / 2) for c in np.linspace(0.2, 0.7, 51)]
+    assert found == pytest.approx(max(tails), abs=0.01)
+
+
+def test_bounds_by_hand():
+    """Nothing lost or gained in n images bounds the loss by about 3 / n where nothing can be gained."""
+    assert upper_bound(0, 0, 5000) < 0.002
+    assert upper_bound(0, 0, 100) > 0.03
+    assert upper_bound(0, 100, 1000) == 0
+    assert upper_bound(50, 50, 5000) == pytest.approx(1.645 * (100**0.5) / 5000, rel=0.3)  # the normal one
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(60, 400))
+def test_bounds_are_above_the_estimate_and_fall_with_gains(lost, gained, images):
+    bound = upper_bound(lost, gained, images)
+    assert bound >= (lost - gained) / images
+    assert bound >= upper_bound(lost, gained + 1, images) - 1e-4
+
+
+def test_walk_stops_at_the_first_failure():
+    assert chosen([0.0, 0.001, 0.006, 0.004], 0.005) == 2, "a lucky dial behind a failed one is not taken"
+    assert chosen([0.01], 0.005) == 0
+    assert chosen([0.001, 0.002], 0.005) == 2
+
+
+def test_broken_in_at_most_five_percent_of_simulated_calibrations():
+    """Ten dials of growing loss; each calibration picks one; the pick's true loss is above the promise too rarely."""
+    rng, images, wanted = np.random.default_rng(0), 600, 0.02
+    lost, gained = np.linspace(0.002, 0.06, 10), np.linspace(0.001, 0.025, 10)
+    true, broken, picked, trials = lost - gained, 0, [], 300
+    cache = {}
+    for _ in range(trials):
+        bounds = []
+        for number in range(10):
+            a, b, _ = rng.multinomial(images, [lost[number], gained[number], 1 - lost[number] - gained[number]])
+            if (a, b) not in cache:
+                cache[a, b] = upper_bound(int(a), int(b), images)
+            bounds.append(cache[a, b])
+            if bounds[-1] > wanted:
+                break
+        number = chosen(bounds, wanted)
+        picked.append(number)
+        broken += number > 0 and true[number - 1] > wanted
+    assert broken / trials <= LEVEL
+    assert max(picked) >= 3, "never daring is no use"
