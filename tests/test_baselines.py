@@ -13,7 +13,6 @@ from tokengame.attention import padded_attention, written_attention
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe, merge_pairs, sample_by_significance, tome_at
 from tokengame.macs import head_macs, native_macs
-from tokengame.testing import _keys
 
 ARCHITECTURES = {
     "class token": {},
@@ -59,6 +58,13 @@ def test_kernels_agree(model):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def mean_keys(block, x):
+    """[n, D] keys averaged over heads."""
+    attn = block.attn
+    keys = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim)[:, 1]
+    return attn.k_norm(keys).mean(1)
+
+
 def merged_slowly(x, size, metric, r, prefix):
     """One image, pair by pair: the paper's steps 1 to 5 (section 3)."""
     patches = list(range(prefix, len(x)))
@@ -98,7 +104,7 @@ def test_a_whole_pass_is_the_papers(model):
     for image, x in enumerate(backbone.embed(IMAGES)):
         size = torch.ones(len(x))
         for block, r in zip(backbone.blocks, merges, strict=True):
-            keys = _keys(block, x)
+            keys = mean_keys(block, x)
             x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=size.log().view(1, 1, 1, -1))[0])
             size, x = merged_slowly(x, size, keys, r, backbone.prefix)
             x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]

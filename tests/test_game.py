@@ -86,7 +86,7 @@ def test_features_equal_the_attention_of_timm(model):
         for block in model.blocks[:looked_at]:
             x = block(x)
         block = model.blocks[looked_at]
-        q, k, _ = block.attn.qkv(block.norm1(x)).view(3, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k, v = block.attn.qkv(block.norm1(x)).view(3, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
         attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(3)[:, :, 0, 1:]  # [B, H, N]
         expected = (17 * attention).log().permute(0, 2, 1).reshape(-1, 2)
         torch.testing.assert_close(obs.features[:, :2], expected, atol=1e-4, rtol=1e-4)
@@ -94,8 +94,8 @@ def test_features_equal_the_attention_of_timm(model):
         centred = (mean - mean.mean(1, keepdim=True)).reshape(-1)
         torch.testing.assert_close(obs.features[:, 2], centred, atol=1e-4, rtol=1e-4)
         if transition == "merge":
-            keys = torch.nn.functional.normalize(k.mean(1)[:, 1:], dim=2)
-            similar = keys @ keys.transpose(1, 2) - 3 * torch.eye(16)
+            values = torch.nn.functional.normalize(v.transpose(1, 2).flatten(2)[:, 1:], dim=2)
+            similar = values @ values.transpose(1, 2) - 3 * torch.eye(16)
             torch.testing.assert_close(obs.features[:, 4], similar.amax(2).reshape(-1), atol=1e-4, rtol=1e-4)
             for image in range(3):
                 for agent in range(16):

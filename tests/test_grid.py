@@ -10,7 +10,7 @@ from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.forced import forced_model
 from tokengame.grid import grid_features
-from tokengame.testing import Scripted, _keys, _merge_one_by_one, survivors
+from tokengame.testing import Scripted, _merge_one_by_one, _values, survivors
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 TABLE = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2))
@@ -33,7 +33,7 @@ def slowly(model, transition, fill):
             rows = [*range(prefix), *(prefix + living.index(a) for a in kept)]
             if transition == "drop" and len(kept) < len(living):
                 x, size, living = x[rows], size[rows], kept
-            keys = _keys(block, x)
+            keys = _values(block, x)
             x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=size.log().view(1, 1, 1, -1))[0])
             if transition == "merge" and len(kept) < len(living):
                 for gone in set(living) - set(kept):

@@ -32,6 +32,8 @@ class Heads:
     """[B, H, D] the class token's query; without a class token the mean query of all rows"""
     keys: Tensor
     """[M, H, D]"""
+    values: Tensor
+    """[M, H, D]"""
     scale: float
     """factor on q.k"""
 
@@ -127,12 +129,12 @@ class Backbone:
 
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""
-        q, k, _ = qkv.unbind(1)
+        q, k, v = qkv.unbind(1)
         if self.model.has_class_token:
             query = layout.first(q)
         else:
             query = segment_mean(q.flatten(1), layout).view(-1, *q.shape[1:])
-        return Heads(query, k, self.blocks[0].attn.scale)
+        return Heads(query, k, v, self.blocks[0].attn.scale)
 
     def head(self, x: Tensor, layout: Layout, size: Tensor | None = None) -> Tensor:
         """Final norm, pooling over the rows that are left, classifier: [M, C] -> [B, classes].

@@ -5,8 +5,9 @@ tokens never play. Pruning is final. Training, run time and measurement all play
 
 `drop`: stage at block s decides before block s; attention is observed in block s - 1.
 `merge`: it decides after the attention of block s and before its MLP; each pruned token is absorbed by the survivor
-whose key is most similar (cosine of the keys averaged over heads, as in ToMe, Bolya et al. 2023): size-weighted mean of
-the rows, sizes added, log size added to the attention logits from then on.
+whose values are most similar (cosine over all heads: what a token tells the others; half the KL of ToMe's keys,
+docs/LOG.md): size-weighted mean of the rows, sizes added, log size added to the attention logits from then on, as in
+ToMe (Bolya et al. 2023).
 """
 
 from __future__ import annotations
@@ -155,9 +156,9 @@ class TokenGame:
 
     @staticmethod
     def _similarity(state: State, heads: Heads) -> Tensor:
-        """Cosine of keys; -1 to oneself and to padding, who cannot absorb anybody."""
-        metric = F.normalize(state.of_agents(heads.keys).mean(1), dim=1)
-        metric = state.agents.pad(metric)  # [B, L, D]
+        """Cosine of values; -1 to oneself and to padding, who cannot absorb anybody."""
+        metric = F.normalize(state.of_agents(heads.values).flatten(1), dim=1)
+        metric = state.agents.pad(metric)  # [B, L, H * D]
         similarity = metric @ metric.transpose(1, 2)
         similarity.flatten(1)[:, :: metric.shape[1] + 1].fill_(-1)  # the diagonal
         return similarity if state.agents.uniform else similarity.masked_fill_(~state.agents.mask[:, None], -1)

@@ -40,9 +40,9 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
     deciding = torch.cat([torch.full_like(kept[:1], agents), kept[:-1]])  # [T, B]
     if hasattr(actor, "macs_per_agent"):
         macs = macs + (deciding * actor.macs_per_agent()).sum(0)
-    head_dim = game.backbone.blocks[0].attn.head_dim
+    attn = game.backbone.blocks[0].attn
     if game.merge:
-        macs = macs + (deciding**2 * head_dim).sum(0)
+        macs = macs + (deciding**2 * attn.num_heads * attn.head_dim).sum(0)
     if game.features:
         macs = macs + (deciding * game.backbone.dim).sum(0)
     return macs

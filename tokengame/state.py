@@ -25,8 +25,8 @@ class Observation:
     """[S, C] class token of the scene; without one, the mean of its rows"""
     features: Tensor
     """[A, heads + 5] per head: log attention from the class token times the number of rows; then the mean over heads,
-    centred in the image; log size; highest key similarity to another agent; share of agents alive; highest similarity
-    to an agent that more attention is paid to, so that of two alike tokens one knows that it is the lesser"""
+    centred in the image; log size; highest similarity of values to another agent; share of agents alive; highest
+    similarity to one that more attention is paid to, so that of two alike tokens one knows that it is the lesser"""
     scene: Tensor
     """[A] index into S"""
     agent: Tensor
@@ -92,7 +92,7 @@ class State:
     heads: Heads | None = None
     """attention before (drop) or around (merge) the decision; None where there was none or nobody looks"""
     similarity: Tensor | None = None
-    """[B, L, L] cosine of the agents' keys, in merge games"""
+    """[B, L, L] cosine of the agents' values, in merge games"""
     kept: tuple[Tensor, ...] = ()
     """[B] agents alive after each decision so far"""
 
@@ -125,7 +125,10 @@ class State:
         """The same before any decision, with every image `times` times in a row, to be played differently."""
         rows, layout = self.layout.repeat(times)
         heads = self.heads and replace(
-            self.heads, query=self.heads.query.repeat_interleave(times, 0), keys=self.heads.keys[rows]
+            self.heads,
+            query=self.heads.query.repeat_interleave(times, 0),
+            keys=self.heads.keys[rows],
+            values=self.heads.values[rows],
         )
         return replace(
             self,

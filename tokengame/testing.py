@@ -64,11 +64,11 @@ def merged_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
         agents = list(range(len(tokens) - backbone.prefix))
         for index, block in enumerate(backbone.blocks):
             bias = size.log().view(1, 1, 1, -1)
-            keys = _keys(block, x)
+            values = _values(block, x)
             x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=bias)[0])
             if index in stages:
                 kept = [a for a in agents if history[stages.index(index), image, a]]
-                x, size = _merge_one_by_one(x, size, keys, agents, kept, backbone.prefix)
+                x, size = _merge_one_by_one(x, size, values, agents, kept, backbone.prefix)
                 agents = kept
             x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
         x = backbone.model.norm(x)
@@ -76,20 +76,18 @@ def merged_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
     return torch.stack(outputs)
 
 
-def _keys(block, x: Tensor) -> Tensor:
-    """[n, D] keys averaged over heads."""
-    attn = block.attn
-    keys = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim)[:, 1]
-    return attn.k_norm(keys).mean(1)
+def _values(block, x: Tensor) -> Tensor:
+    """[n, H * D] values of all heads."""
+    return block.attn.qkv(block.norm1(x)).chunk(3, 1)[2]
 
 
-def _merge_one_by_one(x: Tensor, size: Tensor, keys: Tensor, agents: list[int], kept: list[int], prefix: int):
+def _merge_one_by_one(x: Tensor, size: Tensor, values: Tensor, agents: list[int], kept: list[int], prefix: int):
     row = {agent: prefix + place for place, agent in enumerate(agents)}
     total, mass = x * size[:, None], size.clone()
     for agent in agents:
         if agent in kept:
             continue
-        similar = [float(F.cosine_similarity(keys[row[agent]], keys[row[k]], dim=0)) for k in kept]
+        similar = [float(F.cosine_similarity(values[row[agent]], values[row[k]], dim=0)) for k in kept]
         keeper = row[kept[similar.index(max(similar))]]
         total[keeper] += x[row[agent]] * size[row[agent]]
         mass[keeper] += size[row[agent]]

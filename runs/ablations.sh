@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# What each part of learning is worth: six trainings, three seeds each, on ViT-Ti/16. Hours on two cores; finished
+# trainings are kept in build/ablations and not repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${DATA:-../shared/data}
+"${BIN:-.venv/bin}/tokengame" ablate \
+    --backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.safetensors" \
+    --images "$DATA/imagenet_sample.tar" --class-map "$DATA/imagenet1k_synsets.txt" \
+    --holdout 0.3 --updates 100 --output "${OUTPUT:-build/ablations}" "$@"

@@ -1,0 +1,106 @@
+"""How often the promise `max_drop` is broken: many random splits of labelled images into calibration and the rest.
+
+The population is all images given. Each split calibrates every dial on its part, picks the dial for each wish as
+`prune(model, policy, max_drop=...)` does, and looks up what that dial loses on the whole population.
+
+    python runs/promise.py --images ../shared/data/tiny_imagenet_val.tar --policy vit_tiny_patch16_224
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from tokengame.console import progress, show_rows
+from tokengame.data import BadImages, Views, checked, transform_for
+from tokengame.evaluate import CALIBRATION_DIALS
+from tokengame.images import label_images, open_images
+from tokengame.models import load_model, preprocessing_of
+from tokengame.promise import chosen, upper_bound
+from tokengame.runtime import prune
+
+
+@dataclass
+class Promise:
+    images: Path
+    """folder or archive of labelled images"""
+    policy: str = "vit_tiny_patch16_224"
+    backbone: str = "vit_tiny_patch16_224"
+    weights: Path = Path("../shared/data/vit_tiny_patch16_224.safetensors")
+    class_map: Path = Path("../shared/data/imagenet1k_synsets.txt")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    splits: int = 200
+    share: float = 0.5
+    """of the images that calibrates"""
+    max_drop: tuple[float, ...] = (0.5, 1.0, 2.0)
+    output: Path = Path("build/promise.json")
+
+
+@torch.inference_mode()
+def lost_and_gained(args: Promise) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """[dials, images]: 1 where native alone is right, -1 where pruned alone is; and compute; and the dials."""
+    model = load_model(args.backbone, str(args.weights)).to(getattr(torch, args.dtype))
+    source = open_images(str(args.images), "validation")
+    label_images(source, str(args.class_map), model.num_classes)
+    fast, dials = prune(model, args.policy), sorted(CALIBRATION_DIALS)
+    views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+    loader = views.loader(50, 1)
+    lost, compute = [], []
+    for batch in progress(checked(loader, BadImages(len(source.names))), "playing every dial", len(loader)):
+        images = batch.images.to(next(model.parameters()).dtype)
+        native = (model(images).argmax(1) == batch.labels).int()
+        rows = []
+        for fast.dial in dials:
+            state = fast.play(images)
+            rows.append((native - (fast.logits(state).argmax(1) == batch.labels).int(), fast.macs(state)))
+        lost.append(torch.stack([row[0] for row in rows]))
+        compute.append(torch.stack([row[1][1] / row[1][0] for row in rows]))
+    return torch.cat(lost, 1).numpy(), torch.cat(compute, 1).numpy(), dials
+
+
+def main(args: Promise) -> None:
+    """Play, split, count."""
+    lost, compute, dials = lost_and_gained(args)
+    population, ratio = 100 * lost.mean(1), compute.mean(1)
+    rng, size = np.random.default_rng(0), round(args.share * lost.shape[1])
+    known: dict[tuple[int, int], float] = {}
+    picks: dict[float, list[int]] = {wish: [] for wish in args.max_drop}
+    for _ in progress(range(args.splits), "splitting", args.splits):
+        part = lost[:, rng.permutation(lost.shape[1])[:size]]
+        bounds = []
+        for row in part:
+            counts = int((row == 1).sum()), int((row == -1).sum())
+            if counts not in known:
+                known[counts] = 100 * upper_bound(*counts, size)
+            bounds.append(known[counts])
+            if bounds[-1] > max(args.max_drop):
+                break
+        for wish, pick in picks.items():
+            pick.append(chosen(bounds, wish))
+    rows = []
+    for wish, pick in picks.items():
+        losses = [population[n - 1] if n else 0.0 for n in pick]
+        ratios = [ratio[n - 1] if n else 1.0 for n in pick]
+        rows.append({
+            "max drop": wish,
+            "broken": float(np.mean([loss > wish for loss in losses])),
+            "mean loss": float(np.mean(losses)),
+            "worst loss": float(np.max(losses)),
+            "compute": float(np.mean(ratios)),
+            "splits": args.splits,
+            "calibration images": size,
+        })  # fmt: skip
+    show_rows(rows)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    dials_table = [
+        {"dial": d, "compute": float(r), "loss": float(p)} for d, r, p in zip(dials, ratio, population, strict=True)
+    ]
+    args.output.write_text(json.dumps({"promises": rows, "population": dials_table}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Promise))
