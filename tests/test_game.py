@@ -12,6 +12,7 @@ from tokengame.backbone import Backbone
 from tokengame.config import GameConfig, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
+from tokengame.ops import ordered_dither
 from tokengame.testing import Scripted, check_contract, masked_forward, merged_forward, survivors
 from tokengame.train import Trainer
 
@@ -94,7 +95,7 @@ def test_features_equal_the_attention_of_timm(model):
         centred = (mean - mean.mean(1, keepdim=True)).reshape(-1)
         torch.testing.assert_close(obs.features[:, 2], centred, atol=1e-4, rtol=1e-4)
         if transition == "merge":
-            values = torch.nn.functional.normalize(v.transpose(1, 2).flatten(2)[:, 1:], dim=2)
+            values = torch.nn.functional.normalize(v[..., ::2].transpose(1, 2).flatten(2)[:, 1:], dim=2)
             similar = values @ values.transpose(1, 2) - 3 * torch.eye(16)
             torch.testing.assert_close(obs.features[:, 4], similar.amax(2).reshape(-1), atol=1e-4, rtol=1e-4)
             for image in range(3):
@@ -102,6 +103,29 @@ def test_features_equal_the_attention_of_timm(model):
                     lead = [float(similar[image, agent, j]) for j in range(16) if mean[image, j] > mean[image, agent]]
                     found = float(obs.features[16 * image + agent, 6])
                     assert found == pytest.approx(max(lead, default=-1.0), abs=1e-4)
+
+
+def test_dither_thins_evenly_at_any_share():
+    """Of every 8 x 8 window k of 64 stay at threshold k; of every 2 x 2 one at a quarter, and no neighbours at half."""
+    grid = ordered_dither(24, 16).view(24, 16)
+    for k in range(65):
+        stays = (grid.sigmoid() > 1 - k / 64).float()
+        counts = torch.nn.functional.avg_pool2d(stays[None], 8, 1) * 64
+        assert torch.allclose(counts, torch.full_like(counts, k))
+    quarter, half = grid.sigmoid() > 0.75, grid.sigmoid() > 0.5
+    assert (torch.nn.functional.avg_pool2d(quarter.float()[None], 2, 1) == 0.25).all()
+    assert not (half[:, 1:] & half[:, :-1]).any()
+
+
+@torch.no_grad()
+def test_dither_is_seen_by_position(model):
+    """Also by agents that are left in the middle of a game."""
+    game = TokenGame(Backbone(model), GameConfig(stages=(1, 2)))
+    first, logits = game.reset(torch.randn(3, 3, 32, 32)), torch.randn(48)
+    for state in (first, game.step(first, logits > 0, logits)):
+        obs = game.observe(state)
+        assert torch.equal(obs.dither, ordered_dither(4, 4)[obs.agent])
+    assert len(obs.agent) < 48
 
 
 # Traps

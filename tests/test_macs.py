@@ -73,7 +73,7 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
                 expected += attending * 4 * 32 * 32 + 2 * attending**2 * 32 + after * 8 * 32 * 32
             rows = after
         if transition == "merge":
-            expected += (16**2 + int(kept[0, image]) ** 2) * 32  # matching values of two heads of width 16
+            expected += (16**2 + int(kept[0, image]) ** 2) * 16  # matching half of the values of two heads of width 16
         assert float(found[image]) == expected
 
 

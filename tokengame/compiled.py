@@ -41,7 +41,9 @@ class CompiledGame(TokenGame):
         """As `TokenGame.turn`."""
         if state.layout.images > 1:
             return super().turn(state, decide)
-        x, similarity, logits = self._graph(state)(state.x, state.position, state.size, state.kept, state.total, decide)
+        x, similarity, logits = self._graph(state)(
+            state.x, state.position, state.size, state.kept, state.total, state.dither, decide
+        )
         return replace(state, x=x, similarity=similarity), logits
 
     def finish(self, state: State) -> State:
@@ -52,7 +54,7 @@ class CompiledGame(TokenGame):
         """As `TokenGame.logits`."""
         if state.layout.images > 1:
             return super().logits(state)
-        return self._graph(state)(state.x, state.position, state.size, state.kept, state.total, None)[2]
+        return self._graph(state)(state.x, state.position, state.size, state.kept, state.total, state.dither, None)[2]
 
     def _graph(self, state: State) -> Callable:
         """The kernel is chosen outside: it is measured, and which is best changes with the number of rows."""
@@ -68,10 +70,10 @@ class CompiledGame(TokenGame):
 
         def stretch(
             x: Tensor, position: Tensor, size: Tensor | None, kept: tuple[Tensor, ...], total: int,
-            decide: Decide | None,
+            dither: Tensor, decide: Decide | None,
         ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
             layout, agents = (Layout([n], x.device) for n in (len(x), len(x) - game.backbone.prefix))
-            state = State(x, position, layout, agents, total, size, kept=kept)
+            state = State(x, position, layout, agents, total, dither, size, kept=kept)
             if decide is None:
                 return state.x, None, game.logits(game.finish(state))
             state, logits = game.turn(state, decide)

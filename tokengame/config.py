@@ -182,7 +182,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 4, "transition": "merge"},
+        "game": {"stage_count": 5, "transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
         "reward": {"kind": "fidelity"},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it

@@ -42,7 +42,7 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
         macs = macs + (deciding * actor.macs_per_agent()).sum(0)
     attn = game.backbone.blocks[0].attn
     if game.merge:
-        macs = macs + (deciding**2 * attn.num_heads * attn.head_dim).sum(0)
+        macs = macs + (deciding**2 * attn.num_heads * ((attn.head_dim + 1) // 2)).sum(0)
     if game.features:
         macs = macs + (deciding * game.backbone.dim).sum(0)
     return macs

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tokengame.config import ActorConfig
 from tokengame.state import EXTRAS, Observation
 
+WARM_DITHER = 0.5
+"""Start value of its linear term on the ordered dither (docs/LOG.md)."""
 WARM_SLOPE = 1.5
 """Start value of the context actor's linear term on centred log attention; alone it is a fair adaptive threshold."""
 
@@ -73,18 +75,21 @@ class ContextActor(nn.Module):
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)
         self.slope = nn.Parameter(torch.full((stages,), WARM_SLOPE))
+        self.dither = nn.Parameter(torch.full((stages,), WARM_DITHER))
         self.bias = nn.Parameter(torch.full((stages,), keep_logit))
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
         dtype = self.token.weight.dtype
         scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage.index_select(0, obs.stage)  # [S, h]
-        slope, bias = self.slope.index_select(0, obs.stage), self.bias.index_select(0, obs.stage)
+        lines = torch.stack([self.slope, self.dither, self.bias], 1).index_select(0, obs.stage)  # [S, 3]
         if len(scene) > 1:  # one scene alone is broadcast
-            scene, slope, bias = (values.index_select(0, obs.scene) for values in (scene, slope, bias))
+            scene, lines = (values.index_select(0, obs.scene) for values in (scene, lines))
+        slope, dither, bias = lines.unbind(1)
         features = obs.features.to(dtype)
         hidden = self.token(self.norm_token(obs.token.to(dtype))).add_(self.features(features)).add_(scene)
-        return self.rest(hidden.tanh_()).squeeze(1) + torch.addcmul(bias, slope, obs.attention.to(dtype))
+        line = torch.addcmul(bias, slope, obs.attention.to(dtype)).addcmul(dither, obs.dither.to(dtype))
+        return self.rest(hidden.tanh_()).squeeze(1) + line
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,6 +174,24 @@ def _plan_groups(layout: Layout, size: int, heads: int) -> Groups:
         gather=cell_row * (3 * heads) + head,
         scatter=((first_slot[layout.image] * heads + own)[:, None] + every_head).flatten(),
     )
+
+
+@lru_cache(maxsize=64)
+def _dither_matrix(rows: int, columns: int) -> np.ndarray:
+    matrix = np.zeros((1, 1))
+    while len(matrix) < 8:
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    tiled = np.tile((matrix + 0.5) / 64, (-(-rows // 8), -(-columns // 8)))[:rows, :columns]
+    return np.log(tiled / (1 - tiled)).astype(np.float32).ravel()
+
+
+def ordered_dither(rows: int, columns: int) -> Tensor:
+    """[rows * columns] logits of the thresholds of ordered dithering (Bayer 1973), an 8 x 8 matrix repeated.
+
+    Tokens of an even background are alike and would all stay or all leave. Whoever adds this to its logits thins them
+    evenly instead, whatever the resolution: any share that stays is spread over the grid.
+    """
+    return torch.from_numpy(_dither_matrix(rows, columns).copy())
 
 
 TILE = 384

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokengame.backbone import Heads
 from tokengame.ops import Layout
 
-EXTRAS = ("centred attention", "log size", "similarity", "alive", "leader")
+EXTRAS = ("attention", "log size", "similarity", "alive", "leader", "dither")
 """the features that follow the attention of each head"""
 
 
@@ -24,9 +24,10 @@ class Observation:
     cls: Tensor
     """[S, C] class token of the scene; without one, the mean of its rows"""
     features: Tensor
-    """[A, heads + 5] per head: log attention from the class token times the number of rows; then the mean over heads,
+    """[A, heads + 6] per head: log attention from the class token times the number of rows; then the mean over heads,
     centred in the image; log size; highest similarity of values to another agent; share of agents alive; highest
-    similarity to one that more attention is paid to, so that of two alike tokens one knows that it is the lesser"""
+    similarity to one that more attention is paid to, so that of two alike tokens one knows that it is the lesser;
+    `State.dither`, so that alike tokens can differ"""
     scene: Tensor
     """[A] index into S"""
     agent: Tensor
@@ -39,12 +40,20 @@ class Observation:
     @property
     def attention(self) -> Tensor:
         """[A] log attention from the class token, mean over heads, centred in the image"""
-        return self.features[:, -len(EXTRAS)]
+        return self._feature("attention")
 
     @property
     def alive(self) -> Tensor:
         """[A] share of the image's agents that are alive"""
-        return self.features[:, -2]
+        return self._feature("alive")
+
+    @property
+    def dither(self) -> Tensor:
+        """[A] the agent's place in an ordered dither of the grid"""
+        return self._feature("dither")
+
+    def _feature(self, name: str) -> Tensor:
+        return self.features[:, EXTRAS.index(name) - len(EXTRAS)]
 
     def take(self, rows: Tensor) -> Observation:
         """The same for some of the agents."""
@@ -87,6 +96,8 @@ class State:
     """of the A living agents"""
     total: int
     """agents of each image at the start (N)"""
+    dither: Tensor
+    """[N] a number for each place of the grid, the same in all images, neighbours far apart (see `ordered_dither`)"""
     size: Tensor | None = None
     """[M] patches each row stands for, once something was merged"""
     heads: Heads | None = None

@@ -77,8 +77,9 @@ def merged_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
 
 
 def _values(block, x: Tensor) -> Tensor:
-    """[n, H * D] values of all heads."""
-    return block.attn.qkv(block.norm1(x)).chunk(3, 1)[2]
+    """[n, H * D / 2] every second number of the values of each head."""
+    attn = block.attn
+    return attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim)[:, 2, :, ::2].flatten(1)
 
 
 def _merge_one_by_one(x: Tensor, size: Tensor, values: Tensor, agents: list[int], kept: list[int], prefix: int):
