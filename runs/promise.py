@@ -1,7 +1,7 @@
-"""How often the promise `max_drop` is broken: many random splits of labelled images into calibration and the rest.
+"""How often the promise `max_drop` is broken: many random draws of calibration images from a labelled population.
 
-The population is all images given. Each split calibrates every dial on its part, picks the dial for each wish as
-`prune(model, policy, max_drop=...)` does, and looks up what that dial loses on the whole population.
+The population is all images given. Each time images are drawn from it, every dial is calibrated on them, the dial for
+each wish is picked as `prune(model, policy, max_drop=...)` does, and what that dial loses on the population looked up.
 
     python runs/promise.py --images ../shared/data/tiny_imagenet_val.tar --policy vit_tiny_patch16_224
 """
@@ -70,7 +70,7 @@ def main(args: Promise) -> None:
     known: dict[tuple[int, int], float] = {}
     picks: dict[float, list[int]] = {wish: [] for wish in args.max_drop}
     for _ in progress(range(args.splits), "splitting", args.splits):
-        part = lost[:, rng.permutation(lost.shape[1])[:size]]
+        part = lost[:, rng.integers(lost.shape[1], size=size)]  # with replacement: the population is the whole truth
         bounds = []
         for row in part:
             counts = int((row == 1).sum()), int((row == -1).sum())

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_vit
 
-from tokengame.ablate import ABLATIONS, across_seeds, at_ratios, variants
+from tokengame.ablate import ABLATIONS, across_seeds, variants
 from tokengame.cli import main
 from tokengame.config import TrainConfig, merge
+from tokengame.evaluate import at_ratios
 from tokengame.networks import Critic
 from tokengame.state import Observation
 from tokengame.train import Trainer
@@ -29,8 +30,10 @@ def test_figures_at_a_ratio_by_hand():
 
 
 def test_mean_and_spread():
-    assert across_seeds([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}]) == {"a": 3.0, "a_std": pytest.approx(7**0.5)}
-    assert across_seeds([{"a": 1.0}]) == {"a": 1.0, "a_std": 0.0}
+    three = [{"a": 1.0}, {"a": 2.0}, {"a": 6.0}, {"a": math.nan}]
+    assert across_seeds(three) == {"a": 3.0, "a_std": pytest.approx(7**0.5), "a_seeds": 3}
+    assert across_seeds([{"a": 1.0}]) == {"a": 1.0, "a_std": 0.0, "a_seeds": 1}
+    assert math.isnan(across_seeds([{"a": math.nan}])["a"])
 
 
 def test_variants_play_the_same_number_of_games():

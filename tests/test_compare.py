@@ -191,6 +191,8 @@ def test_the_command(tmp_path, capsys):
     assert {row["images"] for row in rows} == {40}
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "speeds.csv").is_file()
+    quality = list(csv.DictReader((tmp_path / "out" / "qualities.csv").read_text().splitlines()))
+    assert [row["method"] for row in quality] == list(dict.fromkeys(row["method"] for row in rows))
 
 
 def test_dynamicvit_is_never_measured_on_what_it_learned(tmp_path, capsys):

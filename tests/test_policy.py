@@ -141,3 +141,26 @@ def test_a_bad_file_gets_one_clear_sentence(damage, path, tmp_path):
 def test_an_unknown_shipped_name_lists_what_there_is(model):
     with pytest.raises(TokenGameError, match="none of that name is shipped"):
         tokengame.prune(model, "vit_gigantic")
+
+
+@torch.no_grad()
+def test_a_wish_instead_of_a_dial(model, path, images):
+    """Compute wished for between two calibrated dials is what the model then takes."""
+    policy = Policy.load(path)
+    with torch.no_grad():
+        policy.actor.bias.fill_(0.0)
+    rows = []
+    for dial in (0.2, 0.4, 0.5, 0.6, 0.8):
+        fast = tokengame.prune(model, policy, dial)
+        native, macs = fast.macs(fast.play(images))
+        ratio = float(macs.mean()) / native
+        rows.append({"dial": dial, "gmacs_ratio": ratio, "gmacs": float(macs.mean()) / 1e9, "drop_pp_bound95": None})
+    assert rows[0]["gmacs_ratio"] > rows[-1]["gmacs_ratio"], "dials do something"
+    policy.card["calibration"] = rows
+    wished = rows[2]["gmacs_ratio"]
+    assert tokengame.prune(model, policy, gmacs_ratio=wished).dial == pytest.approx(0.5, abs=0.11)
+    assert tokengame.prune(model, policy, gmacs=rows[-1]["gmacs"]).dial == pytest.approx(0.8, abs=0.21)
+    with pytest.raises(TokenGameError, match="not both"):
+        tokengame.prune(model, policy, 0.5, gmacs_ratio=wished)
+    with pytest.raises(TokenGameError, match="without labels"):
+        tokengame.prune(model, policy, max_drop=1.0)

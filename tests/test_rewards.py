@@ -64,11 +64,11 @@ def test_fidelity_charges_kl_once_at_the_exit_and_compute_while_staying():
     torch.testing.assert_close(found, expected)
 
 
-def test_a_team_shares_what_it_costs():
-    """Of two who acted one stayed: each pays half of its row; KL as before."""
+def test_a_team_is_charged_for_all_of_it():
+    """Of two who acted one stayed, twice: both pay for KL 0.1 at price 10 and 0.25 + 0.5 of compute, at their exits."""
     played = outcome([[[1, 0]], [[1, 0]]], kl=[0.1], segment=[0.25, 0.5])
     found = fidelity(played, RewardConfig(credit="team"), kl_weight=10.0)
-    torch.testing.assert_close(found, torch.tensor([[[-0.125, -1.125]], [[-1.5, 0.0]]]))
+    torch.testing.assert_close(found, torch.tensor([[[0.0, -1.75]], [[-1.75, 0.0]]]))
 
 
 def test_fidelity_clamps_a_hopeless_image():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tokengame.config import TrainConfig, merge
 from tokengame.data import Batch
-from tokengame.evaluate import Scores, calibrate, run, score
-from tokengame.heuristics import AtBudgets, Random, attention
+from tokengame.evaluate import Scores, at_ratios, calibrate, run, score
+from tokengame.heuristics import AtBudgets, Random, Score, attention
 from tokengame.policy import Policy
 from tokengame.runtime import PrunedViT, prune
 
@@ -25,8 +25,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "team reward, no credit of one's own": {"reward": {"credit": "team"}},
     "one game an image, no leave-one-out": {"rollouts": 1},
 }
-RULES: dict[str, Callable] = {"attention at its budgets": attention, "random at its budgets": Random()}
-RATIOS = (0.8, 0.7, 0.6)
+RULES: dict[str, Callable[[], Score]] = {
+    "attention at its budgets": lambda: attention,
+    "random at its budgets": Random,
+}
 
 
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -39,24 +41,9 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def quality(model: nn.Module, policy: Policy, batches: Callable[[], Iterable[Batch]]) -> dict[str, float]:
-    """KL and agreement where a policy's dial gives each of `RATIOS`, interpolated; nan where it does not reach it."""
+    """KL and agreement where a policy's dial gives each of `evaluate.RATIOS`."""
     rows = calibrate(prune(model, policy), batches())
     return at_ratios(rows)
-
-
-def at_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Between calibrated dials: agreement linear in compute, KL in its logarithm."""
-    rows = sorted(rows, key=lambda row: row["gmacs_ratio"])
-    ratios = [row["gmacs_ratio"] for row in rows]
-    found = {}
-    for ratio in RATIOS:
-        inside = ratios[0] <= ratio <= ratios[-1]
-        logs = [np.log(row["kl"] + 1e-9) for row in rows]
-        found[f"agreement_{ratio}"] = (
-            float(np.interp(ratio, ratios, [r["agreement"] for r in rows])) if inside else np.nan
-        )
-        found[f"kl_{ratio}"] = float(np.exp(np.interp(ratio, ratios, logs))) if inside else np.nan
-    return found
 
 
 @torch.inference_mode()
@@ -68,7 +55,7 @@ def by_rules(
     for name, rule in RULES.items():
         rows = []
         for dial in dials:
-            fast.dial, scores, ruled = dial, Scores(), AtBudgets(fast, rule)
+            fast.dial, scores, ruled = dial, Scores(), AtBudgets(fast, rule())
             for batch in batches():
                 images = batch.images.to(weight.device, weight.dtype)
                 end, logits = run(ruled, images)
@@ -79,10 +66,11 @@ def by_rules(
 
 
 def across_seeds(results: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each figure over seeds, and its standard deviation as NAME_std."""
+    """Mean of each figure over the seeds that reach it, their standard deviation as NAME_std, number as NAME_seeds."""
     row: dict[str, float] = {}
     for name in results[0]:
-        values = [result[name] for result in results]
-        row[name] = fmean(values)
+        values = [result[name] for result in results if not math.isnan(result[name])]
+        row[name] = fmean(values) if values else math.nan
         row[f"{name}_std"] = stdev(values) if len(values) > 1 else 0.0
+        row[f"{name}_seeds"] = len(values)
     return row

@@ -121,11 +121,27 @@ class Backbone:
 
         Exact where `reads_prefix_only`: nobody looks at what the last block makes of the patches.
         """
-        block, rows = self.blocks[-1], layout.first_rows(self.prefix)
-        own = x.index_select(0, rows)
+        block, own = self.blocks[-1], x.index_select(0, layout.first_rows(self.prefix))
         if half % 2 == 0:
-            own = join(block, own, prefix_attention(project(block, x), layout, self.prefix, bias))
+            spare = spare_rows(x) if layout.images > 1 else 0
+            qkv = project(block, _lengthen(x, spare))[: layout.rows]
+            own = join(block, own, prefix_attention(qkv, layout, self.prefix, bias))
         return feed_forward(block, own)
+
+    def end(self, last: int) -> int:
+        """The half-block up to which patches are needed, if `last` is the first one that may not be left out."""
+        return max(2 * self.depth - 2, last) if self.reads_prefix_only else 2 * self.depth
+
+    def predict(self, half: int, x: Tensor, layout: Layout, size: Tensor | None = None) -> Tensor:
+        """[B, classes] from rows [M, C] that have come to half-block `half` = `end`, each of `size` patches.
+
+        A network that reads its class token alone needs the patches as keys and values of its last attention, and then
+        no more: they leave, the prediction is exactly the same, and most of a block is saved.
+        """
+        if self.reads_prefix_only:
+            x = self.close(half, x, layout, None if size is None else size.log())
+            layout, size = Layout([self.prefix] * layout.images, x.device), None
+        return self.head(x, layout, size)
 
     def read_heads(self, qkv: Tensor, layout: Layout) -> Heads:
         """What an attention offers to observations and matching."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tokengame.attention import Kernel, fastest_attention
 from tokengame.backbone import Backbone
-from tokengame.macs import attention_macs, head_macs, linear_macs, native_macs
+from tokengame.config import GameConfig
+from tokengame.macs import block_macs, head_macs, native_macs
 from tokengame.ops import Layout
 
 
@@ -51,7 +52,8 @@ class Reduced:
 class Reducer(nn.Module):
     """A frozen network that lets rows go after the attention of some blocks and before their MLP.
 
-    It runs on the same kernels as the game, so that a difference in time is not one in kernels.
+    It runs on the game's kernels and lets patches leave after the last attention where the class token alone is read,
+    as the game does, so that a difference is in the method.
 
     Args:
         model: supported timm model.
@@ -62,6 +64,7 @@ class Reducer(nn.Module):
     def __init__(self, model: nn.Module, blocks: tuple[int, ...], attend: Kernel = fastest_attention):
         super().__init__()
         self.backbone, self.blocks = Backbone(model, attend), blocks
+        self.end = self.backbone.end(2 * blocks[-1] + 1 if blocks else 0)
 
     def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
         """What goes on; qkv [M, 3, H, D] are of the block's attention."""
@@ -82,12 +85,12 @@ class Reducer(nn.Module):
             assert qkv is not None
             rows, half = self.reduce(Rows(x, rows.layout, rows.size, stage), qkv), 2 * block + 1
             counts.append(rows.layout.count)
-        x, _ = backbone.run(half, 2 * backbone.depth, rows.x, rows.layout, _bias(rows))
+        x, _ = backbone.run(half, self.end, rows.x, rows.layout, _bias(rows))
         return Reduced(Rows(x, rows.layout, rows.size), tuple(counts), backbone.prefix)
 
     def logits(self, end: Reduced) -> Tensor:
         """[B, classes]"""
-        return self.backbone.head(end.rows.x, end.rows.layout, end.rows.size)
+        return self.backbone.predict(self.end, end.rows.x, end.rows.layout, end.rows.size)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, classes]."""
@@ -103,11 +106,11 @@ class Reducer(nn.Module):
         model, prefix, stage = backbone.model, backbone.prefix, 0
         total = (rows - prefix) * model.patch_embed.proj.weight.numel()
         for index, block in enumerate(backbone.blocks):
-            total = total + attention_macs(block.attn, rows, rows)
+            after = rows
             if index in self.blocks:
                 total, stage = total + self.cost(rows), stage + 1
-                rows = counts[stage].double()
-            total = total + rows * linear_macs(block.mlp)
+                after = counts[stage].double()
+            total, rows = total + block_macs(block, index, self.end, prefix, rows, after), after
         return total + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 
@@ -215,8 +218,7 @@ class EViT(Reducer):
     """
 
     def __init__(self, model: nn.Module, keep: float, blocks: tuple[int, ...] = (), fuse: bool = True):
-        depth = len(model.blocks)  # type: ignore[arg-type]
-        super().__init__(model, blocks or tuple(depth * i // 4 for i in (1, 2, 3)))
+        super().__init__(model, blocks or GameConfig(stage_count=3).blocks(Backbone(model).depth))
         self.keep, self.fuse = keep, fuse
 
     def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
@@ -248,7 +250,8 @@ class ATS(Reducer):
 
     Significance is the class token's attention times the norm of the value, summed over heads (eq. 3). Its cumulative
     distribution is inverted at `samples` evenly spaced points (section 3.2); a patch hit several times stays once, so
-    that images with a few significant patches keep fewer.
+    that images with a few significant patches keep fewer. All rows of the attention are computed and projected before
+    they go, where the paper skips those that go: a twelfth of a block's work on them.
 
     Args:
         model: supported timm model.
@@ -257,8 +260,8 @@ class ATS(Reducer):
     """
 
     def __init__(self, model: nn.Module, samples: int, blocks: tuple[int, ...] = ()):
-        depth = len(model.blocks)  # type: ignore[arg-type]
-        super().__init__(model, blocks or tuple(range(depth // 4, depth - 1)))
+        depth = Backbone(model).depth
+        super().__init__(model, blocks or tuple(range(depth // 4, max(depth - 1, depth // 4 + 1))))
         self.samples = samples
 
     def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
@@ -280,7 +283,7 @@ def sample_by_significance(significance: Tensor, samples: int) -> Tensor:
     """Invert the cumulative distribution of [B, n] non-negative numbers at (2 k - 1) / (2 samples), k = 1..samples.
 
     Returns:
-        [B, n] bool, which were hit; at least one of each row, never one of significance 0.
+        [B, n] bool, which were hit: at least one of each row.
     """
     cumulative = significance.double().cumsum(1)
     points = (torch.arange(samples, device=significance.device).double() * 2 + 1) / (2 * samples)

@@ -21,7 +21,7 @@ from tokengame.figures import denormalise, png, stack, strip
 from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.models import load_model, preprocessing_of
-from tokengame.policy import Policy
+from tokengame.policy import Policy, fingerprint
 from tokengame.report import table, verdict
 from tokengame.runtime import PrunedViT, find_policy, prune
 from tokengame.session import Session, require_writable
@@ -183,7 +183,8 @@ class Calibrate(OnImages):
     """Measure every dial of a policy and write it to its card, so that a drop can be promised.
 
     The images must be labelled for that, and none the policy has learned from. A promise of half a point takes a
-    thousand images and more; of two points, hundreds.
+    thousand images at the very least, usually several; of two points, hundreds. It holds for a drop that was wished for
+    before looking at the table.
     """
 
     policy: str
@@ -209,6 +210,7 @@ class Calibrate(OnImages):
         loader = views.loader(self.batch_size, self.workers)
         policy.card["calibration"] = calibrate(fast, progress(checked(loader, tally), "calibrating", len(loader)))
         report_bad(tally)
+        policy.card["backbone"]["fingerprint"] = fingerprint(fast.game.backbone)  # these weights, and no others
         policy.save(self.output)
         show_rows(policy.card["calibration"], CALIBRATION_HEADINGS)
         console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
@@ -257,8 +259,8 @@ class Show(OnImages):
             return order[: self.count]
         scores = self.measure(fast, source, 32, preprocessing)
         order = [scores.index[place] for place in torch.tensor(scores.macs).argsort().tolist()]
-        most = min(self.count, len(order)) // 2
-        return order[: self.count - most] + order[len(order) - most :]
+        count = min(self.count, len(order))
+        return order[: count - count // 2] + order[len(order) - count // 2 :]
 
 
 @torch.inference_mode()

@@ -6,29 +6,30 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from statistics import median
+from itertools import compress, pairwise
+from statistics import median, mode
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, pruned_by
-from tokengame.evaluate import Method, Scores, run, score, timed
+from tokengame.evaluate import Method, Scores, at_ratios, run, score, timed
 from tokengame.heuristics import AtBudgets, KeepBest, Random, attention
 from tokengame.policy import Policy
 from tokengame.runtime import by_rule, prune
+from tokengame.state import Observation
 
-KEEP = (0.9, 0.8, 0.7, 0.6)
+KEEP = (0.95, 0.9, 0.8, 0.7, 0.6)
 """shares kept at each of three stages by methods that have such a setting"""
-TOME = (4, 6, 8, 10, 13, 16)
+TOME = (2, 4, 6, 8, 10, 13, 16)
 """r for 196 tokens and 12 blocks; scaled to others"""
-ATS_SHARES = (0.9, 0.7, 0.55, 0.45, 0.35)
+ATS_SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
 """points at which ATS inverts the distribution, relative to the number of tokens"""
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
@@ -45,22 +46,18 @@ class Entry:
     """from a paper, so that the fastest of these is the one to beat"""
     is_timed: bool = True
     scores: Scores = field(default_factory=Scores)
-    seconds: list[float] = field(default_factory=list)
-    """of each batch"""
 
 
 def peers(model: nn.Module) -> list[Entry]:
     """What needs no training: the native model's exact exit, random, attention, EViT, ToMe, ATS."""
     backbone = Backbone(model)
     drop, merge = GameConfig(stage_count=3), GameConfig(stage_count=3, transition="merge")
-    entries = [
-        Entry("all tokens, exact exit", "", by_rule(model, drop, lambda obs: torch.ones_like(obs.attention)), False)
-    ]
+    entries = [Entry("all tokens, exact exit", "", by_rule(model, drop, everybody, features=False), False)]
     for keep in KEEP:
         shares = (keep, keep**2, keep**3)
         name = f"keep {keep:g}"
         entries += [
-            Entry("random, drop", name, by_rule(model, drop, KeepBest(Random(), shares)), False),
+            Entry("random, drop", name, by_rule(model, drop, KeepBest(Random(), shares), features=False), False),
             Entry("attention, drop", name, by_rule(model, drop, KeepBest(attention, shares)), False),
             Entry("attention, merge", name, by_rule(model, merge, KeepBest(attention, shares)), False),
             Entry("EViT", name, EViT(model, keep)),
@@ -80,7 +77,7 @@ def dynamic_entries(model: nn.Module, dynamic: DynamicViT) -> list[Entry]:
     for keep in KEEP:
         other = copy.copy(dynamic)  # the same predictors
         other.keep = keep
-        entries.append(Entry("DynamicViT", f"keep {keep:g}", pruned_by(model, other)))
+        entries.append(Entry("DynamicViT, frozen", f"keep {keep:g}", pruned_by(model, other)))
     return entries
 
 
@@ -107,34 +104,37 @@ def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) ->
     """
     weight = next(model.parameters())
     forms = {"fused": model, "written out": _written_out(model)}
-    native_seconds: dict[str, list[float]] = {name: [] for name in forms}
-    sizes: list[int] = []
-    order = list(range(len(entries)))
+    calls: dict[Any, Any] = {**forms, **{index: partial(run, entry.runs) for index, entry in enumerate(entries)}}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    order, sizes = list(calls), []
     for number, batch in enumerate(batches):
         images = batch.images.to(weight.device, weight.dtype)
-        if not number:  # warm-up
-            for form in forms.values():
-                form(images)
-            for entry in entries:
-                run(entry.runs, images)
-        results = {name: timed(weight.device, form, images) for name, form in forms.items()}
-        native = results["fused"][0].float()
-        sizes.append(len(images))
-        for name, (_, seconds) in results.items():
-            native_seconds[name].append(seconds)
-        for index in order:
-            entry = entries[index]
-            (end, logits), seconds = timed(weight.device, partial(run, entry.runs), images)
-            entry.seconds.append(seconds)
+        if not number:
+            for call in calls.values():
+                call(images)  # warm-up
+        results = {}
+        for name in order:
+            results[name], seconds = timed(weight.device, calls[name], images)
+            times[name].append(seconds)
+        native = results["fused"].float()
+        for index, entry in enumerate(entries):
+            end, logits = results[index]
             score(entry.scores, entry.runs, batch, native, logits.float(), end)
+        sizes.append(len(images))
         order = order[7:] + order[:7]
-    fastest = min(native_seconds.values(), key=median)
-    return [_row(entry, sizes, fastest) for entry in entries]
+    full = [size == mode(sizes) for size in sizes]
+    fastest = min((times[name] for name in forms), key=lambda t: median(compress(t, full)))
+    return [_row(entry, sizes, fastest, times[index]) for index, entry in enumerate(entries)]
 
 
-def _row(entry: Entry, sizes: list[int], native: list[float]) -> dict[str, Any]:
+def everybody(obs: Observation) -> Tensor:
+    """[A] keep logits of a game without losers."""
+    return obs.token.new_ones(len(obs.token))
+
+
+def _row(entry: Entry, sizes: list[int], native: list[float], seconds: list[float]) -> dict[str, Any]:
     if entry.is_timed:
-        entry.scores.seconds = list(zip(sizes, native, entry.seconds, strict=True))
+        entry.scores.seconds = list(zip(sizes, native, seconds, strict=True))
     named = {"method": entry.method, "setting": entry.setting, "published": entry.published}
     return named | entry.scores.summary()
 
@@ -145,6 +145,12 @@ def _written_out(model: nn.Module) -> nn.Module:
     for block in written.blocks:
         block.attn.fused_attn = False
     return cast(nn.Module, written)
+
+
+def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each method agreement and KL at the same compute."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return [{"method": m} | at_ratios([row for row in rows if row["method"] == m]) for m in methods]
 
 
 def speed_at(rows: list[dict[str, Any]], agreement: float) -> float | None:

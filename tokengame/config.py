@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tokengame.errors import TokenGameError
 
-GAME_VERSION = 2
+GAME_VERSION = 3
 """Raised whenever the same policy would decide differently."""
 
 
@@ -58,7 +58,8 @@ class GameConfig:
 class ActorConfig:
     observation: Literal["token_id", "context"] = "token_id"
     """token_id: own token and one-hot agent id (RL4EViT). context: normalised own and class token, stage, attention
-    paid to the agent, its size and its similarity to the others; holds at any resolution"""
+    paid to the agent, its size, its similarity to the others and its place in an ordered dither; holds at any
+    resolution"""
     hidden: tuple[int, ...] = (64, 256, 64)
     """widths of the hidden layers"""
     keep_logit: float = 0.0
@@ -89,12 +90,15 @@ class RewardConfig:
     kl_weight: float = 2.4
     """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
     credit: Literal["own", "team"] = "own"
-    """fidelity: whether an agent pays for the compute of its own row, or all share that of the image"""
+    """fidelity: whether an agent pays for the compute of its own row, or each, like its KL, for that of the image"""
     kl_clamp: float = 1.5
     """fidelity: largest KL one image can be charged for"""
 
     def __post_init__(self) -> None:
         require(self.target_kl > 0 and self.kl_weight > 0, "reward.target_kl and reward.kl_weight must be above 0")
+        if self.target_drop is not None:
+            require(self.target_drop > 0, "reward.target_drop must be above 0")
+            require(self.kind == "fidelity", f"reward.target_drop steers reward fidelity, not {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class PPOConfig:
     max_grad_norm: float = 10.0
     """gradient norm is clipped to this"""
     critic: Literal["central", "local"] = "central"
-    """central: sees the class token as well (MAPPO). local: an agent's own observation alone (IPPO)"""
+    """central: sees the class token as well (MAPPO). local: the agent's own token and features alone (IPPO)"""
     agents: Literal["tokens", "image"] = "tokens"
     """tokens: every token is an agent, with a probability ratio of its own. image: one agent decides for all tokens of
     an image at once, so that their ratios multiply (single-agent PPO)"""

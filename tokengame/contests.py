@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,16 +12,16 @@ import torch
 import tyro
 from torch import nn
 
-from tokengame.ablate import RATIOS, across_seeds, by_rules, quality, variants
+from tokengame.ablate import across_seeds, by_rules, quality, variants
 from tokengame.backbone import Backbone
 from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
 from tokengame.commands import Common, OnImages, report_bad
-from tokengame.compare import compare, dynamic_entries, peers, policy_entries, speeds
+from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, steps
 from tokengame.data import BadImages, Batch, Views, checked, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
-from tokengame.evaluate import CALIBRATION_DIALS
+from tokengame.evaluate import CALIBRATION_DIALS, RATIOS
 from tokengame.figures import frontier_figure
 from tokengame.images import ImageSource, split_images
 from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
@@ -100,8 +99,12 @@ class Bench(Common):
         return rows
 
 
-ABLATE_HEADINGS = {"ablation": "without", **{f"{name}_{ratio}": f"{label}\nat {ratio}" for ratio in RATIOS
-                   for name, label in (("agreement", "agree"), ("kl", "KL"))}}  # fmt: skip
+AT_RATIOS = {
+    f"{name}_{ratio}": f"{label}\nat {ratio}"
+    for ratio in RATIOS
+    for name, label in (("agreement", "agree"), ("kl", "KL"))
+}
+ABLATE_HEADINGS = {"ablation": "without", **AT_RATIOS}
 
 
 @dataclass(kw_only=True)
@@ -141,17 +144,14 @@ class Ablate(OnImages):
         return rows
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
-        path = self.output / f"{name}.safetensors"
-        done = {"config": json.loads(json.dumps(asdict(config))), "seed": seed}  # as the card has it
-        if path.is_file():
-            policy = Policy.load(path)
-            if {key: policy.card["training"][key] for key in done} == done:
-                return policy
+        path, done = self.output / f"{name}.safetensors", self.output / f"{name}.run"
         session = Session(
             model, self.backbone, config, learn, path, seed=seed, device=self.torch_device, workers=self.workers
         )
-        session.run(partial(_named, f"{name}:"))
-        session.policy([]).save(path)
+        if not (done.is_file() and path.is_file() and done.read_text() == session.identity):
+            session.run(partial(_named, f"{name}:"))
+            session.policy([]).save(path)
+            done.write_text(session.identity)
         return Policy.load(path)
 
     @staticmethod
@@ -198,7 +198,7 @@ class Compare(OnImages):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what all models compute in"""
     output: Path = Path("compare")
-    """folder for compare.csv, speeds.csv and frontier.png"""
+    """folder for compare.csv, qualities.csv (at the same compute), speeds.csv (at the same agreement), frontier.png"""
 
     def run(self) -> list[dict[str, Any]]:
         """Train what must be trained, measure everything in turn, draw."""
@@ -206,7 +206,9 @@ class Compare(OnImages):
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         needs = "DynamicViT must be trained on images that it is not measured on"
         require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
-        policies = {self._name(path): Policy.load(find_policy(path)) for path in self.policies}
+        names = [Path(path).stem for path in self.policies]
+        require(len(set(names)) == len(names), f"policies are told apart by file name, and these are not: {names}")
+        policies = {name: Policy.load(find_policy(path)) for name, path in zip(names, self.policies, strict=True)}
         model, source = self.load()
         learn, held = (source, source) if self.holdout is None else split_images(source, self.holdout, self.seed)
         model.requires_grad_(False)
@@ -220,10 +222,6 @@ class Compare(OnImages):
         report_bad(tally)
         self._write(rows)
         return rows
-
-    @staticmethod
-    def _name(path: str) -> str:
-        return Path(path).stem
 
     def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
         views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
@@ -245,10 +243,13 @@ class Compare(OnImages):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_csv(rows, self.output / "compare.csv")
-        table = speeds(rows)
+        quality, table = qualities(rows), speeds(rows)
+        write_csv(quality, self.output / "qualities.csv")
         write_csv(table, self.output / "speeds.csv")
         (self.output / "frontier.png").write_bytes(frontier_figure(rows))
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
+        show_rows(quality, {"method": "method", **AT_RATIOS})
         show_rows(table)
-        console.print(f"wrote {self.output}/compare.csv, speeds.csv and frontier.png", markup=False, soft_wrap=True)
+        files = "compare.csv, qualities.csv, speeds.csv and frontier.png"
+        console.print(f"wrote {self.output}/ {files}", markup=False, soft_wrap=True)

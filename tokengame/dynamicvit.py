@@ -8,6 +8,7 @@ the backbone alone. One predictor serves all keep ratios: it ranks tokens, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,10 @@ class DynamicViT(nn.Module):
         layout, stage = obs.layout, int(obs.stage[0])
         assert layout is not None
         predictor = self.predictors[stage]
-        keep, prune = predictor(obs.token.float(), layout).unbind(1)
-        total = (layout.count / obs.alive[layout.start]).round()
-        number = (total * self.keep ** (stage + 1)).long().clamp(min=1)
-        return keep_best(keep - prune, torch.minimum(number, layout.count), layout)
+        keep, prune = predictor(obs.token, layout).unbind(1)
+        number = max(1, int(obs.total * self.keep ** (stage + 1)))
+        number_each = torch.minimum(torch.full_like(layout.count, number), layout.count)
+        return keep_best(keep - prune, number_each, layout)
 
     def macs_per_agent(self) -> float:
         """Multiply-accumulates of one decision."""
@@ -72,7 +73,8 @@ class DynamicViT(nn.Module):
 
 def pruned_by(model: nn.Module, dynamic: DynamicViT) -> PrunedViT:
     """`model` with the tokens really dropped that the predictors rank lowest, at evenly spread blocks."""
-    return by_rule(model, GameConfig(stage_count=len(dynamic.predictors)), dynamic)
+    backbone, game = Backbone(model), GameConfig(stage_count=len(dynamic.predictors))
+    return by_rule(model, game, dynamic.to(backbone.device, backbone.dtype), features=False)
 
 
 def train_dynamicvit(
@@ -82,7 +84,7 @@ def train_dynamicvit(
 
     Args:
         model: supported timm model.
-        batches: at least `updates` of them; labels are used where there are any.
+        batches: of which the first `updates` are used; labels where there are any.
         updates: AdamW steps, on a half-cosine.
         keep: the ratio of the loss.
         lr: step size at the start.
@@ -95,7 +97,7 @@ def train_dynamicvit(
         dynamic = DynamicViT(backbone.dim, len(stages), keep).to(backbone.device)
         optimizer = torch.optim.AdamW(dynamic.parameters(), lr=lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-        for batch in batches:
+        for batch in islice(batches, updates):
             optimizer.zero_grad()
             loss = dynamic_loss(backbone, dynamic, stages, batch)
             loss.backward()
@@ -105,20 +107,24 @@ def train_dynamicvit(
 
 
 def dynamic_loss(backbone: Backbone, dynamic: DynamicViT, stages: tuple[int, ...], batch: Batch) -> Tensor:
-    """Cross-entropy + 0.5 KL(pruned || native) + 0.5 token distance + 2 ratio loss (section 3.3)."""
+    """Cross-entropy + 0.5 KL(native || pruned) + 0.5 token distance + 2 ratio loss (section 3.3).
+
+    The distance is that of normed tokens which are kept; the divergence points as in the authors' published code.
+    """
     images = batch.images.to(backbone.device, backbone.dtype)
     with torch.no_grad():
-        native, _ = _masked(backbone, images, stages, None)
-        teacher = backbone.head(*native).float().log_softmax(1)
+        (native, layout), _ = _masked(backbone, images, stages, None)
+        teacher = backbone.head(native, layout).float().log_softmax(1)
     (x, layout), alive = _masked(backbone, images, stages, dynamic)
     student = backbone.head(x, layout).float().log_softmax(1)
-    kept = alive[-1].flatten()[:, None]
-    far = (x - native[0]).float().view(layout.images, layout.longest, -1)[:, backbone.prefix :].flatten(0, 1)
+    kept = alive[-1].detach().flatten()[:, None]
+    far = (backbone.model.norm(x) - backbone.model.norm(native)).float()
+    far = far.view(layout.images, layout.longest, -1)[:, backbone.prefix :].flatten(0, 1)
     tokens = (kept * far**2).sum() / (kept.sum() * far.shape[1]).clamp(min=1)
     goals = [dynamic.keep ** (stage + 1) for stage in range(len(stages))]
     ratio = sum(((a.mean(1) - goal) ** 2).mean() for a, goal in zip(alive, goals, strict=True)) / len(stages)
     loss = WEIGHT_TOKENS * tokens + WEIGHT_RATIO * ratio
-    loss = loss + WEIGHT_KL * F.kl_div(teacher, student, reduction="batchmean", log_target=True)
+    loss = loss + WEIGHT_KL * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return loss if batch.labels is None else loss + F.nll_loss(student, batch.labels.to(student.device))
 
 

@@ -23,6 +23,9 @@ from tokengame.runtime import PrunedViT
 
 CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-6, 2.01, 0.5))
 
+RATIOS = (0.8, 0.7, 0.6)
+"""pruned / native compute at which methods are compared"""
+
 
 @dataclass
 class Scores:
@@ -209,3 +212,21 @@ def _calibrated(scores: Scores) -> dict[str, Any]:
         lost, gained = int((native & ~pruned).sum()), int((pruned & ~native).sum())
         bound = 100 * upper_bound(lost, gained, len(native))
     return row | {"drop_pp_bound95": bound}
+
+
+def at_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Agreement and KL of one method where its settings meet each of `RATIOS`, nan where they do not reach it.
+
+    Between settings agreement is taken as linear in compute, KL as linear in its logarithm.
+    """
+    rows = sorted(rows, key=lambda row: row["gmacs_ratio"])
+    ratios = [row["gmacs_ratio"] for row in rows]
+    found = {}
+    for ratio in RATIOS:
+        inside = ratios[0] <= ratio <= ratios[-1]
+        logs = [np.log(row["kl"] + 1e-9) for row in rows]
+        found[f"agreement_{ratio}"] = (
+            float(np.interp(ratio, ratios, [r["agreement"] for r in rows])) if inside else np.nan
+        )
+        found[f"kl_{ratio}"] = float(np.exp(np.interp(ratio, ratios, logs))) if inside else np.nan
+    return found

@@ -41,10 +41,7 @@ class TokenGame:
     @property
     def end(self) -> int:
         """The half-block (see `Backbone.run`) up to which patches play; what follows concerns prefix tokens alone."""
-        depth = self.backbone.depth
-        if not self.backbone.reads_prefix_only:
-            return 2 * depth
-        return max(2 * depth - 2, 2 * self.stages[-1] + self.merge)
+        return self.backbone.end(2 * self.stages[-1] + self.merge)
 
     def begin(self, images: Tensor) -> State:
         """Embed a batch [B, channels, height, width]; no block has run."""
@@ -76,7 +73,7 @@ class TokenGame:
             features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
         stage = torch.full((agents.images,), state.stage, device=device)
         position = state.of_agents(state.position)
-        return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents)
+        return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents, state.total)
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
@@ -128,16 +125,8 @@ class TokenGame:
         return self.finish(state)
 
     def logits(self, state: State) -> Tensor:
-        """[B, classes] the network's prediction at the end of the game.
-
-        A network that reads its class token alone needs the patches as keys and values of its last attention, and then
-        no more: they leave, the prediction is exactly the same, and most of a block is saved.
-        """
-        backbone, x, layout, size = self.backbone, state.x, state.layout, state.size
-        if backbone.reads_prefix_only:
-            x, size = backbone.close(self.end, x, layout, state.bias), None
-            layout = Layout([backbone.prefix] * layout.images, x.device)
-        return backbone.head(x, layout, size)
+        """[B, classes] the network's prediction at the end of the game."""
+        return self.backbone.predict(self.end, state.x, state.layout, state.size)
 
     def _decides_before(self, stage: int) -> int:
         """The half-block (see `Backbone.run`) before which a stage decides; past the last stage, the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,8 +57,7 @@ class KeepBest(nn.Module):
         """[A] keep logits."""
         layout, share = obs.layout, self.shares[int(obs.stage[0])]
         assert layout is not None
-        total = (layout.count / obs.alive[layout.start]).round().double()
-        number = torch.minimum((share * total).ceil().long(), layout.count)
+        number = torch.minimum(torch.full_like(layout.count, math.ceil(share * obs.total)), layout.count)
         return keep_best(self.score(obs), number, layout)
 
 

@@ -57,11 +57,16 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, end: int, ke
         decides = index in stages
         after = kept[stages.index(index)] + prefix if decides else rows
         rows = after if decides and not merge else rows
-        asking = rows if 2 * index < end else torch.full_like(rows, prefix)
-        macs = macs + attention_macs(block.attn, rows, asking)
+        macs = macs + block_macs(block, index, end, prefix, rows, after)
         rows = after
-        macs = macs + (rows if 2 * index + 1 < end else torch.full_like(rows, prefix)) * linear_macs(block.mlp)
     return macs + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
+
+
+def block_macs(block: Any, index: int, end: int, prefix: int, rows: Tensor, after: Tensor) -> Tensor:
+    """MACs of block `index` over `rows` in its attention and `after` in its MLP; from half-block `end` on `prefix`."""
+    few = torch.full_like(rows, prefix)
+    macs = attention_macs(block.attn, rows, rows if 2 * index < end else few)
+    return macs + (after if 2 * index + 1 < end else few) * linear_macs(block.mlp)
 
 
 def attention_macs(attn: Any, rows: Tensor, asking: Tensor) -> Tensor:

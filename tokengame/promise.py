@@ -1,11 +1,11 @@
 """What may be promised about points of top-1 from a sample of images, at 95 % confidence and for any sample size.
 
 An image is lost (native right, pruned wrong), gained, or neither. With p the chances of these, a promise of at most
-`bound` is broken where p(lost) - p(gained) > bound. `p_value` tests that hypothesis exactly: as a test of paired
-proportions, maximised over the unknown chance that anything changes at all, which is first confined to an interval of
-its own (Berger & Boos 1994). `chosen` then walks from the gentlest dial to harder ones and stops at the first that
-cannot be certified, so that picking among many dials costs nothing: fixed-sequence testing, as in Learn then Test
-(Angelopoulos, Bates, Candes, Jordan & Lei 2021, section 2.3).
+`bound` is broken where p(lost) - p(gained) > bound. `p_value` tests that hypothesis by exact binomial tails: as a test
+of paired proportions, maximised over the unknown chance that anything changes at all, which is first confined to an
+interval of its own (Berger & Boos 1994). `chosen` then walks from the gentlest dial to harder ones and stops at the
+first that cannot be certified, so that picking among many dials costs nothing: fixed-sequence testing, as in Learn then
+Test (Angelopoulos, Bates, Candes, Jordan & Lei 2021, section 2.3). A wish made after seeing the bounds is not covered.
 """
 
 from __future__ import annotations

@@ -86,11 +86,11 @@ def _shares(outcome: Outcome, alpha: float) -> Tensor:
 
 def fidelity(outcome: Outcome, config: RewardConfig, kl_weight: float) -> Tensor:
     """[T, B, N] own compute at each stage survived, the game's KL (leave-one-out) at the agent's exit."""
-    charged = kl_weight * leave_one_out(outcome.kl.clamp(max=config.kl_clamp), outcome.rollouts)
+    price = kl_weight * outcome.kl.clamp(max=config.kl_clamp)
     reward = -torch.where(outcome.alive, outcome.segment.view(-1, 1, 1), 0.0)
     if config.credit == "team":
-        mean = reward.sum(2, keepdim=True) / outcome.acting.sum(2, keepdim=True).clamp(min=1)
-        reward = torch.where(outcome.acting, mean, 0.0)
+        price, reward = price - reward.sum((0, 2)), torch.zeros_like(reward)
+    charged = leave_one_out(price, outcome.rollouts)
     return torch.where(outcome.acting & outcome.ends, reward - charged.view(1, -1, 1), reward)
 
 
@@ -105,7 +105,7 @@ class PriceController:
         rate: largest change of log(price) in an update.
     """
 
-    def __init__(self, weight: float, target: float, scale: float, smoothing: float = 0.0, rate: float = 0.05):
+    def __init__(self, weight: float, target: float, scale: float, smoothing: float = 0.0, rate: float = 0.02):
         self.weight, self.target, self.scale, self.smoothing, self.rate = weight, target, scale, smoothing, rate
         self.mean = target
 

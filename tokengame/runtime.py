@@ -182,9 +182,12 @@ def prune(
     return PrunedViT(model, policy, policy.card["dial"] if dial is None else dial)
 
 
-def by_rule(model: nn.Module, game: GameConfig, rule: Decide) -> PrunedViT:
-    """`model` whose tokens decide by `rule` instead of by a learned policy: baselines, benchmarks."""
-    card: dict[str, Any] = {"game": asdict(game), "actor": {"observation": "context"}}
+def by_rule(model: nn.Module, game: GameConfig, rule: Decide, features: bool = True) -> PrunedViT:
+    """`model` whose tokens decide by `rule` instead of by a learned policy: baselines, benchmarks.
+
+    Without `features` nothing is computed of attention, similarity and the like, for rules that do not look at them.
+    """
+    card: dict[str, Any] = {"game": asdict(game), "actor": {"observation": "context" if features else "token_id"}}
     return PrunedViT(model, Policy(rule, card), dial=0.5)  # type: ignore[arg-type]
 
 

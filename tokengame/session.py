@@ -112,7 +112,7 @@ class Session:
             state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError):
             raise TokenGameError(f"checkpoint {self.checkpoint} is damaged; run without --resume") from None
-        if state["run"] != self._run:
+        if state["run"] != self.identity:
             raise TokenGameError(
                 f"{self.checkpoint} has other settings, weights or images; resume with those, or run without --resume"
             )
@@ -122,14 +122,14 @@ class Session:
         (self.log_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
     @property
-    def _run(self) -> str:
-        """What makes a run this one: settings, seed, weights and images."""
+    def identity(self) -> str:
+        """What makes a run this one: settings, seed, weights, images and the rules of the game."""
         images = hashlib.sha256("\n".join(self.images.names).encode()).hexdigest()
-        return json.dumps([asdict(self.config), self.seed, fingerprint(self.trainer.backbone), images])
+        return json.dumps([GAME_VERSION, asdict(self.config), self.seed, fingerprint(self.trainer.backbone), images])
 
     def _snapshot(self) -> dict[str, Any]:
         """The state after the last whole update; an interrupt inside the next one must not touch it."""
-        return copy.deepcopy({"trainer": self.trainer.state_dict(), "run": self._run, "seconds": self.seconds})
+        return copy.deepcopy({"trainer": self.trainer.state_dict(), "run": self.identity, "seconds": self.seconds})
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint whole or not at all."""

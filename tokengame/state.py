@@ -36,16 +36,13 @@ class Observation:
     """[S] stage index"""
     layout: Layout | None = None
     """of the A agents over the S scenes; None for an arbitrary selection of agents"""
+    total: int = 0
+    """agents of an image at the start"""
 
     @property
     def attention(self) -> Tensor:
         """[A] log attention from the class token, mean over heads, centred in the image"""
         return self._feature("attention")
-
-    @property
-    def alive(self) -> Tensor:
-        """[A] share of the image's agents that are alive"""
-        return self._feature("alive")
 
     @property
     def dither(self) -> Tensor:

@@ -182,11 +182,11 @@ class Trainer:
 
     def _segments(self, rollout: Rollout) -> Tensor:
         """[T] share of the native compute that one row causes from each decision to the next."""
-        last = (
-            self.backbone.depth - 0.75 * self.backbone.reads_prefix_only
-        )  # a patch's q, k, v are a quarter of a block
-        edges = torch.tensor([*self.game.stages, last], device=self.device)
-        return edges.diff() / (self.backbone.depth * rollout.final.total)
+        depth, attention, queries_keys_values = self.backbone.depth, 4 / 12, 3 / 12  # of a block with an MLP ratio of 4
+        decisions = [stage + attention * self.game.merge for stage in self.game.stages]
+        end = depth - 1 + queries_keys_values if self.backbone.reads_prefix_only else depth
+        edges = torch.tensor([*decisions, max(end, decisions[-1])], device=self.device)
+        return edges.diff() / (depth * rollout.final.total)
 
     def rewards(self, outcome: Outcome) -> Tensor:
         """[T, B, N] by the configured reward."""
