@@ -7,5 +7,5 @@ DATA=${DATA:-../shared/data}
 "${BIN:-.venv/bin}/tokengame" compare \
     --backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.safetensors" \
     --images "$DATA/imagenet_sample.tar" --class-map "$DATA/imagenet1k_synsets.txt" \
-    --holdout 0.3 --seed 0 --dtype bfloat16 --dynamicvit-updates 200 \
+    --holdout 0.3 --seed 0 --dtype bfloat16 --dynamicvit-updates 150 --budgets \
     --policies "${POLICY:-vit_tiny_patch16_224}" --output "${OUTPUT:-build/compare}" "$@"

@@ -3,7 +3,8 @@
 The population is all images given. Each time images are drawn from it, every dial is calibrated on them, the dial for
 each wish is picked as `prune(model, policy, max_drop=...)` does, and what that dial loses on the population looked up.
 
-    python runs/promise.py --images ../shared/data/tiny_imagenet_val.tar --policy vit_tiny_patch16_224
+    python runs/promise.py --images tiny_imagenet_val.tar --weights vit_tiny_patch16_224.safetensors \\
+        --class-map imagenet1k_synsets.txt
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 from tokengame.console import progress, show_rows
-from tokengame.data import BadImages, Views, checked, transform_for
+from tokengame.data import BadImages, checked, plain_views
 from tokengame.evaluate import CALIBRATION_DIALS
 from tokengame.images import label_images, open_images
 from tokengame.models import load_model, preprocessing_of
@@ -30,8 +31,10 @@ class Promise:
     """folder or archive of labelled images"""
     policy: str = "vit_tiny_patch16_224"
     backbone: str = "vit_tiny_patch16_224"
-    weights: Path = Path("../shared/data/vit_tiny_patch16_224.safetensors")
-    class_map: Path = Path("../shared/data/imagenet1k_synsets.txt")
+    weights: Path | None = None
+    """local checkpoint"""
+    class_map: Path | None = None
+    """class names in the model's order, one a line"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     splits: int = 200
     share: float = 0.5
@@ -43,11 +46,11 @@ class Promise:
 @torch.inference_mode()
 def lost_and_gained(args: Promise) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """[dials, images]: 1 where native alone is right, -1 where pruned alone is; and compute; and the dials."""
-    model = load_model(args.backbone, str(args.weights)).to(getattr(torch, args.dtype))
+    model = load_model(args.backbone, args.weights and str(args.weights)).to(getattr(torch, args.dtype))
     source = open_images(str(args.images), "validation")
-    label_images(source, str(args.class_map), model.num_classes)
+    label_images(source, args.class_map and str(args.class_map), model.num_classes)
     fast, dials = prune(model, args.policy), sorted(CALIBRATION_DIALS)
-    views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+    views = plain_views(source, preprocessing_of(model))
     loader = views.loader(50, 1)
     lost, compute = [], []
     for batch in progress(checked(loader, BadImages(len(source.names))), "playing every dial", len(loader)):

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokengame.cli import main
+from tokengame.cli import main, parse
+from tokengame.models import preprocessing_of
+from tokengame.runtime import prune
 
 NAME = "vit_tiny_patch16_224"
 EVAL_KEYS = {
@@ -107,10 +109,21 @@ def test_calibrate_writes_what_is_promised(flags, policy, tmp_path, capsys):
 
 
 def test_show_the_easiest_and_the_hardest(flags, policy, tmp_path, capsys):
+    """Three pictures: of the two images that took the least compute, and of the one that took the most."""
     output = tmp_path / "tokens.png"
-    arguments = ["show", *flags, "--policy", str(policy), "--output", str(output), "--count", "3", "--side", "80"]
-    assert main([*arguments, "--pick", "extremes", "--dial", "0.9", "--json"]) == 0
+    arguments = ["show", *flags, "--policy", str(policy), "--output", str(output), "--side", "80", "--dial", "0.9"]
+    assert main([*arguments, "--count", "3", "--pick", "extremes", "--json"]) == 0
     assert document(capsys)["files"] == [str(output)]
+    show = parse([*arguments, "--count", "30", "--pick", "extremes"])
+    model, source = show.load()
+    fast = prune(model, show.policy, show.dial)
+    everyone = show._picked(fast, source, preprocessing_of(model))
+    assert sorted(everyone) == list(range(20)), "no image twice"
+    show.count = 3
+    picked = show._picked(fast, source, preprocessing_of(model))
+    scores = show.measure(fast, source, 20, preprocessing_of(model))
+    macs = dict(zip(scores.index, scores.macs, strict=True))
+    assert sorted(macs[i] for i in picked) == pytest.approx([*sorted(macs.values())[:2], max(macs.values())])
 
 
 def test_show_writes_a_picture_one_strip_an_image(flags, policy, tmp_path, capsys):

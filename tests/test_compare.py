@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_vit
 
+from tokengame import dynamicvit
 from tokengame.backbone import Backbone
 from tokengame.cli import main
 from tokengame.compare import Entry, compare, peers, speed_at, speeds
@@ -118,12 +119,21 @@ def test_dynamicvit_learns_its_ratio_and_the_backbone_stays(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_every_loss_reaches_the_predictors(model):
+def test_every_loss_reaches_the_predictors(model, monkeypatch):
     model.requires_grad_(False)
     dynamic = DynamicViT(32, 3)
+    torch.manual_seed(0)
     loss = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), batches(1)[0])
+    torch.manual_seed(0)
     without = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), replace(batches(1)[0], labels=None))
     assert float(loss.detach()) > float(without.detach()), "labels add cross-entropy"
+    for weight in ("WEIGHT_KL", "WEIGHT_TOKENS", "WEIGHT_RATIO"):
+        with monkeypatch.context() as patch:
+            patch.setattr(dynamicvit, weight, 0.0)
+            torch.manual_seed(0)
+            assert float(dynamic_loss(Backbone(model), dynamic, (1, 2, 3), batches(1)[0]).detach()) < float(
+                loss.detach()
+            )
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dynamic.predictors[0].parameters())
 

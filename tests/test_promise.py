@@ -66,22 +66,20 @@ def test_walk_stops_at_the_first_failure():
 
 
 def test_broken_in_at_most_five_percent_of_simulated_calibrations():
-    """Ten dials of growing loss; each calibration picks one; the pick's true loss is above the promise too rarely."""
-    rng, images, wanted = np.random.default_rng(0), 600, 0.02
-    lost, gained = np.linspace(0.002, 0.06, 10), np.linspace(0.001, 0.025, 10)
-    true, broken, picked, trials = lost - gained, 0, [], 300
-    cache = {}
+    """Three dials lose 0.5 %, three 2.1 % where 2 % is promised: taken about as often as allowed, no oftener."""
+    rng, images, wanted, trials = np.random.default_rng(0), 600, 0.02, 500
+    lost, gained = np.array([0.007] * 3 + [0.033] * 3), np.array([0.002] * 3 + [0.012] * 3)
+    broken, picked, known = 0, [], {}
     for _ in range(trials):
+        luck = rng.random(images)  # of each image, the same for all dials
         bounds = []
-        for number in range(10):
-            a, b, _ = rng.multinomial(images, [lost[number], gained[number], 1 - lost[number] - gained[number]])
-            if (a, b) not in cache:
-                cache[a, b] = upper_bound(int(a), int(b), images)
-            bounds.append(cache[a, b])
-            if bounds[-1] > wanted:
-                break
-        number = chosen(bounds, wanted)
-        picked.append(number)
-        broken += number > 0 and true[number - 1] > wanted
-    assert broken / trials <= LEVEL
-    assert max(picked) >= 3, "never daring is no use"
+        for chances in zip(lost, gained, strict=True):
+            counts = int((luck < chances[0]).sum()), int((luck > 1 - chances[1]).sum())
+            if counts not in known:
+                known[counts] = upper_bound(*counts, images)
+            bounds.append(known[counts])
+        picked.append(chosen(bounds, wanted))
+        broken += picked[-1] > 3
+    assert broken / trials <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / trials) ** 0.5
+    assert broken / trials > 0.005, "never daring is no use"
+    assert float(np.mean(picked)) > 2, "what is safe is taken"

@@ -143,12 +143,18 @@ def _fastest(times: dict[Name, list[float]], side: str) -> Name:
     return min((name for name in times if name[0] == side), key=lambda name: statistics.median(times[name]))
 
 
+def written_out(model: Any) -> Any:
+    """`model` with attention as two products and a softmax, on some processors faster; the same weights in memory."""
+    written = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for block in written.blocks:
+        block.attn.fused_attn = False
+    return written
+
+
 def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None) -> Variants:
     """All that is timed; of each side the fastest will count."""
     model: Any = fast.model
-    unfused = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the same weights in memory
-    for block in unfused.blocks:
-        block.attn.fused_attn = False  # two products and a softmax: on some processors faster than the fused kernel
+    unfused = written_out(model)
     unpruned = ToMe(model, (0,) * len(model.blocks))
     variants: Variants = {
         ("native", "fused"): partial(model, x),

@@ -14,7 +14,7 @@ from tokengame.attention import ruled_attention
 from tokengame.backbone import Backbone
 from tokengame.config import TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table
-from tokengame.data import BadImages, Batch, Views, checked, transform_for
+from tokengame.data import BadImages, Batch, checked, plain_views
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, calibrate, evaluate
 from tokengame.figures import denormalise, png, stack, strip
@@ -78,7 +78,7 @@ class OnImages(Common):
     def measure(self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any]) -> Scores:
         """Native beside pruned on all images of `source`."""
         tally = BadImages(len(source.names))
-        views = Views(source, range(len(source.names)), transform_for(preprocessing, train=False))
+        views = plain_views(source, preprocessing)
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
         scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)))
@@ -206,7 +206,7 @@ class Calibrate(OnImages):
         fast = prune(model, policy)
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
         tally = BadImages(len(source.names))
-        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        views = plain_views(source, preprocessing_of(model))
         loader = views.loader(self.batch_size, self.workers)
         policy.card["calibration"] = calibrate(fast, progress(checked(loader, tally), "calibrating", len(loader)))
         report_bad(tally)
@@ -241,7 +241,7 @@ class Show(OnImages):
         fast = prune(model, self.policy, self.dial)
         preprocessing = preprocessing_of(model)
         chosen = Subset(source, self._picked(fast, source, preprocessing))
-        views = Views(chosen, range(len(chosen.names)), transform_for(preprocessing, train=False))
+        views = plain_views(chosen, preprocessing)
         tally = BadImages(10**9)
         strips = []
         for batch in progress(checked(views.loader(16, self.workers), tally), "drawing", -(-len(chosen.names) // 16)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, pairwise
 from statistics import median, mode
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe
+from tokengame.bench import written_out
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, pruned_by
@@ -103,7 +104,7 @@ def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) ->
         fused and written-out attention.
     """
     weight = next(model.parameters())
-    forms = {"fused": model, "written out": _written_out(model)}
+    forms = {"fused": model, "written out": written_out(model)}
     calls: dict[Any, Any] = {**forms, **{index: partial(run, entry.runs) for index, entry in enumerate(entries)}}
     times: dict[Any, list[float]] = {name: [] for name in calls}
     order, sizes = list(calls), []
@@ -137,14 +138,6 @@ def _row(entry: Entry, sizes: list[int], native: list[float], seconds: list[floa
         entry.scores.seconds = list(zip(sizes, native, seconds, strict=True))
     named = {"method": entry.method, "setting": entry.setting, "published": entry.published}
     return named | entry.scores.summary()
-
-
-def _written_out(model: nn.Module) -> nn.Module:
-    """`model` with attention as two products and a softmax; the same weights in memory."""
-    written: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for block in written.blocks:
-        block.attn.fused_attn = False
-    return cast(nn.Module, written)
 
 
 def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

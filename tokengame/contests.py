@@ -19,7 +19,7 @@ from tokengame.commands import Common, OnImages, report_bad
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, progress, show_rows, steps
-from tokengame.data import BadImages, Batch, Views, checked, transform_for
+from tokengame.data import BadImages, Batch, Views, checked, plain_views, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
 from tokengame.evaluate import CALIBRATION_DIALS, RATIOS
 from tokengame.figures import frontier_figure
@@ -159,7 +159,7 @@ class Ablate(OnImages):
         return CALIBRATION_DIALS[::2]
 
     def _batches(self, model: nn.Module, source: ImageSource, name: str) -> Iterator[Batch]:
-        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        views = plain_views(source, preprocessing_of(model))
         loader = views.loader(self.config.batch_size, self.workers)
         yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))
 
@@ -224,7 +224,7 @@ class Compare(OnImages):
         return rows
 
     def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
-        views = Views(source, range(len(source.names)), transform_for(preprocessing_of(model), train=False))
+        views = plain_views(source, preprocessing_of(model))
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(self.batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
         yield from progress(checked(loader, tally), "comparing", len(loader))

@@ -164,3 +164,10 @@ def transform_for(preprocessing: dict[str, Any], train: bool) -> Callable:
         auto_augment=None,
         re_prob=0.0,
     )
+
+
+def plain_views(source: ImageSource, preprocessing: dict[str, Any], order: Sequence[int] | None = None) -> Views:
+    """The images of `source`, or those of `order`, in evaluation crops."""
+    return Views(
+        source, range(len(source.names)) if order is None else order, transform_for(preprocessing, train=False)
+    )

@@ -142,10 +142,10 @@ def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
         for number, method in enumerate(methods):
             points = sorted((r[x], r[y]) for r in rows if r["method"] == method and r.get(x) and r[y] is not None)
             points = [(a, max(b, 1e-5) if scale == "log" else b) for a, b in points]
-            ours = not any(r["published"] for r in rows if r["method"] == method)
-            axes.plot(
-                *zip(*points, strict=True), "o-" if ours else "s--", ms=4, color=f"C{number % 10}", label=method
-            ) if points else None
+            published = any(r["published"] for r in rows if r["method"] == method)
+            style = {"ls": "--" if published else "-", "marker": "os^Dv"[number // 10], "color": f"C{number % 10}"}
+            if points:
+                axes.plot(*zip(*points, strict=True), ms=4, label=method, **style)
         axes.set(xlabel=labels[x], ylabel=label, yscale=scale)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

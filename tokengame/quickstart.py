@@ -14,7 +14,7 @@ import tyro
 from tokengame.commands import Common, draw_strips
 from tokengame.config import TrainConfig, merge, require
 from tokengame.console import console, progress, show_table
-from tokengame.data import BadImages, Views, checked, transform_for
+from tokengame.data import BadImages, checked, plain_views
 from tokengame.evaluate import Scores, evaluate
 from tokengame.figures import calibration_figure, png, stack, training_figure
 from tokengame.images import SceneImages, Subset
@@ -60,7 +60,7 @@ class Quickstart(Common):
         fast = session.finish(held, progress, self.gmacs_ratio)
         fresh = FashionScenes("test", self.eval_images, seed=self.seed + 1)
         source = SceneImages(fresh)
-        views = Views(source, range(len(fresh)), transform_for(session.preprocessing, train=False))
+        views = plain_views(source, session.preprocessing)
         loader = views.loader(32, 0)
         scores = evaluate(fast, progress(checked(loader, BadImages(len(fresh))), "measuring", len(loader)))
         result = session.result() | scores.summary() | item_recall(scores, fresh, fast) | {"dial": fast.dial}
@@ -76,7 +76,7 @@ class Quickstart(Common):
         self, page: Path, fast: PrunedViT, result: dict[str, Any], session: Session, source: SceneImages
     ) -> None:
         some = Subset(source, range(min(8, len(source.names))))
-        views = Views(some, range(len(some.names)), transform_for(session.preprocessing, train=False))
+        views = plain_views(some, session.preprocessing)
         strips = draw_strips(fast, next(iter(views.loader(8, 0))), session.preprocessing, side=112)
         metrics = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
         figures = {

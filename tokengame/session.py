@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tokengame.attention import ruled_attention
 from tokengame.config import GAME_VERSION, TrainConfig
-from tokengame.data import BadImages, Batch, Views, checked, transform_for
+from tokengame.data import BadImages, Batch, Views, checked, plain_views, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import calibrate
 from tokengame.images import ImageSource
@@ -204,7 +204,7 @@ class Session:
         chosen = np.random.default_rng(self.seed).permutation(len(held.names))[:count].tolist()
         fast = prune(self.model, self.policy([]))
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
-        loader = Views(held, chosen, transform_for(self.preprocessing, train=False)).loader(32, self.workers)
+        loader = plain_views(held, self.preprocessing, chosen).loader(32, self.workers)
         rows = calibrate(fast, progress(checked(loader, BadImages(count)), "calibrating", len(loader)))
         policy = self.policy(rows)
         policy.save(self.output)  # a wish that cannot be met must not cost the policy
