@@ -99,6 +99,9 @@ def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[
 def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """Run all entries on all batches in turn, natively too; every batch begins with another.
 
+    Each call is made twice and the second is timed: on CPUs the first of a shape makes its kernels, which a model that
+    runs alone soon has for all shapes, and which in turns with dozens of others are forgotten again.
+
     Returns:
         One row an entry: method, setting, published and the keys of `eval`. Native's speed is that of the faster of
         fused and written-out attention.
@@ -108,13 +111,11 @@ def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) ->
     calls: dict[Any, Any] = {**forms, **{index: partial(run, entry.runs) for index, entry in enumerate(entries)}}
     times: dict[Any, list[float]] = {name: [] for name in calls}
     order, sizes = list(calls), []
-    for number, batch in enumerate(batches):
+    for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
-        if not number:
-            for call in calls.values():
-                call(images)  # warm-up
         results = {}
         for name in order:
+            calls[name](images)  # the first call of a shape makes its kernels
             results[name], seconds = timed(weight.device, calls[name], images)
             times[name].append(seconds)
         native = results["fused"].float()
