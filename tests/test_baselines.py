@@ -134,7 +134,7 @@ def test_macs_are_what_the_flop_counter_sees(merges, model):
     assert float(tome.macs(tome.play(IMAGES[:1]))[1]) == pytest.approx(tome.macs_at(16))
 
 
-@pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
+@pytest.mark.parametrize("ratio", [0.8, 0.7, 0.6])
 def test_the_budget_is_met(ratio, model):
     native = native_macs(Backbone(model), 16)
     found = tome_at(model, ratio * native, 16).macs_at(16)

@@ -191,14 +191,14 @@ def test_speed_at_an_agreement_by_hand():
 
 
 def test_the_command(tmp_path, capsys):
-    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.04", "--batch-size", "20"]
+    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.02", "--batch-size", "10"]
     arguments += ["--dynamicvit-updates", "2"]
     assert main([*arguments, "--output", str(tmp_path / "out"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     written = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == [row["method"] for row in written]
-    assert "DynamicViT" in {row["method"] for row in rows}
-    assert {row["images"] for row in rows} == {40}
+    assert "DynamicViT, frozen" in {row["method"] for row in rows}
+    assert {row["images"] for row in rows} == {20}
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "speeds.csv").is_file()
     quality = list(csv.DictReader((tmp_path / "out" / "qualities.csv").read_text().splitlines()))

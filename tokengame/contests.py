@@ -160,7 +160,7 @@ class Ablate(OnImages):
 
     def _batches(self, model: nn.Module, source: ImageSource, name: str) -> Iterator[Batch]:
         views = plain_views(source, preprocessing_of(model))
-        loader = views.loader(self.config.batch_size, self.workers)
+        loader = views.loader(32, self.workers)
         yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))
 
 

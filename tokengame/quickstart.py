@@ -56,7 +56,9 @@ class Quickstart(Common):
         learn = SceneImages(FashionScenes("train", self.config.updates * self.config.batch_size, seed=self.seed))
         session = Session(model, EMBEDDED, self.config, learn, policy, seed=self.seed, device=self.torch_device)
         session.run(progress)
-        held = SceneImages(FashionScenes("test", 512, seed=self.seed + 2))  # other scenes than those measured on
+        held = SceneImages(
+            FashionScenes("test", min(512, self.eval_images), seed=self.seed + 2)
+        )  # other scenes than those measured on
         fast = session.finish(held, progress, self.gmacs_ratio)
         fresh = FashionScenes("test", self.eval_images, seed=self.seed + 1)
         source = SceneImages(fresh)
