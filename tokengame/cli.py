@@ -30,7 +30,7 @@ EXAMPLES: dict[type, tuple[str, str]] = {
     Eval: (
         "eval",
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
-        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy vit_tiny_patch16_224 --max-drop 1",
+        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1",
     ),
     Calibrate: (
         "calibrate",
