@@ -191,6 +191,17 @@ def test_trap_the_last_step_does_not_bootstrap(model):
     torch.testing.assert_close(returns, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("transition", "stages", "blocks"),
+    [("drop", (1, 2), (1, 1.25)), ("merge", (1, 2), (1, 11 / 12)), ("merge", (1, 3), (2, 0)), ("drop", (3,), (0.25,))],
+)
+def test_agents_are_charged_for_the_blocks_their_row_goes_through(transition, stages, blocks, model):
+    """Of four blocks, the last asks patches for queries, keys and values alone: a quarter of a block."""
+    trainer = trainer_for(model, game={"stages": stages, "transition": transition})
+    segments = trainer._segments(play(trainer)[0])
+    assert segments.tolist() == pytest.approx([share / (4 * 16) for share in blocks])
+
+
 def test_trap_the_first_ratio_is_one(model):
     metrics = trainer_for(model).update(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))
     assert metrics["losses/first_ratio_error"] < 1e-5
