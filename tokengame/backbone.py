@@ -39,13 +39,11 @@ class Heads:
 
     def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
         """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""
-        keys = layout.pad(self.keys).transpose(1, 2)  # [B, H, L, D]
-        scores = ((self.query * self.scale)[:, :, None] @ keys.transpose(2, 3)).squeeze(2).float()
+        query = (self.query * self.scale).index_select(0, layout.image)  # [M, H, D]
+        scores = (self.keys * query).sum(2, dtype=torch.float32)
         if bias is not None:
-            scores = scores + layout.pad(bias)[:, None]
-        if not layout.uniform:
-            scores = scores.masked_fill(~layout.mask[:, None], float("-inf"))
-        return scores.log_softmax(2)
+            scores = scores + bias[:, None]
+        return layout.pad(scores, float("-inf")).transpose(1, 2).log_softmax(2)
 
 
 class Backbone:

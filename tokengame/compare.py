@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress, pairwise
-from statistics import median, mode
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ ATS_SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
 """points at which ATS inverts the distribution, relative to the number of tokens"""
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
+TIMED_BATCHES = 4
+"""full batches on which speed is measured"""
 
 
 @dataclass
@@ -95,50 +97,76 @@ def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[
     return entries
 
 
-@torch.inference_mode()
-def compare(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> list[dict[str, Any]]:
-    """Run all entries on all batches in turn, natively too; every batch begins with another.
+def compare(
+    model: nn.Module,
+    entries: list[Entry],
+    batches: Iterable[Batch],
+    track: Callable[[list[Entry]], Iterable[Entry]] = iter,
+) -> list[dict[str, Any]]:
+    """Run all entries on all batches, natively too; then time one entry after the other on the first batches.
 
-    Each call is made twice and the second is timed: on CPUs the first of a shape makes its kernels, which a model that
-    runs alone soon has for all shapes, and which in turns with dozens of others are forgotten again.
+    Args:
+        model: the native one.
+        entries: methods at their settings.
+        batches: to measure on.
+        track: goes through the entries to be timed, for who wants to watch.
 
     Returns:
         One row an entry: method, setting, published and the keys of `eval`. Native's speed is that of the faster of
         fused and written-out attention.
     """
+    images = _score(model, entries, batches)
+    for entry in track([entry for entry in entries if entry.is_timed]):
+        entry.scores.seconds = race(model, entry.runs, images)
+    return [
+        {"method": entry.method, "setting": entry.setting, "published": entry.published} | entry.scores.summary()
+        for entry in entries
+    ]
+
+
+@torch.inference_mode()
+def _score(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> list[Tensor]:
+    """What all entries make of all batches; returns the images of some full ones."""
     weight = next(model.parameters())
-    forms = {"fused": model, "written out": written_out(model)}
-    calls: dict[Any, Any] = {**forms, **{index: partial(run, entry.runs) for index, entry in enumerate(entries)}}
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    order, sizes = list(calls), []
+    kept: list[Tensor] = []
     for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
-        results = {}
-        for name in order:
-            calls[name](images)  # the first call of a shape makes its kernels
-            results[name], seconds = timed(weight.device, calls[name], images)
-            times[name].append(seconds)
-        native = results["fused"].float()
-        for index, entry in enumerate(entries):
-            end, logits = results[index]
+        native = model(images).float()
+        for entry in entries:
+            end, logits = run(entry.runs, images)
             score(entry.scores, entry.runs, batch, native, logits.float(), end)
-        sizes.append(len(images))
-        order = order[7:] + order[:7]
-    full = [size == mode(sizes) for size in sizes]
-    fastest = min((times[name] for name in forms), key=lambda t: median(compress(t, full)))
-    return [_row(entry, sizes, fastest, times[index]) for index, entry in enumerate(entries)]
+        if len(kept) < TIMED_BATCHES and (not kept or len(images) == len(kept[0])):
+            kept.append(images)
+    return kept
+
+
+@torch.inference_mode()
+def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2) -> list[tuple[int, float, float]]:
+    """Size, native and the method's seconds of each call; native is the faster of its two forms.
+
+    Three in turn, and no other methods between them: on CPUs each shape's kernels are made at its first call, and in
+    turns with dozens of others they are forgotten again. A first round on all batches is not counted.
+    """
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "fused": model, "written out": written_out(model), "method": partial(run, method)
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for number in range(-1, rounds):
+        for images in batches:
+            for name in order:
+                seconds = timed(images.device, calls[name], images)[1]
+                if number >= 0:
+                    times[name].append(seconds)
+            order = order[1:] + order[:1]
+    native = min((times["fused"], times["written out"]), key=median)
+    sizes = [len(images) for images in batches] * rounds
+    return list(zip(sizes, native, times["method"], strict=True))
 
 
 def everybody(obs: Observation) -> Tensor:
     """[A] keep logits of a game without losers."""
     return obs.token.new_ones(len(obs.token))
-
-
-def _row(entry: Entry, sizes: list[int], native: list[float], seconds: list[float]) -> dict[str, Any]:
-    if entry.is_timed:
-        entry.scores.seconds = list(zip(sizes, native, seconds, strict=True))
-    named = {"method": entry.method, "setting": entry.setting, "published": entry.published}
-    return named | entry.scores.summary()
 
 
 def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

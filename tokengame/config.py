@@ -20,14 +20,15 @@ from typing import Any, Literal
 
 from tokengame.errors import TokenGameError
 
-GAME_VERSION = 3
+GAME_VERSION = 4
 """Raised whenever the same policy would decide differently."""
 
 
 @dataclass(frozen=True)
 class GameConfig:
     stages: tuple[int, ...] = ()
-    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced"""
+    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced, in merge games one block
+    earlier, so that both transitions look at the same attention"""
     stage_count: int = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
@@ -42,12 +43,9 @@ class GameConfig:
         """
         stages = self.stages
         if not stages:
-            count = min(self.stage_count, depth)
-            stages = (
-                tuple(range(depth))
-                if count == depth
-                else tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
-            )
+            count, merge = min(self.stage_count, depth), self.transition == "merge"
+            evenly = tuple(round(depth * (i + 1) / (count + 1)) - merge for i in range(count))
+            stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
             wanted = f"give increasing numbers from 0 to {depth - 1}"
             raise TokenGameError(f"stages {list(stages)} do not fit a model of {depth} blocks: {wanted}")
@@ -186,7 +184,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 5, "transition": "merge"},
+        "game": {"transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
         "reward": {"kind": "fidelity"},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it

@@ -218,7 +218,8 @@ class Compare(OnImages):
         for name, policy in policies.items():
             entries += policy_entries(model, name, policy, self.dials, self.budgets)
         tally = BadImages(len(held.names))
-        rows = compare(model, entries, self._batches(model, held, tally))
+        watched = lambda timed: progress(timed, "timing", len(timed))  # noqa: E731
+        rows = compare(model, entries, self._batches(model, held, tally), watched)
         report_bad(tally)
         self._write(rows)
         return rows

@@ -77,14 +77,14 @@ def merged_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
 
 
 def _values(block, x: Tensor) -> Tensor:
-    """[n, H * D / 2] every second number of the values of each head."""
-    attn = block.attn
-    return attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim)[:, 2, :, ::2].flatten(1)
+    """[n, H * D / 2] the first half of the values of each head."""
+    attn, half = block.attn, (block.attn.head_dim + 1) // 2
+    return attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim)[:, 2, :, :half].flatten(1)
 
 
 def _merge_one_by_one(x: Tensor, size: Tensor, values: Tensor, agents: list[int], kept: list[int], prefix: int):
     row = {agent: prefix + place for place, agent in enumerate(agents)}
-    total, mass = x * size[:, None], size.clone()
+    total, mass, longest = x * size[:, None], size.clone(), x.norm(dim=1)
     for agent in agents:
         if agent in kept:
             continue
@@ -92,8 +92,10 @@ def _merge_one_by_one(x: Tensor, size: Tensor, values: Tensor, agents: list[int]
         keeper = row[kept[similar.index(max(similar))]]
         total[keeper] += x[row[agent]] * size[row[agent]]
         mass[keeper] += size[row[agent]]
+        longest[keeper] = max(longest[keeper], x[row[agent]].norm())
     rows = [*range(prefix), *(row[k] for k in kept)]
-    return total[rows] / mass[rows, None], mass[rows]
+    mean = total[rows] / mass[rows, None]
+    return mean / mean.norm(dim=1, keepdim=True) * longest[rows, None], mass[rows]
 
 
 def _weighted_head(backbone: Backbone, x: Tensor, size: Tensor) -> Tensor:
