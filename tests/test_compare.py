@@ -12,7 +12,7 @@ from conftest import tiny_vit
 from tokengame import dynamicvit
 from tokengame.backbone import Backbone
 from tokengame.cli import main
-from tokengame.compare import Entry, compare, peers, speed_at, speeds
+from tokengame.compare import Entry, compare, peers, race, speed_at, speeds
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, Predictor, _hiding, _masked, dynamic_loss, pruned_by, train_dynamicvit
@@ -161,6 +161,16 @@ def test_methods_meet_on_the_same_images(model):
     assert {row["method"] for row in rows if row["published"]} == {"ToMe", "EViT", "EViT, not fusing", "ATS"}
 
 
+def test_a_race_times_full_batches_and_the_faster_native(model, monkeypatch):
+    """A clock that ticks by the call: what is measured is who was called between two looks at it."""
+    batches, ticks = [IMAGES, IMAGES + 1], {"fused": 5.0, "written out": 3.0, "method": 1.5}
+    monkeypatch.setattr("tokengame.compare.written_out", lambda _: "written out")
+    monkeypatch.setattr("tokengame.compare.timed", lambda _, call, images: (None, ticks[call]))
+    monkeypatch.setattr("tokengame.compare.partial", lambda *_: "method")
+    found = race("fused", None, batches, rounds=3)
+    assert found == [(4, 3.0, 1.5)] * 6
+
+
 def test_what_is_not_timed_has_no_speed(model):
     fast = by_rule(model, GameConfig(stages=(1,)), KeepBest(attention, (0.5,)))
     (row,) = compare(model, [Entry("a", "", AtBudgets(fast, Random()), False, is_timed=False)], batches())
@@ -203,6 +213,13 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "out" / "speeds.csv").is_file()
     quality = list(csv.DictReader((tmp_path / "out" / "qualities.csv").read_text().splitlines()))
     assert [row["method"] for row in quality] == list(dict.fromkeys(row["method"] for row in rows))
+
+
+def test_without_timing_there_is_quality_alone(tmp_path, capsys):
+    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.005", "--no-timing"]
+    assert main([*arguments, "--output", str(tmp_path), "--json"]) == 0
+    assert not any("speedup" in row for row in json.loads(capsys.readouterr().out))
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.csv", "qualities.csv", "frontier.png"}
 
 
 def test_dynamicvit_is_never_measured_on_what_it_learned(tmp_path, capsys):

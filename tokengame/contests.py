@@ -189,6 +189,8 @@ class Compare(OnImages):
     """of the policies"""
     budgets: bool = False
     """also let attention and chance choose as many tokens in each image as each policy did: not timed"""
+    timing: bool = True
+    """also time everybody, one method after the other, on the first batches"""
     holdout: float | None = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
     dynamicvit_updates: int = 0
@@ -217,6 +219,8 @@ class Compare(OnImages):
         entries = peers(model) + (dynamic_entries(model, dynamic) if dynamic is not None else [])
         for name, policy in policies.items():
             entries += policy_entries(model, name, policy, self.dials, self.budgets)
+        for entry in entries:
+            entry.is_timed &= self.timing
         tally = BadImages(len(held.names))
         watched = lambda timed: progress(timed, "timing", len(timed))  # noqa: E731
         rows = compare(model, entries, self._batches(model, held, tally), watched)
@@ -246,11 +250,13 @@ class Compare(OnImages):
         write_csv(rows, self.output / "compare.csv")
         quality, table = qualities(rows), speeds(rows)
         write_csv(quality, self.output / "qualities.csv")
-        write_csv(table, self.output / "speeds.csv")
         (self.output / "frontier.png").write_bytes(frontier_figure(rows))
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **AT_RATIOS})
-        show_rows(table)
-        files = "compare.csv, qualities.csv, speeds.csv and frontier.png"
-        console.print(f"wrote {self.output}/ {files}", markup=False, soft_wrap=True)
+        files = ["compare.csv", "qualities.csv", "frontier.png"]
+        if self.timing:
+            write_csv(table, self.output / "speeds.csv")
+            show_rows(table)
+            files.append("speeds.csv")
+        console.print(f"wrote {', '.join(files)} in {self.output}", markup=False, soft_wrap=True)

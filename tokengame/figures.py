@@ -146,6 +146,7 @@ def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
             style = {"ls": "--" if published else "-", "marker": "os^Dv"[number // 10], "color": f"C{number % 10}"}
             if points:
                 axes.plot(*zip(*points, strict=True), ms=4, label=method, **style)
+        axes.set_visible(bool(axes.lines))
         axes.set(xlabel=labels[x], ylabel=label, yscale=scale)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
