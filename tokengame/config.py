@@ -27,8 +27,7 @@ GAME_VERSION = 4
 @dataclass(frozen=True)
 class GameConfig:
     stages: tuple[int, ...] = ()
-    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced, in merge games one block
-    earlier, so that both transitions look at the same attention"""
+    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced"""
     stage_count: int = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
@@ -43,8 +42,8 @@ class GameConfig:
         """
         stages = self.stages
         if not stages:
-            count, merge = min(self.stage_count, depth), self.transition == "merge"
-            evenly = tuple(round(depth * (i + 1) / (count + 1)) - merge for i in range(count))
+            count = min(self.stage_count, depth)
+            evenly = tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
             stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
             wanted = f"give increasing numbers from 0 to {depth - 1}"
@@ -184,7 +183,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"transition": "merge"},
+        "game": {"stage_count": 5, "transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
         "reward": {"kind": "fidelity"},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it
