@@ -3,17 +3,14 @@
 import csv
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
 
+from tokengame.ablate import across_seeds
 from tokengame.console import show_rows
 
 tables = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
 rows = []
 for same in zip(*tables, strict=True):
     assert len({row["method"] for row in same}) == 1, "these files compare other methods"
-    row = {"method": same[0]["method"]}
-    for key in list(same[0])[1:]:
-        values = [float(other[key]) for other in same]
-        row[key] = f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-    rows.append(row)
+    figures = [{key: float(value) for key, value in row.items() if key != "method"} for row in same]
+    rows.append({"method": same[0]["method"]} | across_seeds(figures))
 show_rows(rows)

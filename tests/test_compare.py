@@ -161,14 +161,23 @@ def test_methods_meet_on_the_same_images(model):
     assert {row["method"] for row in rows if row["published"]} == {"ToMe", "EViT", "EViT, not fusing", "ATS"}
 
 
-def test_a_race_times_full_batches_and_the_faster_native(model, monkeypatch):
-    """A clock that ticks by the call: what is measured is who was called between two looks at it."""
-    batches, ticks = [IMAGES, IMAGES + 1], {"fused": 5.0, "written out": 3.0, "method": 1.5}
+def test_a_race_takes_turns_on_full_batches_dealt_anew(monkeypatch):
+    """Seconds by name; a batch of 3 and one of 4 give one full batch a round, and the first round does not count."""
+    called, seconds = [], {"fused": 5.0, "written out": 3.0, "method": 1.5}
+
+    def timed(_, call, images):
+        called.append((call, images.flatten().tolist()))
+        return None, seconds[call]
+
     monkeypatch.setattr("tokengame.compare.written_out", lambda _: "written out")
-    monkeypatch.setattr("tokengame.compare.timed", lambda _, call, images: (None, ticks[call]))
+    monkeypatch.setattr("tokengame.compare.timed", timed)
     monkeypatch.setattr("tokengame.compare.partial", lambda *_: "method")
-    found = race("fused", None, batches, rounds=3)
-    assert found == [(4, 3.0, 1.5)] * 6
+    numbers = torch.arange(7.0)
+    assert race("fused", None, [numbers[:3], numbers[3:]], rounds=2) == [(4, 3.0, 1.5)] * 2
+    assert len(called) == 9
+    assert [name for name, _ in called[::3]] == ["fused", "written out", "method"], "always the same one first"
+    assert len({tuple(images) for _, images in called}) == 3, "the same batches again"
+    assert all(len(set(images)) == 4 for _, images in called)
 
 
 def test_what_is_not_timed_has_no_speed(model):

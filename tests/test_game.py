@@ -1,5 +1,6 @@
 """The game on random decisions, and one test for each defect of the authors' published code (DESIGN: traps)."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,42 @@ def test_an_image_does_not_care_about_its_batch(transition):
         together = game.logits(game.play(images, Scripted(table)))
         alone = torch.cat([game.logits(game.play(images[b : b + 1], Scripted(table[:, b : b + 1]))) for b in range(5)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@torch.no_grad()
+def test_nobody_sees_padding(transition):
+    """Images with 1 to 16 living agents: each observes the same in the batch and alone."""
+    game = TokenGame(Backbone(MODELS[32, 32]), GameConfig(stages=(0, 1, 2), transition=transition))
+    images, table = torch.randn(5, 3, 32, 32), torch.randn(3, 5, 16)
+    table[0] += torch.tensor([-9.0, -0.5, 0.0, 0.5, 9.0])[:, None]
+
+    def played(some):
+        decide, state = Scripted(table[:, some]), game.reset(images[some])
+        for _ in range(2):
+            logits = decide(game.observe(state))
+            state = game.step(state, logits > 0, logits)
+        return game.observe(state)
+
+    together = played(slice(0, 5))
+    assert together.layout.counts[0] == 1 < together.layout.longest
+    for image in range(5):
+        alone, own = played(slice(image, image + 1)), together.scene == image
+        for found, expected in ((together.features[own], alone.features), (together.token[own], alone.token)):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+def test_gradients_flow_through_a_game(transition, model):
+    """To every weight, and the same as through the slow reference."""
+    backbone, images = Backbone(model.requires_grad_(True)), torch.randn(2, 3, 32, 32)
+    game, table = TokenGame(backbone, GameConfig(stages=(1, 2), transition=transition)), torch.randn(2, 2, 16)
+    reference = inspect.unwrap(masked_forward if transition == "drop" else merged_forward)  # of its `no_grad`
+    gradients = []
+    for logits in (game.logits(game.play(images, Scripted(table))), reference(backbone, (1, 2), images, table)):
+        gradients.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_contract_catches_a_game_that_only_masks(model):

@@ -15,6 +15,7 @@ from tokengame.config import TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.models import preprocessing_of
 from tokengame.policy import Policy, fingerprint, threshold
+from tokengame.runtime import SHIPPED
 from tokengame.session import Session
 from tokengame.train import Trainer
 
@@ -136,6 +137,13 @@ def test_a_bad_file_gets_one_clear_sentence(damage, path, tmp_path):
     with pytest.raises(TokenGameError, match=reasons.get(damage, "damaged")) as caught:
         Policy.load(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_policies_are_of_this_version(path):
+    policy = Policy.load(path)
+    assert policy.card["backbone"]["name"] == path.stem
+    assert len(policy.card["calibration"]) > 10
 
 
 def test_an_unknown_shipped_name_lists_what_there_is(model):

@@ -35,7 +35,7 @@ ATS_SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
 TIMED_BATCHES = 4
-"""full batches on which speed is measured"""
+"""batches on whose images speed is measured"""
 
 
 @dataclass
@@ -126,41 +126,43 @@ def compare(
 
 @torch.inference_mode()
 def _score(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> list[Tensor]:
-    """What all entries make of all batches; returns the images of some full ones."""
+    """What all entries make of all batches; returns the images of the first ones."""
     weight = next(model.parameters())
-    kept: list[Tensor] = []
+    first: list[Tensor] = []
     for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
         native = model(images).float()
         for entry in entries:
             end, logits = run(entry.runs, images)
             score(entry.scores, entry.runs, batch, native, logits.float(), end)
-        if len(kept) < TIMED_BATCHES and (not kept or len(images) == len(kept[0])):
-            kept.append(images)
-    return kept
+        first += [images] if len(first) < TIMED_BATCHES else []
+    return first
 
 
 @torch.inference_mode()
-def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2) -> list[tuple[int, float, float]]:
+def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 3) -> list[tuple[int, float, float]]:
     """Size, native and the method's seconds of each call; native is the faster of its two forms.
 
-    Three in turn, and no other methods between them: on CPUs each shape's kernels are made at its first call, and in
-    turns with dozens of others they are forgotten again. A first round on all batches is not counted.
+    The three alone, in turn: on CPUs each shape's kernels are made at its first call, and in turns with dozens of other
+    methods they are forgotten again. Every round deals the images into other batches, so that who keeps a different
+    number in every image meets other shapes each time, as in use. The first round is not counted.
     """
     calls: dict[str, Callable[[Tensor], Any]] = {
         "fused": model, "written out": written_out(model), "method": partial(run, method)
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    pool, size, order = torch.cat(batches), max(map(len, batches)), list(calls)
+    generator, sizes = torch.Generator().manual_seed(0), []
     for number in range(-1, rounds):
-        for images in batches:
+        dealt = pool[torch.randperm(len(pool), generator=generator).to(pool.device)].split(size)
+        for images in dealt[: max(1, len(pool) // size)]:
             for name in order:
                 seconds = timed(images.device, calls[name], images)[1]
                 if number >= 0:
                     times[name].append(seconds)
+            sizes += [len(images)] if number >= 0 else []
             order = order[1:] + order[:1]
     native = min((times["fused"], times["written out"]), key=median)
-    sizes = [len(images) for images in batches] * rounds
     return list(zip(sizes, native, times["method"], strict=True))
 
 

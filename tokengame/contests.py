@@ -190,7 +190,7 @@ class Compare(OnImages):
     budgets: bool = False
     """also let attention and chance choose as many tokens in each image as each policy did: not timed"""
     timing: bool = True
-    """also time everybody, one method after the other, on the first batches"""
+    """also time the methods, one after the other"""
     holdout: float | None = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
     dynamicvit_updates: int = 0
@@ -203,7 +203,7 @@ class Compare(OnImages):
     """folder for compare.csv, qualities.csv (at the same compute), speeds.csv (at the same agreement), frontier.png"""
 
     def run(self) -> list[dict[str, Any]]:
-        """Train what must be trained, measure everything in turn, draw."""
+        """Train what must be trained, measure, draw."""
         require_writable(self.output / "compare.csv")
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         needs = "DynamicViT must be trained on images that it is not measured on"
@@ -229,9 +229,9 @@ class Compare(OnImages):
         return rows
 
     def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
-        views = plain_views(source, preprocessing_of(model))
-        # on a CPU, decoding in other processes would take the cores from what is timed
-        loader = views.loader(self.batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
+        """In random order, so that the first ones, which speed is measured on, are like all."""
+        order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        loader = plain_views(source, preprocessing_of(model), order).loader(self.batch_size, self.workers)
         yield from progress(checked(loader, tally), "comparing", len(loader))
 
     def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:

@@ -150,7 +150,7 @@ class TokenGame:
     def _similarity(state: State, heads: Heads) -> Tensor:
         """Cosine of values; -1 to oneself, less to padding, who cannot absorb anybody.
 
-        Half of the numbers of each head: as good as all of them (docs/LOG.md), at half the cost.
+        Half of the numbers of each head, which have no order: as good as all of them (docs/LOG.md), at half the cost.
         """
         agents, half = state.agents, (heads.values.shape[2] + 1) // 2
         metric = F.normalize(heads.values[..., :half].flatten(1), dim=1)
@@ -196,7 +196,8 @@ class TokenGame:
     def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and sizes of the survivors `rows`, every leaving agent's row added to its most similar survivor's.
 
-        In at least float32 whatever the network computes in: many small rows may meet in one.
+        A sum is then given the length of the longest row in it. In at least float32 whatever the network computes in:
+        many small rows may meet in one.
         """
         leaving, target = self._pair(state, keep, state.layout.rows - len(rows))
         leaving_rows, target_rows = state.agent_rows.index_select(0, leaving), state.agent_rows.index_select(0, target)
@@ -204,12 +205,14 @@ class TokenGame:
         dtype = torch.promote_types(state.x.dtype, torch.float32)
         x, absorbed = (state.x.index_select(0, some).to(dtype) for some in (rows, leaving_rows))
         size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
-        longest = x.norm(dim=1).scatter_reduce(0, survivor, absorbed.norm(dim=1), "amax")
+        length = torch.linalg.vector_norm(state.x, dim=1, dtype=dtype)
+        longest, others = length.index_select(0, rows), length.index_select(0, leaving_rows)
+        longest = longest.scatter_reduce(0, survivor, others, "amax")
         if state.size is not None:
             size, gone = state.size.index_select(0, rows), state.size.index_select(0, leaving_rows)
             x, absorbed = x.mul_(size[:, None]), absorbed.mul_(gone[:, None])
         x = x.index_add_(0, survivor, absorbed)
-        x = x.mul_((longest / x.norm(dim=1).clamp_(min=1e-12))[:, None])
+        x = x * (longest / x.norm(dim=1).clamp(min=1e-12))[:, None]
         return x.to(state.x.dtype), size.index_add(0, survivor, gone)
 
     @staticmethod

@@ -49,7 +49,7 @@ def masked_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
     for index, block in enumerate(model.blocks):
         if index in stages:
             alive[:, prefix:] = history[stages.index(index)]
-        x = block(x, attn_mask=alive[:, None, None, :])
+        x = block(x, attn_mask=alive[:, None, None, :].clone())
     x = model.norm(x)
     return torch.cat([model.forward_head(x[b : b + 1, alive[b]]) for b in range(len(x))])
 
@@ -84,18 +84,19 @@ def _values(block, x: Tensor) -> Tensor:
 
 def _merge_one_by_one(x: Tensor, size: Tensor, values: Tensor, agents: list[int], kept: list[int], prefix: int):
     row = {agent: prefix + place for place, agent in enumerate(agents)}
-    total, mass, longest = x * size[:, None], size.clone(), x.norm(dim=1)
+    total, mass, longest = x * size[:, None], size.clone(), list(x.norm(dim=1))
     for agent in agents:
         if agent in kept:
             continue
-        similar = [float(F.cosine_similarity(values[row[agent]], values[row[k]], dim=0)) for k in kept]
+        similar = [float(F.cosine_similarity(values[row[agent]], values[row[k]], dim=0).detach()) for k in kept]
         keeper = row[kept[similar.index(max(similar))]]
         total[keeper] += x[row[agent]] * size[row[agent]]
         mass[keeper] += size[row[agent]]
         longest[keeper] = max(longest[keeper], x[row[agent]].norm())
     rows = [*range(prefix), *(row[k] for k in kept)]
     mean = total[rows] / mass[rows, None]
-    return mean / mean.norm(dim=1, keepdim=True) * longest[rows, None], mass[rows]
+    stretched = mean / mean.norm(dim=1, keepdim=True) * torch.stack([longest[row] for row in rows])[:, None]
+    return stretched, mass[rows]
 
 
 def _weighted_head(backbone: Backbone, x: Tensor, size: Tensor) -> Tensor:
