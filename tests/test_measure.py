@@ -10,7 +10,7 @@ from tokengame.backbone import Backbone
 from tokengame.cli import finite
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
-from tokengame.evaluate import Scores
+from tokengame.evaluate import Scores, faster_native
 from tokengame.figures import overlay, stack, strip
 from tokengame.forced import SPREAD, ForcedKeep, forced_model
 from tokengame.game import TokenGame
@@ -154,3 +154,17 @@ def test_item_recall_by_hand():
 
 def test_json_holds_no_nan():
     assert finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {"a": [1.0, None], "b": {"c": None}}
+
+
+@pytest.mark.parametrize(("fused", "written", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "written")])
+def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatch):
+    seconds = {True: fused, False: written}
+    monkeypatch.setattr(
+        "tokengame.evaluate.timed", lambda _, form, images: (None, seconds[form.blocks[0].attn.fused_attn])
+    )
+    images = torch.randn(2, 3, 32, 32)
+    found = faster_native(model, images)
+    assert found.blocks[0].attn.fused_attn == (expected == "fused")
+    torch.testing.assert_close(found(images), model(images), atol=1e-5, rtol=1e-4)
+    assert model.blocks[0].attn.fused_attn, "the model itself was changed"
+    assert next(found.parameters()).data_ptr() == next(model.parameters()).data_ptr(), "the weights were copied"

@@ -24,6 +24,7 @@ from tokengame.attention import padded_attention
 from tokengame.baselines import ToMe, tome_at
 from tokengame.config import GameConfig
 from tokengame.errors import first_line
+from tokengame.evaluate import written_out
 from tokengame.forced import ForcedKeep, forced_model
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.runtime import PrunedViT
@@ -141,14 +142,6 @@ UNPRUNED: Name = ("unpruned", "tuned")
 
 def _fastest(times: dict[Name, list[float]], side: str) -> Name:
     return min((name for name in times if name[0] == side), key=lambda name: statistics.median(times[name]))
-
-
-def written_out(model: Any) -> Any:
-    """`model` with attention as two products and a softmax, on some processors faster; the same weights in memory."""
-    written = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for block in written.blocks:
-        block.attn.fused_attn = False
-    return written
 
 
 def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None) -> Variants:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe
-from tokengame.bench import written_out
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, pruned_by
-from tokengame.evaluate import Method, Scores, at_ratios, run, score, timed
+from tokengame.evaluate import Method, Scores, at_ratios, run, score, timed, written_out
 from tokengame.heuristics import AtBudgets, KeepBest, Random, attention
 from tokengame.policy import Policy
 from tokengame.runtime import by_rule, prune
@@ -116,7 +115,8 @@ def compare(
         fused and written-out attention.
     """
     images = _score(model, entries, batches)
-    for entry in track([entry for entry in entries if entry.is_timed]):
+    timed_ones = [entry for entry in entries if entry.is_timed]
+    for entry in track(timed_ones) if timed_ones else ():
         entry.scores.seconds = race(model, entry.runs, images)
     return [
         {"method": entry.method, "setting": entry.setting, "published": entry.published} | entry.scores.summary()

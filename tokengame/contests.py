@@ -255,6 +255,7 @@ class Compare(OnImages):
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **AT_RATIOS})
         files = ["compare.csv", "qualities.csv", "frontier.png"]
+        (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
         if self.timing:
             write_csv(table, self.output / "speeds.csv")
             show_rows(table)
