@@ -159,9 +159,7 @@ def test_json_holds_no_nan():
 @pytest.mark.parametrize(("fused", "written", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "written")])
 def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatch):
     seconds = {True: fused, False: written}
-    monkeypatch.setattr(
-        "tokengame.evaluate.timed", lambda _, form, images: (None, seconds[form.blocks[0].attn.fused_attn])
-    )
+    monkeypatch.setattr("tokengame.evaluate.timed", lambda _, form, __: (None, seconds[form.blocks[0].attn.fused_attn]))
     images = torch.randn(2, 3, 32, 32)
     found = faster_native(model, images)
     assert found.blocks[0].attn.fused_attn == (expected == "fused")
