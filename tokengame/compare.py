@@ -33,7 +33,7 @@ ATS_SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
 """points at which ATS inverts the distribution, relative to the number of tokens"""
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
-TIMED_BATCHES = 4
+TIMED_BATCHES = 3
 """batches on whose images speed is measured"""
 
 
@@ -140,7 +140,7 @@ def _score(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> 
 
 
 @torch.inference_mode()
-def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 3) -> list[tuple[int, float, float]]:
+def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2) -> list[tuple[int, float, float]]:
     """Size, native and the method's seconds of each call; native is the faster of its two forms.
 
     The three alone, in turn: on CPUs each shape's kernels are made at its first call, and in turns with dozens of other
