@@ -1,4 +1,7 @@
-"""Mean and standard deviation over several `compare` runs: python runs/mean_of.py build/seeds/*/qualities.csv"""
+"""Mean ± standard deviation over several `compare` runs: python runs/mean_of.py build/seeds/*/qualities.csv
+
+Runs in which a method does not reach a compute are left out of its mean there; "-" where none does.
+"""
 
 import csv
 import sys
@@ -9,8 +12,13 @@ from tokengame.console import show_rows
 
 tables = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
 rows = []
+if not tables or len({tuple(row["method"] for row in table) for table in tables}) != 1:
+    sys.exit("give the qualities.csv of several `compare` runs with the same methods")
 for same in zip(*tables, strict=True):
-    assert len({row["method"] for row in same}) == 1, "these files compare other methods"
     figures = [{key: float(value) for key, value in row.items() if key != "method"} for row in same]
-    rows.append({"method": same[0]["method"]} | across_seeds(figures))
+    found = across_seeds(figures)
+    cells = {}
+    for key in figures[0]:
+        cells[key] = f"{found[key]:.3f} ± {found[f'{key}_std']:.3f}" if found[f"{key}_seeds"] else "-"
+    rows.append({"method": same[0]["method"]} | cells)
 show_rows(rows)

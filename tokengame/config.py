@@ -31,8 +31,8 @@ class GameConfig:
     stage_count: int = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
-    """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it,
-    after the block's attention and before its MLP"""
+    """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it
+    and keeps the greater length of the two, after the block's attention and before its MLP"""
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.
