@@ -9,7 +9,7 @@ import tokengame
 PACKAGE = Path(tokengame.__file__).parent
 LEVELS = [
     {"errors", "scenes"},
-    {"config", "ops", "promise"},
+    {"config", "ops", "promise", "ranks"},
     {"attention", "models"},
     {"backbone", "images"},
     {"state", "data"},
@@ -18,11 +18,12 @@ LEVELS = [
     {"policy", "macs", "compiled", "grid"},
     {"train", "runtime", "baselines"},
     {"evaluate", "anatomy", "figures", "forced", "heuristics"},
-    {"bench", "dynamicvit"},
-    {"compare", "ablate"},
-    {"session", "report", "console"},
+    {"bench", "dynamicvit", "gallery", "finetune", "sweep"},
+    {"compare", "ablate", "rundir"},
+    {"loop", "report", "console"},
+    {"session"},
     {"commands"},
-    {"quickstart", "contests"},
+    {"quickstart", "contests", "pictures", "paper"},
     {"cli"},
 ]
 

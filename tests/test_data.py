@@ -147,6 +147,59 @@ def test_many_bad_images_are_an_error(folder):
         batches(open_images(str(folder)))
 
 
+def test_in_learning_another_image_stands_in_for_a_bad_one(folder):
+    spoil(folder, 1)
+    source = open_images(str(folder))
+    bad = source.names.index("cat/bad0.jpg")
+    views = Views(source, [0, bad, 1], transform_for(PREPROCESSING, train=True), seed=0)
+    index, image, reasons = views[1]
+    assert (index, image.shape) == (bad + 1, (3, 16, 16))
+    assert [name for name, _ in reasons] == ["cat/bad0.jpg"]
+    (batch,) = views.loader(3, 0)
+    assert batch.index.tolist() == [0, bad + 1, 1]
+
+
+def as_shards(folder, names, labels=None):
+    """Tars of one class folder each, in WebDataset's manner: an image and its .cls side by side."""
+    for number, name in enumerate(names):
+        with tarfile.open(folder.parent / f"shard-{number:03}.tar", "w") as archive:
+            for path in sorted((folder / name).iterdir()):
+                archive.add(path, arcname=f"{name}{path.stem}.png")
+                if labels is not None:
+                    info = tarfile.TarInfo(f"{name}{path.stem}.cls")
+                    info.size = len(labels[number])
+                    archive.addfile(info, io.BytesIO(labels[number].encode()))
+
+
+def test_shards_hold_the_same_as_the_folder(folder):
+    as_shards(folder, ["cat", "dog", "owl"], ["0", "1", "2"])
+    plain = open_images(str(folder))
+    label_images(plain, None, 3)
+    for pattern in ("shard-{000..002}.tar", "shard-*.tar"):
+        source = open_images(str(folder.parent / pattern))
+        label_images(source, None, 3)
+        assert source.labels == plain.labels
+        one, two = (torch.cat([b.images for b in batches(s)[0]]) for s in (plain, source))
+        assert torch.equal(one, two)
+    with pytest.raises(TokenGameError, match="not class indices below 2"):
+        label_images(source, None, 2)
+
+
+def test_shards_that_are_missing_or_mislabelled_are_named(folder):
+    as_shards(folder, ["cat"], ["feline"])
+    with pytest.raises(TokenGameError, match=r"no tar file at .*shard-001.tar, which .* asks for"):
+        open_images(str(folder.parent / "shard-{000..001}.tar"))
+    with pytest.raises(TokenGameError, match="no tar file at"):
+        open_images(str(folder.parent / "other-*.tar"))
+    with pytest.raises(TokenGameError, match=r"cat0.cls in .*shard-000.tar holds no class index but b'feline'"):
+        open_images(str(folder.parent / "shard-{000..000}.tar"))
+
+
+def test_unknown_augmentation_is_said():
+    with pytest.raises(TokenGameError, match="timm makes no augmentation"):
+        transform_for(PREPROCESSING, train=True, augment={"auto_augment": "magic-m9"})
+
+
 def test_split_is_seeded_whole_and_disjoint(folder):
     source = open_images(str(folder))
     learn, held = split_images(source, 0.3, seed=5)
@@ -159,7 +212,7 @@ def test_views_repeat_exactly_and_can_start_in_the_middle(folder):
     source, order = open_images(str(folder)), [3, 1, 4, 1, 5, 9]
     transform = transform_for(PREPROCESSING, train=True)
     whole = [Views(source, order, transform, seed=7)[k][1] for k in range(6)]
-    again = [Views(source, order, transform, seed=7, start=2)[k][1] for k in range(4)]
+    again = [Views(source, order, transform, seed=7, places=range(2, 6))[k][1] for k in range(4)]
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], again, strict=True))
     assert not torch.equal(whole[1], whole[3]), "the same image is cropped differently each time"
 

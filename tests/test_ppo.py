@@ -165,8 +165,9 @@ def play_toy(actor, critic, generator, sign=1.0, gamma=1.0):
     advantages, returns = gae(torch.stack(rewards), torch.stack(values), acting, torch.stack(ends), gamma, 0.95)
     advantages = normalise(advantages, acting)
     seen = Cards(torch.cat([c.seen for c in cards]))
-    scene = (torch.arange(2)[:, None, None] * 64 + torch.arange(64)[:, None]).expand(2, 64, 12)[acting]
-    return Experience(seen, torch.cat(action), torch.cat(old), advantages[acting], returns[acting], scene)
+    place = torch.arange(2 * 64 * 12).view(2, 64, 12)[acting]
+    advantages, returns = advantages[acting], returns[acting]
+    return Experience(seen, torch.cat(action), torch.cat(old), advantages, returns, place, 2 * 64 * 12, 12)
 
 
 def solve_toy(seed=0, agents="tokens", **changes):
@@ -221,7 +222,7 @@ def experience_of(seed=0, rows=50):
     return (
         actor,
         critic,
-        Experience(cards, action, log_prob(logits, action), advantage, returns, torch.arange(rows) // 10),
+        Experience(cards, action, log_prob(logits, action), advantage, returns, torch.arange(rows), rows, 10),
     )
 
 

@@ -1,6 +1,8 @@
 """A training run on disk: same seed same policy, resumable, nothing half-written, and it learns."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from tokengame.config import PRESETS, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.images import FolderImages
-from tokengame.session import Session, require_writable
+from tokengame.rundir import require_writable
+from tokengame.session import Session
 from tokengame.train import training_dtype
 
 SMALL = {"updates": 4, "batch_size": 4, "dtype": "float32", "game": {"stages": (1, 2)}}
@@ -41,11 +44,11 @@ def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, t
     fast = session.finish(source)
     assert not torch.equal(before, weights_of(session))
     assert fast(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-    lines = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (session.log.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
     standard = {"policy", "value", "entropy", "approx_kl", "clipfrac", "explained_variance"}
     assert {f"losses/{name}" for name in standard} <= set(lines[0])
-    assert list(session.log_dir.glob("events.*")), "TensorBoard"
+    assert list(session.log.path.glob("events.*")), "TensorBoard"
     assert {"dial", "gmacs_ratio", "gmacs", "keep", "agreement", "drop_pp", "drop_pp_bound95"} <= set(
         fast.card["calibration"][0]
     )
@@ -59,27 +62,30 @@ def test_same_seed_same_policy(model, source, tmp_path):
     assert torch.equal(*map(weights_of, runs))
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(model, source, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(number, model, source, tmp_path):
     whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))
     whole.run()
 
     steer = part.trainer.controller.update
 
     def interrupt(kl):
-        """In the middle of the third update, networks already stepped."""
-        if part.trainer.updates == 2:
-            raise KeyboardInterrupt
+        """In the middle of the second update, networks already stepped; it is finished and saved."""
+        if part.trainer.updates == 1:
+            os.kill(os.getpid(), number)
         steer(kl)
 
     part.trainer.controller.update = interrupt
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
         part.run()
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     resumed = session_for(model, source, tmp_path / "part", resume=True)
     assert resumed.trainer.updates == 2
     resumed.run()
     assert torch.equal(weights_of(whole), weights_of(resumed))
     losses = [
-        [json.loads(line)["losses/policy"] for line in (run.log_dir / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line)["losses/policy"] for line in (run.log.path / "metrics.jsonl").read_text().splitlines()]
         for run in (whole, resumed)
     ]
     assert losses[0] == losses[1]
@@ -115,7 +121,7 @@ def test_share_learns_to_prune_when_staying_costs_and_to_stay_when_it_pays(model
         ppo = {"lr": 3e-3, "entropy": 0.0}
         session = session_for(model, source, tmp_path / name, "rl4evit", updates=25, reward=reward, ppo=ppo)
         session.run()
-        kept[name] = session.metrics["game/kept_1"]
+        kept[name] = session.loop.metrics["game/kept_1"]
     assert kept["cost"] < 0.15 < 0.6 < kept["gain"]
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
 import tyro
 from rich.markup import escape
 
-from tokengame.commands import Calibrate, Eval, Show, Train
+from tokengame.commands import Calibrate, Eval, Train
 from tokengame.config import TrainConfig
 from tokengame.console import console
 from tokengame.contests import Ablate, Bench, Compare
 from tokengame.errors import TokenGameError
+from tokengame.paper import Finetune, Sweep
+from tokengame.pictures import Show
 from tokengame.quickstart import Quickstart, short
 
 EXAMPLES: dict[type, tuple[str, str]] = {
@@ -42,7 +48,20 @@ EXAMPLES: dict[type, tuple[str, str]] = {
     Show: (
         "show",
         "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --count 6\n"
-        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --pick extremes",
+        "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --pick extremes "
+        "--dynamicvit-updates 200 --output gallery.html",
+    ),
+    Sweep: (
+        "sweep",
+        "tokengame sweep --backbone fashion --images fashion\n"
+        "tokengame sweep --backbone deit_small_patch16_224 --images train/ --ratios 40 80 120 160 --updates 1000",
+    ),
+    Finetune: (
+        "finetune",
+        "tokengame finetune --backbone vit_small_patch16_224 --images train/ --policy policy.safetensors "
+        "--output tuned --gmacs-ratio 0.55\n"
+        "tokengame finetune --backbone deit_base_patch16_224 --images train/ --policy policy.safetensors "
+        "--labels 1 --distill 0 --aa rand-m9-mstd0.5-inc1 --ema 0.999",
     ),
     Bench: (
         "bench",
@@ -66,9 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it did its work, 2 after a sentence on bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminable():
             warnings.showwarning = _warn
             command = parse(arguments)
+            console.quiet = not command.ranks.main
             result = command.run()
     except TokenGameError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -76,9 +96,23 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is on disk")
         return 130
-    if command.json:
+    command.ranks.leave()
+    if command.json and command.ranks.main:
         print(json.dumps(finite(result), allow_nan=False))
     return 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does: what is finished is saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finite(value: Any) -> Any:
@@ -106,6 +140,7 @@ def parse(arguments: list[str]) -> Any:
             Train: Train(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
             Quickstart: Quickstart(config=short(named[-1])),
             Ablate: Ablate(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
+            Sweep: Sweep(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
         }
     subcommands = tuple(
         Annotated[

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,17 +16,18 @@ from tokengame.attention import ruled_attention
 from tokengame.backbone import Backbone
 from tokengame.config import TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table
-from tokengame.data import BadImages, Batch, checked, plain_views
+from tokengame.data import BadImages, checked, plain_views
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, calibrate, evaluate
-from tokengame.figures import denormalise, png, stack, strip
-from tokengame.images import ImageSource, Subset, label_images, open_images, split_images
-from tokengame.macs import native_macs, pruned_macs
+from tokengame.images import ImageSource, label_images, open_images, split_images
+from tokengame.loop import projection
 from tokengame.models import load_model, preprocessing_of
 from tokengame.policy import Policy, fingerprint
+from tokengame.ranks import Ranks, join, place_of
 from tokengame.report import table, verdict
+from tokengame.rundir import require_writable
 from tokengame.runtime import PrunedViT, find_policy, prune
-from tokengame.session import Session, require_writable
+from tokengame.session import Session
 
 
 @dataclass(kw_only=True)
@@ -45,8 +48,17 @@ class Common:
         except (RuntimeError, AssertionError) as error:
             raise TokenGameError(f"no device {self.device!r} here ({first_line(error)})") from None
 
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The processes that run this command together, one where no launcher started them."""
+        return join(self._kind)
+
     @property
     def torch_device(self) -> str:
+        return place_of(self.ranks, self._kind)
+
+    @property
+    def _kind(self) -> str:
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
 
@@ -75,15 +87,21 @@ class OnImages(Common):
         label_images(source, self.class_map, Backbone(model).model.num_classes)
         return model, source
 
-    def measure(self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any]) -> Scores:
-        """Native beside pruned on all images of `source`."""
-        tally = BadImages(len(source.names))
-        views = plain_views(source, preprocessing)
+    def measure(
+        self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],
+        reference: nn.Module | None = None,
+    ) -> Scores:  # fmt: skip
+        """Native beside pruned on all images of `source`, each process on its part."""
+        own = range(self.ranks.rank, len(source.names), self.ranks.size)
+        tally, views = BadImages(len(source.names)), plain_views(source, preprocessing, own)
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
-        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)))
+        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference)
+        parts = self.ranks.gather((scores, list(tally.reasons.items())))
+        for _, bad in parts[1:]:
+            tally.add(bad)
         report_bad(tally)
-        return scores
+        return Scores.joined([part for part, _ in parts])
 
 
 CALIBRATION_HEADINGS = {
@@ -117,6 +135,10 @@ class Train(OnImages):
     """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
     resume: bool = False
     """go on from the checkpoint in NAME_log"""
+    checkpoint_every: int = 50
+    """updates between checkpoints"""
+    dry_run: bool = False
+    """load everything, do two updates of 32 images, say how long it would take and how much memory; keep nothing"""
     split: str = "train"
     """of a Hugging Face data set"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
@@ -125,20 +147,36 @@ class Train(OnImages):
 
     def run(self) -> dict[str, Any]:
         """Train, calibrate, validate."""
-        require_writable(self.output)
         model, source = self.load()
         learn, validate = split_images(source, self.holdout, self.seed)
-        session = Session(
-            model, self.backbone, self.config, learn, self.output,
-            seed=self.seed, device=self.torch_device, resume=self.resume, workers=self.workers,
-        )  # fmt: skip
-        session.run(progress)
-        fast = session.finish(validate, progress, self.gmacs_ratio)
-        report_bad(session.tally)
-        scores = self.measure(fast, validate, self.config.batch_size, session.preprocessing)
+        if self.dry_run:
+            return self._rehearse(model, learn)
+        session = self._session(model, learn, self.config, self.output)
+        session.run(progress, self.checkpoint_every)
+        if self.ranks.main:
+            session.finish(validate, progress, self.gmacs_ratio)
+            report_bad(session.loop.tally)
+        self.ranks.wait()
+        fast = prune(model, Policy.load(self.output))
+        scores = self.measure(fast, validate, 32, session.preprocessing)
         result = {**session.result(), **scores.summary(), "dial": fast.dial}
         show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
         console.print(verdict(result))
+        return result
+
+    def _session(self, model: nn.Module, learn: ImageSource, config: TrainConfig, output: Path) -> Session:
+        return Session(
+            model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=self.resume,
+            workers=self.workers, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _rehearse(self, model: nn.Module, learn: ImageSource) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            config = replace(self.config, updates=2, batch_size=min(self.config.batch_size, 32))
+            session = self._session(model, learn, config, Path(folder) / "policy.safetensors")
+            session.run(progress)
+            result = projection(session.loop, self.config.updates * self.config.batch_size)
+        show_rows([result])
         return result
 
 
@@ -215,68 +253,3 @@ class Calibrate(OnImages):
         show_rows(policy.card["calibration"], CALIBRATION_HEADINGS)
         console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
         return policy.card["calibration"]
-
-
-@dataclass(kw_only=True)
-class Show(OnImages):
-    """Pictures of the tokens kept, stage by stage."""
-
-    policy: str
-    """policy file, or the name of a shipped one"""
-    output: Path = Path("tokens.png")
-    """PNG of one strip per image"""
-    count: int = 8
-    """how many images"""
-    pick: Literal["random", "extremes"] = "random"
-    """random: by the seed. extremes: the images that kept the least compute, then those that kept the most"""
-    dial: float | None = None
-    """between 0 and 1; default is the policy's recommendation"""
-    side: int = 160
-    """height of a panel in pixels"""
-
-    def run(self) -> dict[str, Any]:
-        """Draw."""
-        require_writable(self.output)
-        model, source = self.load()
-        fast = prune(model, self.policy, self.dial)
-        preprocessing = preprocessing_of(model)
-        chosen = Subset(source, self._picked(fast, source, preprocessing))
-        views = plain_views(chosen, preprocessing)
-        tally = BadImages(10**9)
-        strips = []
-        for batch in progress(checked(views.loader(16, self.workers), tally), "drawing", -(-len(chosen.names) // 16)):
-            strips += draw_strips(fast, batch, preprocessing, self.side)
-        report_bad(tally)
-        if not strips:
-            raise TokenGameError(f"none of the {len(chosen.names)} images picked can be read; see the reasons above")
-        self.output.write_bytes(png(stack(strips)))
-        console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
-        return {"files": [str(self.output)]}
-
-    def _picked(self, fast: PrunedViT, source: ImageSource, preprocessing: dict[str, Any]) -> list[int]:
-        if self.pick == "random":
-            order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            return order[: self.count]
-        scores = self.measure(fast, source, 32, preprocessing)
-        order = [scores.index[place] for place in torch.tensor(scores.macs).argsort().tolist()]
-        count = min(self.count, len(order))
-        return order[: count - count // 2] + order[len(order) - count // 2 :]
-
-
-@torch.inference_mode()
-def draw_strips(fast: PrunedViT, batch: Batch, preprocessing: dict[str, Any], side: int) -> list[Any]:
-    """One strip per image: input with the share of the compute it took, and what is left after each stage."""
-    weight = next(fast.model.parameters())
-    images = batch.images.to(weight.device, weight.dtype)
-    alive = fast.trace(images).cpu().numpy()  # [T, B, N]
-    game = fast.game
-    rows, columns = (s // p for s, p in zip(images.shape[2:], game.backbone.patch_size, strict=True))
-    strips = []
-    kept, total = torch.from_numpy(alive.sum(2)), alive.shape[2]
-    native, macs = native_macs(game.backbone, total), pruned_macs(game, fast.actor, kept, total)
-    for number, pixels in enumerate(denormalise(images, preprocessing)):
-        shares = alive[:, number].mean(1)
-        compute = f"compute {float(macs[number]) / native:.0%}"
-        captions = [compute, *(f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True))]
-        strips.append(strip(pixels, alive[:, number], (rows, columns), captions, side))
-    return strips

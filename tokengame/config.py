@@ -161,6 +161,44 @@ class TrainConfig:
         return merge(TrainConfig(preset=name), PRESETS[name])
 
 
+@dataclass(frozen=True)
+class FinetuneConfig:
+    updates: int = 500
+    """optimiser steps"""
+    batch_size: int = 32
+    """images per update"""
+    distill: float = 1.0
+    """weight of KL(native || pruned)"""
+    labels: float = 0.0
+    """weight of the cross-entropy with the labels; the paper's fine-tuning: 1, with distill 0"""
+    opt: str = "adamw"
+    """timm's name of the optimiser"""
+    lr: float = 2e-5
+    """step size at its highest"""
+    weight_decay: float = 0.01
+    """of matrices; biases and norms have none"""
+    sched: str = "cosine"
+    """timm's name of the schedule, which runs over all updates"""
+    warmup: float = 0.05
+    """share of the updates in which the step size rises"""
+    max_grad_norm: float = 1.0
+    """gradient norm is clipped to this"""
+    ema: float | None = None
+    """decay of timm's moving average of the weights, which then is what is kept; e.g. 0.999"""
+    aa: str | None = None
+    """timm's name of an auto-augmentation, e.g. rand-m9-mstd0.5-inc1"""
+    reprob: float = 0.0
+    """chance of timm's random erasing"""
+    crop: float = 0.6
+    """smallest share of an image that a random crop shows"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what is computed in; weights stay float32; auto: bfloat16 where the device computes in it"""
+
+    def __post_init__(self) -> None:
+        require(min(self.updates, self.batch_size) >= 1, "updates and batch_size must be at least 1")
+        require(min(self.distill, self.labels) >= 0 < self.distill + self.labels, "give distill or labels a weight")
+
+
 def require(holds: bool, sentence: str) -> None:
     """Raise TokenGameError with `sentence` unless `holds`."""
     if not holds:

@@ -44,6 +44,11 @@ def progress(iterable: Iterable, description: str, total: int) -> Iterable:
             bar.advance(task)
 
 
+def named(name: str, iterable: Iterable, description: str, total: int) -> Iterable:
+    """`progress` of one of several like tasks."""
+    return progress(iterable, f"{name}: {description}", total)
+
+
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Two columns, label and value."""
     grid = Table(title=title, show_header=False, title_justify="left")

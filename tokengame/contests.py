@@ -18,16 +18,18 @@ from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
 from tokengame.commands import Common, OnImages, report_bad
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
-from tokengame.console import console, progress, show_rows, steps
-from tokengame.data import BadImages, Batch, Views, checked, plain_views, transform_for
+from tokengame.console import console, named, progress, show_rows, steps
+from tokengame.data import BadImages, Batch, Epochs, Views, checked, plain_views, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
 from tokengame.evaluate import CALIBRATION_DIALS, RATIOS
 from tokengame.figures import frontier_figure
 from tokengame.images import ImageSource, split_images
 from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
 from tokengame.policy import Policy
+from tokengame.report import markdown, paper_rows
+from tokengame.rundir import require_writable
 from tokengame.runtime import find_policy, prune
-from tokengame.session import Session, require_writable
+from tokengame.session import Session, learned
 
 BENCH_HEADINGS = {
     "dtype": "format",
@@ -144,15 +146,9 @@ class Ablate(OnImages):
         return rows
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
-        path, done = self.output / f"{name}.safetensors", self.output / f"{name}.run"
-        session = Session(
-            model, self.backbone, config, learn, path, seed=seed, device=self.torch_device, workers=self.workers
-        )
-        if not (done.is_file() and path.is_file() and done.read_text() == session.identity):
-            session.run(partial(_named, f"{name}:"))
-            session.policy([]).save(path)
-            done.write_text(session.identity)
-        return Policy.load(path)
+        path, device = self.output / f"{name}.safetensors", self.torch_device
+        session = Session(model, self.backbone, config, learn, path, seed=seed, device=device, workers=self.workers)
+        return learned(session, partial(named, name))
 
     @staticmethod
     def _dials() -> tuple[float, ...]:
@@ -162,10 +158,6 @@ class Ablate(OnImages):
         views = plain_views(source, preprocessing_of(model))
         loader = views.loader(32, self.workers)
         yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))
-
-
-def _named(name: str, iterable: Any, description: str, total: int) -> Any:
-    return progress(iterable, f"{name} {description}", total)
 
 
 COMPARE_HEADINGS = {
@@ -184,7 +176,8 @@ class Compare(OnImages):
     """Every method over its range of settings: same native model, images, number format, kernels and timing."""
 
     policies: tuple[str, ...] = ()
-    """policy files or names of shipped ones; each is run over its dials"""
+    """policy files or names of shipped ones; each is run over its dials, one made by `finetune` on the tuned weights
+    beside it"""
     dials: tuple[float, ...] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
     """of the policies"""
     budgets: bool = False
@@ -200,7 +193,8 @@ class Compare(OnImages):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what all models compute in"""
     output: Path = Path("compare")
-    """folder for compare.csv, qualities.csv (at the same compute), speeds.csv (at the same agreement), frontier.png"""
+    """folder for compare.csv, table.csv and table.md (the paper's layout), qualities.csv (at the same compute),
+    speeds.csv (at the same agreement), frontier.png"""
 
     def run(self) -> list[dict[str, Any]]:
         """Train what must be trained, measure, draw."""
@@ -208,17 +202,20 @@ class Compare(OnImages):
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         needs = "DynamicViT must be trained on images that it is not measured on"
         require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
-        names = [Path(path).stem for path in self.policies]
+        policies = [Policy.load(find_policy(path)) for path in self.policies]
+        names = [
+            Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(self.policies, policies, strict=True)
+        ]
         require(len(set(names)) == len(names), f"policies are told apart by file name, and these are not: {names}")
-        policies = {name: Policy.load(find_policy(path)) for name, path in zip(names, self.policies, strict=True)}
         model, source = self.load()
         learn, held = (source, source) if self.holdout is None else split_images(source, self.holdout, self.seed)
         model.requires_grad_(False)
         dynamic = self._train(model, learn) if self.dynamicvit_updates else None
         model.to(getattr(torch, self.dtype))
         entries = peers(model) + (dynamic_entries(model, dynamic) if dynamic is not None else [])
-        for name, policy in policies.items():
-            entries += policy_entries(model, name, policy, self.dials, self.budgets)
+        for name, policy, path in zip(names, policies, self.policies, strict=True):
+            own = self._backbone_of(model, policy, Path(path).parent)
+            entries += policy_entries(own, name, policy, self.dials, self.budgets)
         for entry in entries:
             entry.is_timed &= self.timing
         tally = BadImages(len(held.names))
@@ -228,6 +225,13 @@ class Compare(OnImages):
         self._write(rows)
         return rows
 
+    def _backbone_of(self, model: nn.Module, policy: Policy, folder: Path) -> nn.Module:
+        """The weights that the policy belongs to: those that `finetune` wrote beside it, or the native ones."""
+        if not _is_tuned(policy):
+            return model
+        weights = self.place(load_model(self.backbone, str(folder / policy.card["backbone"]["weights"])))
+        return weights.requires_grad_(False).to(getattr(torch, self.dtype))
+
     def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
         """In random order, so that the first ones, which speed is measured on, are like all."""
         order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -236,11 +240,7 @@ class Compare(OnImages):
 
     def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:
         count = self.dynamicvit_updates
-        wanted, generator = count * self.batch_size, torch.Generator().manual_seed(self.seed)
-        epochs = [
-            torch.randperm(len(source.names), generator=generator) for _ in range(wanted // len(source.names) + 1)
-        ]
-        order = torch.cat(epochs)[:wanted].tolist()
+        order = Epochs(len(source.names), count * self.batch_size, self.seed)
         transform = transform_for(preprocessing_of(model), train=True)
         loader = Views(source, order, transform, self.seed).loader(self.batch_size, self.workers)
         batches = progress(checked(loader, BadImages(len(source.names))), "training DynamicViT", count)
@@ -248,16 +248,22 @@ class Compare(OnImages):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_csv(rows, self.output / "compare.csv")
-        quality, table = qualities(rows), speeds(rows)
+        quality, table, paper = qualities(rows), speeds(rows), paper_rows(rows)
+        write_csv(paper, self.output / "table.csv")
+        (self.output / "table.md").write_text(markdown(paper))
         write_csv(quality, self.output / "qualities.csv")
         (self.output / "frontier.png").write_bytes(frontier_figure(rows))
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **AT_RATIOS})
-        files = ["compare.csv", "qualities.csv", "frontier.png"]
+        files = ["compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png"]
         (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
         if self.timing:
             write_csv(table, self.output / "speeds.csv")
             show_rows(table)
             files.append("speeds.csv")
         console.print(f"wrote {', '.join(files)} in {self.output}", markup=False, soft_wrap=True)
+
+
+def _is_tuned(policy: Policy) -> bool:
+    return "weights" in policy.card["backbone"]

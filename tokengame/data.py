@@ -6,9 +6,11 @@ Unreadable images are skipped, counted and reported; more than 5 % of them is an
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokengame.errors import TokenGameError
 from tokengame.images import ImageSource
+from tokengame.ranks import Ranks
 
 BAD_SHARE = 0.05
 
@@ -70,40 +73,100 @@ def seeded(seed: int | None) -> Iterator[None]:
     random.setstate(state)
 
 
+@dataclass(frozen=True)
+class Epochs(Sequence):
+    """The image of each of `total` items of a run: seeded permutations of `images` images, one after the other."""
+
+    images: int
+    total: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, item: Any) -> Any:
+        return int(_permutation(self.images, self.seed, item // self.images)[item % self.images])
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+@dataclass(frozen=True)
+class Share(Sequence):
+    """Those of `total` items that one process is given, its part of every batch, from item `start` on."""
+
+    total: int
+    batch_size: int
+    start: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __len__(self) -> int:
+        return (self.total - self.start) // self.ranks.size
+
+    def __getitem__(self, item: Any) -> Any:
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        own = self.ranks.part_of(self.batch_size)
+        return self.start + item // own * self.batch_size + self.ranks.rank * own + item % own
+
+
+Item = tuple[int, Tensor | None, list[tuple[str, str]]]
+"""index into the source, the image if one could be read, (name, reason) of those that could not"""
+
+
 class Views(Dataset):
-    """Transformed images in a given order; item k is a pure function of (source, order, seed, k).
+    """Transformed images in a given order; item k is a pure function of (source, order, places, seed, k).
 
     Args:
         source: images.
-        order: indices into it, one per item.
+        order: indices into it.
         transform: PIL RGB image -> tensor.
-        seed: of random augmentation; None leaves torch's generator alone.
-        start: first item to give, where an interrupted pass goes on.
+        seed: of random augmentation, for learning: the next image of the source stands in for one that cannot be read,
+            so that batches stay whole. None, for measuring, leaves torch's generator alone and the image out.
+        places: which places of the order to give; all.
     """
 
     def __init__(
-        self, source: ImageSource, order: Sequence[int], transform: Callable, seed: int | None = None, start: int = 0
+        self,
+        source: ImageSource,
+        order: Sequence[int],
+        transform: Callable,
+        seed: int | None = None,
+        places: Sequence[int] | None = None,
     ):
-        self.source, self.order, self.transform, self.seed, self.start = source, order, transform, seed, start
+        self.source, self.order, self.transform, self.seed = source, order, transform, seed
+        self.places = range(len(order)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self.order) - self.start
+        return len(self.places)
 
-    def __getitem__(self, item: int) -> tuple[int, Tensor | str]:
-        item += self.start
-        index = self.order[item]
+    def __getitem__(self, item: int) -> Item:
+        place, bad = self.places[item], []
+        index, count = self.order[place], len(self.source.names)
+        image = self._read(index)
+        while isinstance(image, str):
+            bad.append((self.source.names[index], image))
+            if self.seed is None or len(bad) > BAD_SHARE * count:
+                return index, None, bad
+            index = (index + 1) % count
+            image = self._read(index)
+        with seeded(None if self.seed is None else hash((self.seed, place)) & 0x7FFFFFFF):
+            return index, self.transform(image), bad
+
+    def _read(self, index: int) -> Image.Image | str:
+        """The image, or why not."""
         try:
             with self.source.open(index) as image:
-                image = to_rgb(image)
+                return to_rgb(image)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return index, str(error) or type(error).__name__
-        with seeded(None if self.seed is None else hash((self.seed, item)) & 0x7FFFFFFF):
-            return index, self.transform(image)
+            return str(error) or type(error).__name__
 
-    def collate(self, items: list[tuple[int, Tensor | str]]) -> Batch:
+    def collate(self, items: list[Item]) -> Batch:
         """Batch of the readable items; the others are named in `bad`."""
-        good = [(i, image) for i, image in items if isinstance(image, Tensor)]
-        bad = [(self.source.names[i], image) for i, image in items if isinstance(image, str)]
+        good = [(i, image) for i, image, _ in items if image is not None]
+        bad = [reason for _, _, reasons in items for reason in reasons]
         index = torch.tensor([i for i, _ in good], dtype=torch.long)
         labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i, _ in good])
         images = torch.stack([image for _, image in good]) if good else torch.empty(0)
@@ -118,7 +181,14 @@ class Views(Dataset):
             collate_fn=self.collate,
             persistent_workers=False,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals,
         )
+
+
+def _leave_signals(_worker: int) -> None:
+    """Ctrl-C goes to workers too, and must not stop them: the main process decides when."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class BadImages:
@@ -148,22 +218,27 @@ def checked(loader: DataLoader, tally: BadImages) -> Iterator[Batch]:
             yield batch
 
 
-def transform_for(preprocessing: dict[str, Any], train: bool) -> Callable:
-    """timm's own transform: evaluation, or mild random crops and flips for training a policy."""
+def transform_for(preprocessing: dict[str, Any], train: bool, augment: dict[str, Any] | None = None) -> Callable:
+    """timm's own transform: evaluation, or for training.
+
+    Args:
+        preprocessing: of the model.
+        train: random crops and flips, mild unless `augment` says otherwise.
+        augment: settings of `timm.data.create_transform` (scale, auto_augment, re_prob, ...).
+
+    Raises:
+        TokenGameError: timm does not know such an augmentation.
+    """
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()}
     if not train:
         return create_transform(**config)
     config.pop("crop_mode", None)
     config.pop("crop_pct", None)
-    return create_transform(
-        **config,
-        is_training=True,
-        scale=(0.6, 1.0),
-        ratio=(0.9, 1.1),
-        color_jitter=None,
-        auto_augment=None,
-        re_prob=0.0,
-    )
+    mild = {"scale": (0.6, 1.0), "ratio": (0.9, 1.1), "color_jitter": None, "auto_augment": None, "re_prob": 0.0}
+    try:
+        return create_transform(**config, is_training=True, **(mild | (augment or {})))
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise TokenGameError(f"timm makes no augmentation of {augment} ({error or type(error).__name__})") from None
 
 
 def plain_views(source: ImageSource, preprocessing: dict[str, Any], order: Sequence[int] | None = None) -> Views:

@@ -49,6 +49,17 @@ class Scores:
     seconds: list[tuple[int, float, float]] = field(default_factory=list)
     """of each batch: size, native, pruned"""
 
+    @staticmethod
+    def joined(parts: list[Scores]) -> Scores:
+        """What several processes measured, in one."""
+        whole = copy.copy(parts[0])
+        for part in parts[1:]:
+            for name, value in vars(part).items():
+                if isinstance(value, list):
+                    setattr(whole, name, getattr(whole, name) + value)
+            whole.macs_native, whole.tokens = part.macs_native or whole.macs_native, part.tokens or whole.tokens
+        return whole
+
     def summary(self) -> dict[str, Any]:
         """The JSON keys of `eval`."""
         count, macs = len(self.agree), np.asarray(self.macs)
@@ -145,18 +156,18 @@ def timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -
 
 
 @torch.inference_mode()
-def evaluate(fast: PrunedViT, batches: Iterable[Batch]) -> Scores:
-    """Measure the pruned model against the model it wraps.
+def evaluate(fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | None = None) -> Scores:
+    """Measure the pruned model against the model it wraps, or against `reference` where that was tuned.
 
     Every batch goes through both, in turn first and second, after a warm-up on the first, which also decides whether
     the native model attends fused or written out. The time is the whole call, policy and packing included.
     """
-    weight, model = next(fast.model.parameters()), fast.model
+    weight, model = next(fast.model.parameters()), reference or fast.model
     scores = Scores()
     for number, batch in enumerate(batches):
         images = batch.images.to(weight.device, weight.dtype)
         if not number:
-            model = faster_native(fast.model, images)
+            model = faster_native(model, images)
             fast(images)
         calls: dict[str, Callable[[Tensor], Any]] = {"native": model, "pruned": partial(run, fast)}
         order = sorted(calls, reverse=number % 2 == 0)
@@ -199,20 +210,23 @@ def score(scores: Scores, method: Method, batch: Batch, native: Tensor, pruned: 
 
 @torch.inference_mode()
 def calibrate(
-    fast: PrunedViT, batches: Iterable[Batch], dials: tuple[float, ...] = CALIBRATION_DIALS
-) -> list[dict[str, Any]]:
+    fast: PrunedViT, batches: Iterable[Batch], dials: tuple[float, ...] = CALIBRATION_DIALS,
+    reference: nn.Module | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """What each dial costs and keeps, on images that the policy has not learned from, or its promise is void.
+
+    Measured against the model that is pruned, or against `reference` where that was tuned.
 
     Returns:
         A row a dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens alive at the end), agreement,
         kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: what 95 % confidence can promise of the drop (None
         without labels; see `promise`).
     """
-    weight, wanted = next(fast.model.parameters()), fast.dial
+    weight, wanted, model = next(fast.model.parameters()), fast.dial, reference or fast.model
     scores = {dial: Scores() for dial in sorted(dials)}
     for batch in batches:
         images = batch.images.to(weight.device, weight.dtype)
-        native = fast.model(images).float()
+        native = model(images).float()
         for dial, found in scores.items():
             fast.dial = dial
             state, pruned = run(fast, images)

@@ -154,3 +154,33 @@ def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return png(Image.open(buffer).quantize(64))
+
+
+def sweep_figure(rows: list[dict[str, Any]]) -> bytes:
+    """PNG: tokens kept, predicted and found, and compute over alpha / beta; tokens kept stage by stage."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    kept, compute, stages = figure.subplots(1, 3)
+    ratios = [row["alpha_over_beta"] for row in rows]
+    kept.plot(ratios, [row["keep_predicted"] for row in rows], "--", color="0.4", label="equilibrium, n = αp/β")
+    kept.plot(ratios, [row["keep_sampled"] for row in rows], "s-", ms=4, label="sampled games")
+    kept.plot(ratios, [row["keep"] for row in rows], "o-", ms=4, label="deterministic")
+    kept.set(xlabel="α / β", ylabel="tokens alive at the end", ylim=(0, 1.05))
+    compute.plot(ratios, [row["gmacs_ratio"] for row in rows], "o-", ms=4, label="compute, pruned / native")
+    if rows[0]["top1_pruned"] is not None:
+        compute.plot(ratios, [row["top1_pruned"] for row in rows], "^-", ms=4, label="top-1")
+    compute.set(xlabel="α / β", ylim=(0, 1.1))
+    for row in rows:
+        shares = [1.0, *(n / row["tokens"] for n in row["tokens_kept"])]
+        stages.plot(range(len(shares)), shares, "o-", ms=4, label=f"{row['alpha_over_beta']:g}")
+    stages.set(xlabel="stage", ylabel="tokens alive after it", ylim=(0, 1.05), xticks=range(len(shares)))
+    for axes in (kept, compute, stages):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, title="α / β" if axes is stages else None)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return png(Image.open(buffer).quantize(64))

@@ -79,7 +79,8 @@ class TokenGame:
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
         state = self._advance(state, self._starts_at(state.stage))
-        return state, decide(self.observe(state))
+        with torch.no_grad():  # a decision has none
+            return state, decide(self.observe(state))
 
     def remove(self, state: State, keep: Tensor, logits: Tensor) -> State:
         """The state without the agents that decided to leave.
@@ -143,8 +144,9 @@ class TokenGame:
         x, qkv = self.backbone.run(half, stop, state.x, state.layout, state.bias)
         if qkv is None or state.stage == len(self.stages):
             return replace(state, x=x)
-        heads = self.backbone.read_heads(qkv, state.layout)
-        return replace(state, x=x, heads=heads, similarity=self._similarity(state, heads) if self.merge else None)
+        with torch.no_grad():
+            heads = self.backbone.read_heads(qkv, state.layout)
+            return replace(state, x=x, heads=heads, similarity=self._similarity(state, heads) if self.merge else None)
 
     @staticmethod
     def _similarity(state: State, heads: Heads) -> Tensor:

@@ -9,10 +9,12 @@ import io
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from braceexpand import braceexpand
 from PIL import Image
 
 from tokengame.errors import TokenGameError, first_line
@@ -46,25 +48,52 @@ class FolderImages:
 
 
 class TarImages:
-    """Members of an uncompressed tar, read in place; each process opens the file for itself."""
+    """Members of uncompressed tars, read in place; each process opens the files for itself.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.labels: list[int] | None = None
+    Labels come from members of the same name ending in .cls that hold a class index, as in WebDataset shards.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        found: list[tuple[str, Path, int, int]] = []
+        self.classes: dict[str, int] = {}
+        """what .cls members say, by file and name"""
+        for path in paths:
+            for member in self._members(path):
+                stem, suffix = member.name.rsplit(".", 1) if "." in member.name else (member.name, "")
+                if f".{suffix.lower()}" in EXTENSIONS:
+                    found.append((member.name, path, member.offset_data, member.size))
+                elif suffix == "cls":
+                    self.classes[f"{path}:{stem}"] = self._number(path, member)
+        found.sort(key=lambda image: (image[1], image[0]))
+        self.names = [name for name, *_ in found]
+        self._spans = [(path, start, size) for _, path, start, size in found]
+        keys = [f"{path}:{name.rsplit('.', 1)[0]}" for name, path, *_ in found]
+        self.labels: list[int] | None = [self.classes[k] for k in keys] if self.classes.keys() >= set(keys) else None
+
+    @staticmethod
+    def _members(path: Path) -> list[tarfile.TarInfo]:
         try:
             with tarfile.open(path, "r:") as archive:
-                members = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in EXTENSIONS]
-        except tarfile.TarError as error:
+                return [member for member in archive if member.isfile()]
+        except (tarfile.TarError, OSError) as error:
             raise TokenGameError(f"{path} is not a readable uncompressed tar file ({error})") from None
-        members.sort(key=lambda m: m.name)
-        self.names = [m.name for m in members]
-        self._spans = [(m.offset_data, m.size) for m in members]
+
+    @staticmethod
+    def _number(path: Path, member: tarfile.TarInfo) -> int:
+        text = _read_span(path, member.offset_data, member.size)
+        try:
+            return int(text)
+        except ValueError:
+            raise TokenGameError(f"{member.name} in {path} holds no class index but {text[:20]!r}") from None
 
     def open(self, index: int) -> Image.Image:
-        start, size = self._spans[index]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return Image.open(io.BytesIO(file.read(size)))
+        return Image.open(io.BytesIO(_read_span(*self._spans[index])))
+
+
+def _read_span(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
 
 
 class HuggingFaceImages:
@@ -120,7 +149,12 @@ class Subset:
 
 
 def open_images(location: str, split: str = "train") -> ImageSource:
-    """The images at `location`: "fashion" (1,000 embedded scenes), a folder, a tar, or a Hugging Face data set's split.
+    """The images at `location`.
+
+    Args:
+        location: "fashion" (1,000 embedded scenes); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or
+            "shards/*.tar"; or the name of a Hugging Face data set.
+        split: of a Hugging Face data set.
 
     Raises:
         TokenGameError: nothing there, or no image in it.
@@ -135,7 +169,9 @@ def open_images(location: str, split: str = "train") -> ImageSource:
         )
         source = FolderImages(path, names)
     elif path.is_file():
-        source = TarImages(path)
+        source = TarImages([path])
+    elif path.suffix == ".tar" and set(location) & set("*?{"):
+        source = TarImages(_shards(location))
     elif path.suffix in (".tar", ".zip", ".gz") or location.startswith((".", "/", "~")) or location.count("/") > 1:
         raise TokenGameError(f"no folder or tar file at {location}")
     else:
@@ -143,6 +179,22 @@ def open_images(location: str, split: str = "train") -> ImageSource:
     if not source.names:
         raise TokenGameError(f"no image in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
     return source
+
+
+def _shards(pattern: str) -> list[Path]:
+    """The files that a pattern of braces ({a..b}) and wildcards (*, ?) means, sorted.
+
+    Raises:
+        TokenGameError: one that braces name is missing, or no file fits.
+    """
+    paths: list[Path] = []
+    for name in braceexpand(pattern):
+        fitting = [name] if not set(name) & set("*?[") else sorted(glob(name))
+        missing = [path for path in fitting if not Path(path).is_file()]
+        if missing or not fitting:
+            raise TokenGameError(f"no tar file at {missing[0] if missing else name}, which {pattern} asks for")
+        paths += map(Path, fitting)
+    return paths
 
 
 def label_images(source: ImageSource, class_map: str | None, classes: int) -> None:
@@ -155,9 +207,9 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
         TokenGameError: `class_map` is missing, names too many classes, or does not know a class folder.
     """
     folders = [Path(name).parent.name for name in source.names]
-    if isinstance(source, HuggingFaceImages):
+    if isinstance(source, HuggingFaceImages) or (isinstance(source, TarImages) and source.classes):  # its own
         if source.labels is not None and not all(isinstance(i, int) and 0 <= i < classes for i in source.labels):
-            raise TokenGameError(f"labels of {source.names[0][:-3]} are not class indices below {classes}")
+            raise TokenGameError(f"the labels that come with {source.names[0]} are not class indices below {classes}")
         return
     if not any(folders):
         if class_map is not None:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from tokengame.config import PPOConfig
 from tokengame.errors import TokenGameError
+from tokengame.ranks import Ranks
+
+ALONE = Ranks()
 
 
 class Rows(Protocol):
@@ -37,8 +40,17 @@ class Experience:
     """[A] normalised"""
     returns: Tensor
     """[A] targets of the critic"""
-    scene: Tensor
-    """[A] image and stage of each decision, from 0"""
+    place: Tensor
+    """[A] which of all decisions of the update, those of other processes and those nobody took included"""
+    places: int
+    """how many those are"""
+    agents: int
+    """decisions of one scene, an image at a stage; they lie together"""
+
+    @property
+    def scene(self) -> Tensor:
+        """[A] image and stage of each decision"""
+        return self.place // self.agents
 
 
 def log_prob(logits: Tensor, action: Tensor) -> Tensor:
@@ -74,11 +86,13 @@ def gae(
     return advantages, torch.where(acting, advantages + values, 0.0)
 
 
-def normalise(advantages: Tensor, acting: Tensor) -> Tensor:
-    """Zero mean and unit deviation over all acting agents of all stages and games; zero elsewhere."""
+def normalise(advantages: Tensor, acting: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Zero mean and unit deviation over all acting agents of all stages, games and processes; zero elsewhere."""
     living = advantages[acting]
-    centred = (advantages - living.mean()) / (living.std(correction=0) + 1e-8)
-    return torch.where(acting, centred, 0.0)
+    total, count = ranks.sum(torch.stack([living.sum(), living.new_tensor(len(living))]))
+    centred = living - total / count
+    deviation = (ranks.sum((centred**2).sum()) / count).sqrt()
+    return torch.zeros_like(advantages).masked_scatter(acting, centred / (deviation + 1e-8))
 
 
 def policy_loss(
@@ -113,8 +127,9 @@ def update(
     experience: Experience,
     config: PPOConfig,
     generator: torch.Generator,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Several epochs of minibatch PPO on one batch of experience.
+    """Several epochs of minibatch PPO on one batch of experience, of which each process has a part.
 
     Returns:
         losses/policy, losses/value, losses/entropy, losses/approx_kl, losses/clipfrac (means over minibatches),
@@ -127,45 +142,63 @@ def update(
     steps = 0
     first_ratio_error = explained = 0.0
     for _ in range(config.epochs):
-        for chosen in _minibatches(experience, config, generator):
-            obs = experience.obs.take(chosen)
-            logits, values = actor(obs), critic(obs)
-            action, old = experience.action[chosen], experience.log_prob[chosen]
-            returns = experience.returns[chosen]
-            scene = experience.scene[chosen] if config.agents == "image" else None
-            loss, parts = policy_loss(logits, action, old, experience.advantage[chosen], config.clip, scene)
+        for chosen in _minibatches(experience, config, generator, ranks):
+            total, parts = _losses(actor, critic, experience, chosen, config, ranks)
             if not steps:
-                first_ratio_error = float(((log_prob(logits, action) - old).exp() - 1).abs().max().detach())
-                explained = _explained_variance(values.detach(), returns)
-            parts |= {"policy": loss.detach(), "value": F.mse_loss(values, returns), "entropy": entropy(logits).mean()}
-            _step(
-                optimizer,
-                (actor, critic),
-                loss + config.value * parts["value"] - config.entropy * parts["entropy"],
-                config,
-            )
+                first_ratio_error, explained = float(parts["ratio_error"]), float(parts["explained"])
+            _step(optimizer, (actor, critic), total, config, ranks)
             steps += 1
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            for name in ("policy", "value", "entropy", "approx_kl", "clipfrac"):
+                sums[name] = sums.get(name, 0.0) + float(parts[name].detach())
     metrics = {f"losses/{name}": total / steps for name, total in sums.items()}
     return metrics | {"losses/first_ratio_error": first_ratio_error, "losses/explained_variance": explained}
 
 
-def _minibatches(experience: Experience, config: PPOConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """[a] rows of each minibatch of one epoch, in random order; where an image is one agent, whole scenes."""
-    device = experience.action.device
-    if config.agents == "tokens":
-        yield from torch.randperm(len(experience.action), generator=generator).to(device).chunk(config.minibatches)
-        return
-    scenes = torch.randperm(int(experience.scene.max()) + 1, generator=generator).to(device)
-    for chosen in scenes.chunk(config.minibatches):
-        yield torch.isin(experience.scene, chosen).nonzero().squeeze(1)
+def _losses(
+    actor: nn.Module, critic: nn.Module, experience: Experience, chosen: Tensor, config: PPOConfig, ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This process's part of the loss of a minibatch, of which it has the rows `chosen` [a], and what it consists of.
+
+    Each loss is a mean over the rows of all processes, so that their gradients add up. A process without any row in
+    the minibatch takes one along, at weight 0.
+    """
+    own, chosen = len(chosen), chosen if len(chosen) else chosen.new_zeros(1)
+    obs = experience.obs.take(chosen)
+    logits, values = actor(obs), critic(obs)
+    action, old, returns = experience.action[chosen], experience.log_prob[chosen], experience.returns[chosen]
+    scene = experience.scene[chosen] if config.agents == "image" else None
+    loss, parts = policy_loss(logits, action, old, experience.advantage[chosen], config.clip, scene)
+    parts |= {"policy": loss, "value": F.mse_loss(values, returns), "entropy": entropy(logits).mean()}
+    parts["ratio_error"] = ((log_prob(logits.detach(), action) - old).exp() - 1).abs().max()
+    parts["explained"] = _explained_variance(values.detach(), returns)
+    every = ranks.share(own, action.device)
+    units = every if scene is None else ranks.share(len(scene.unique()) * (own > 0), action.device)
+    return units * loss + every * (config.value * parts["value"] - config.entropy * parts["entropy"]), parts
 
 
-def _step(optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], loss: Tensor, config: PPOConfig) -> None:
+def _minibatches(
+    experience: Experience, config: PPOConfig, generator: torch.Generator, ranks: Ranks
+) -> Iterator[Tensor]:
+    """[a] rows of each minibatch of one epoch; where an image is one agent, whole scenes.
+
+    The minibatch of every place is drawn, so that it does not depend on which process the decision lies in.
+    """
+    unit = experience.place if config.agents == "tokens" else experience.scene * experience.agents
+    part = torch.randint(config.minibatches, (experience.places,), generator=generator)
+    mine = part.to(unit.device)[unit]
+    for number in range(config.minibatches):
+        chosen = (mine == number).nonzero().squeeze(1)
+        if len(chosen) or ranks.size > 1:  # all processes step together
+            yield chosen
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], loss: Tensor, config: PPOConfig, ranks: Ranks
+) -> None:
     """Each network's gradient is clipped on its own, or the scale of the values would decide the actor's step."""
     optimizer.zero_grad()
     loss.backward()
+    ranks.sum_gradients([p for network in networks for p in network.parameters()])
     norms = [nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm) for network in networks]
     if not all(torch.isfinite(norm) for norm in norms):
         raise TokenGameError(
@@ -174,6 +207,7 @@ def _step(optimizer: torch.optim.Optimizer, networks: tuple[nn.Module, ...], los
     optimizer.step()
 
 
-def _explained_variance(values: Tensor, returns: Tensor) -> float:
+def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """nan where there is nothing to explain"""
     variance = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else float("nan")
+    return 1 - (returns - values).var(correction=0) / torch.where(variance > 0, variance, float("nan"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +10,20 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from tokengame.commands import Common, draw_strips
+from tokengame.commands import Common
 from tokengame.config import TrainConfig, merge, require
 from tokengame.console import console, progress, show_table
 from tokengame.data import BadImages, checked, plain_views
 from tokengame.evaluate import Scores, evaluate
 from tokengame.figures import calibration_figure, png, stack, training_figure
+from tokengame.gallery import draw
 from tokengame.images import SceneImages, Subset
 from tokengame.models import EMBEDDED, load_model
 from tokengame.report import table, verdict, write_report
+from tokengame.rundir import require_writable
 from tokengame.runtime import PrunedViT
 from tokengame.scenes import FashionScenes
-from tokengame.session import Session, require_writable
+from tokengame.session import Session
 
 
 def short(preset: str) -> TrainConfig:
@@ -79,12 +80,11 @@ class Quickstart(Common):
     ) -> None:
         some = Subset(source, range(min(8, len(source.names))))
         views = plain_views(some, session.preprocessing)
-        strips = draw_strips(fast, next(iter(views.loader(8, 0))), session.preprocessing, side=112)
-        metrics = [json.loads(line) for line in (session.log_dir / "metrics.jsonl").read_text().splitlines()]
+        strips = [drawing.picture for drawing in draw(fast, next(iter(views.loader(8, 0))), side=112)]
         figures = {
             "One policy, one dial": calibration_figure(fast.card["calibration"], result),
             "Learning: compute falls, a controller steers the sampled games' KL to its target": training_figure(
-                metrics
+                session.log.metrics()
             ),
         }
         write_report(page, "tokengame quickstart: fashion scenes", result, png(stack(strips)), figures)

@@ -53,6 +53,36 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
 
 
+PAPER_HEADINGS = ("Method", "Top-1 (%)", "Change", "GMACs", "Images/s", "Change (%)")
+
+
+def paper_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Results of `compare` in the layout of the paper's tables, native first; blank where nothing was measured."""
+    labelled = [row for row in rows if row["top1_native"] is not None]
+    timed = [row for row in rows if "speedup" in row]
+    top1 = f"{100 * labelled[0]['top1_native']:.2f}" if labelled else ""
+    gmacs, speed = f"{rows[0]['gmacs_native']:.3f}", ""
+    if timed:
+        speeds = sorted(row["images_per_second_native"] for row in timed)
+        speed = f"{speeds[len(speeds) // 2]:.1f}"
+    found = [("native", top1, "", gmacs, speed, "")]
+    for row in rows:
+        name = ", ".join(part for part in (row["method"], row["setting"]) if part)
+        top1 = change = speed = faster = ""
+        if row["top1_pruned"] is not None:
+            top1, change = f"{100 * row['top1_pruned']:.2f}", f"{-row['drop_pp']:+.2f}"
+        if "speedup" in row:
+            speed, faster = f"{row['images_per_second_pruned']:.1f}", f"{100 * (row['speedup'] - 1):+.1f}"
+        found.append((name, top1, change, f"{row['gmacs_pruned']:.3f}", speed, faster))
+    return [dict(zip(PAPER_HEADINGS, values, strict=True)) for values in found]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def write_report(path: Path, title: str, result: dict[str, Any], strips: bytes, figures: dict[str, bytes]) -> None:
     """Write the page.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,14 +18,17 @@ from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.networks import Critic, build_actor
 from tokengame.ppo import Experience, gae, log_prob, normalise, update
+from tokengame.ranks import Ranks
 from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, share, target
 from tokengame.state import Observation, State
 
 
 def training_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 where the device computes in it, else float32."""
+    """Resolve "auto": bfloat16 where `accelerate launch --mixed_precision bf16` or the device says so, else float32."""
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
@@ -52,16 +56,22 @@ class Rollout:
         return [obs.scene * agents + obs.agent for obs in self.observations]
 
 
-def play_sampled(game: TokenGame, state: State, actor: nn.Module, generator: torch.Generator) -> Rollout:
-    """Play from the first decision to the end, actions drawn from the actor's Bernoullis."""
+def play_sampled(game: TokenGame, state: State, actor: nn.Module, noise: Tensor) -> Rollout:
+    """Play from the first decision to the end, actions drawn from the actor's Bernoullis.
+
+    Args:
+        game: the rules.
+        state: before the first decision.
+        actor: observation -> keep logits.
+        noise: [T, B, N] uniform in [0, 1): an agent stays where its chance to stay is above it.
+    """
     shape = (state.layout.images, state.total)
     observations, actions, log_probs, alive = [], [], [], [torch.ones(shape, dtype=torch.bool)]
     alive[0] = alive[0].to(state.x.device)
-    for _ in game.stages:
+    for stage in range(len(game.stages)):
         obs = game.observe(state)
         logits = actor(obs)
-        draw = torch.rand(logits.shape, generator=generator).to(logits.device)
-        action = draw < logits.sigmoid()
+        action = noise[stage, obs.scene, obs.agent] < logits.sigmoid()
         state = game.step(state, action, logits)
         living = state.position[state.agent_rows] + state.agents.image * state.total
         observations.append(obs)
@@ -79,13 +89,16 @@ class Trainer:
         config: settings.
         seed: of weights, actions and minibatches.
         device: to play on.
+        ranks: the processes that train together; each is given its part of every batch.
 
     Raises:
         TokenGameError: unsupported model or stages outside it.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, seed: int = 0, device: str = "cpu"):
-        self.config, self.device = config, torch.device(device)
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, seed: int = 0, device: str = "cpu", ranks: Ranks | None = None
+    ):
+        self.config, self.device, self.ranks = config, torch.device(device), ranks or Ranks()
         self.dtype = training_dtype(config.dtype, self.device)
         frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
         self.backbone = Backbone(frozen)
@@ -120,13 +133,16 @@ class Trainer:
         played = self._clock()
         self._anneal()
         experience = self.experience(rollout, outcome)
-        metrics |= update(self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator)
+        metrics |= update(
+            self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator, self.ranks
+        )
+        metrics = self.ranks.mean(metrics)
         if self.config.reward.kind == "fidelity":
-            self.controller.update(self._steered(outcome, metrics))
+            self.controller.update(self._steered(metrics))
         self.updates += 1
-        self.images_seen += len(images)
+        self.images_seen += len(images) * self.ranks.size
         end = self._clock()
-        speed = len(images) * self.config.rollouts / (end - start)
+        speed = len(images) * self.ranks.size * self.config.rollouts / (end - start)
         return metrics | {
             "charts/kl_weight": self.controller.weight,
             "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -136,11 +152,10 @@ class Trainer:
             "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
         }
 
-    def _steered(self, outcome: Outcome, metrics: dict[str, float]) -> float:
+    def _steered(self, metrics: dict[str, float]) -> float:
         """What the controller holds."""
-        reward = self.config.reward
-        if reward.target_drop is None:
-            return float(outcome.kl.clamp(max=reward.kl_clamp).mean())
+        if self.config.reward.target_drop is None:
+            return metrics["game/kl_clamped"]
         if "game/drop_pp" not in metrics:
             raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
         return metrics["game/drop_pp"]
@@ -153,7 +168,8 @@ class Trainer:
         native = self.backbone.model(images).float()
         native_time = self._clock() - start
         self._require_finite(native, "the native model's prediction")
-        rollout = play_sampled(self.game, self.game.reset(images).repeat(rollouts), self.actor, self.generator)
+        state = self.game.reset(images).repeat(rollouts)
+        rollout = play_sampled(self.game, state, self.actor, self._noise(state))
         pruned = self.game.logits(rollout.final).float()
         kl = fidelity_loss(native.repeat_interleave(rollouts, 0), pruned)
         self._require_finite(kl, "KL(native || pruned)")
@@ -172,13 +188,21 @@ class Trainer:
             outcome,
             {
                 "game/kl": float(kl.mean()),
+                "game/kl_clamped": float(kl.clamp(max=self.config.reward.kl_clamp).mean()),
                 "game/agreement": float(agree),
                 "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
                 **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
                 **lost,
-                "time/native_images_per_second": len(images) / native_time,
+                "time/native_images_per_second": len(images) * self.ranks.size / native_time,
             },
         )
+
+    def _noise(self, state: State) -> Tensor:
+        """[T, B, N] this process's part of what is drawn for the games of all, so that it matters not who plays one."""
+        games = state.layout.images
+        shape = (len(self.game.stages), games * self.ranks.size, state.total)
+        noise = torch.rand(shape, generator=self.generator)[:, games * self.ranks.rank :][:, :games]
+        return noise.to(self.device)
 
     def _segments(self, rollout: Rollout) -> Tensor:
         """[T] share of the native compute that one row causes from each decision to the next."""
@@ -205,14 +229,18 @@ class Trainer:
                 values[t] = values[t].view(-1).index_copy(0, rows[t], self.critic(obs)).view(shape)
         ppo = self.config.ppo
         advantages, returns = gae(rewards, values, outcome.acting, outcome.ends, ppo.gamma, ppo.gae_lambda)
-        advantages = normalise(advantages, outcome.acting)
+        advantages = normalise(advantages, outcome.acting, self.ranks)
 
         def flat(dense: Tensor) -> Tensor:
             return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
 
         obs = Observation.concat([replace(o, token=o.token.float(), cls=o.cls.float()) for o in rollout.observations])
         action, log_probs = torch.cat(rollout.action), torch.cat(rollout.log_prob)
-        return Experience(obs, action, log_probs, flat(advantages), flat(returns), obs.scene)
+        games, agents = shape
+        first = [(t * self.ranks.size + self.ranks.rank) * games * agents for t in range(len(rows))]
+        place = torch.cat([row + start for row, start in zip(rows, first, strict=True)])
+        places = len(rows) * self.ranks.size * games * agents
+        return Experience(obs, action, log_probs, flat(advantages), flat(returns), place, places, agents)
 
     def _clock(self) -> float:
         """Seconds, after all queued work is done."""

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The paper's setting on ImageNet-1k for one backbone: one epoch of reinforcement learning on the frozen network, fine-tuning
+# through the policy, and the tables. Called by imagenet_deit_small.sh and imagenet_deit_base.sh.
+#
+#   TRAIN=imagenet/train VAL=imagenet/val bash runs/imagenet_deit_small.sh
+#   TRAIN='shards/train-{0000..1023}.tar' VAL='shards/val-*.tar' bash runs/imagenet_deit_small.sh
+#   LAUNCH='accelerate launch --num_processes 8 -m' ... bash runs/imagenet_deit_base.sh     several GPUs
+#   bash runs/imagenet_deit_small.sh --dry-run                two updates of each step; says how long all would take here
+#
+# PRESET=rl4evit learns by the paper's own reward. WEIGHTS is a local checkpoint, without one timm downloads its own.
+# What was started is gone on with when the script is started again. Neither step has been run on ImageNet by us.
+set -euo pipefail
+BACKBONE=$1 RATIO=$2 DRY=${3:-}
+BIN=${BIN:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin}
+OUT=${OUT:-imagenet_${BACKBONE%%.*}} PRESET=${PRESET:-tokengame} BATCH=${BATCH:-256} EPOCHS=${EPOCHS:-10}
+read -ra LAUNCHER <<< "${LAUNCH:-python -m}"
+: "${TRAIN:?a folder of class folders, a tar, tar shards or a Hugging Face data set}" "${VAL:?likewise, to measure on}"
+IMAGES=1281167 UPDATES=$((IMAGES / BATCH))
+mkdir -p "$OUT"
+MODEL=(--backbone "$BACKBONE" --workers "${WORKERS:-8}" ${WEIGHTS:+--weights "$WEIGHTS"})
+
+tokengame() { PATH="$BIN:$PATH" "${LAUNCHER[@]}" tokengame "$@"; }
+resume() { [[ -f $1/checkpoint.pt ]] && echo --resume || true; }
+
+LEARN=(--preset "$PRESET" --batch-size "$BATCH" --holdout 0.01)
+TUNE=(--batch-size "$BATCH" --validate "$VAL" --labels 0.5 --distill 0.5 --ema 0.9998 --aa rand-m9-mstd0.5-inc1)
+if [[ $DRY == --dry-run ]]; then
+  tokengame train "${MODEL[@]}" --images "$TRAIN" "${LEARN[@]}" --updates "$UPDATES" --dry-run
+  tokengame train "${MODEL[@]}" --images "$VAL" --updates 2 --batch-size 32 --output "$OUT/rehearsal.safetensors"
+  tokengame finetune "${MODEL[@]}" --images "$TRAIN" "${TUNE[@]}" --policy "$OUT/rehearsal.safetensors" --dial 0.5 \
+    --updates $((UPDATES * EPOCHS)) --dry-run
+  exit
+fi
+
+# shellcheck disable=SC2046
+[[ -f $OUT/policy.done ]] || tokengame train "${MODEL[@]}" --images "$TRAIN" "${LEARN[@]}" --updates "$UPDATES" \
+  --gmacs-ratio "$RATIO" --output "$OUT/policy.safetensors" $(resume "$OUT/policy_log")
+touch "$OUT/policy.done"
+# shellcheck disable=SC2046
+[[ -f $OUT/tuned.done ]] || tokengame finetune "${MODEL[@]}" --images "$TRAIN" "${TUNE[@]}" --output "$OUT/tuned" \
+  --policy "$OUT/policy.safetensors" --updates $((UPDATES * EPOCHS)) $(resume "$OUT/tuned/log")
+touch "$OUT/tuned.done"
+tokengame calibrate "${MODEL[@]}" --images "$VAL" --policy "$OUT/policy.safetensors" --output "$OUT/calibrated.safetensors"
+"$BIN/tokengame" compare "${MODEL[@]}" --images "$VAL" --batch-size "$BATCH" --dtype bfloat16 --output "$OUT/compare" \
+  --policies "$OUT/policy.safetensors" "$OUT/tuned/policy.safetensors"

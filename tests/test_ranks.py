@@ -1,0 +1,150 @@
+"""Several processes learn as one does; what is killed and resumed ends as what never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokengame.data import Epochs, Share
+from tokengame.errors import TokenGameError
+from tokengame.policy import Policy
+from tokengame.ppo import normalise
+from tokengame.ranks import Ranks
+
+COMMAND = [sys.executable, "-m", "tokengame"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokengame"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name in "abcdefghij":
+        (folder / name).mkdir()
+        for i in range(3):
+            pixels = np.random.default_rng((i, ord(name))).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
+def test_every_item_of_a_batch_is_some_processes(size, own, batches, done):
+    batch = size * own
+    shares = [Share((done + batches) * batch, batch, done * batch, Ranks(size, rank)) for rank in range(size)]
+    assert {len(share) for share in shares} == {batches * own}
+    for number in range(batches):
+        together = [share[number * own + i] for share in shares for i in range(own)]
+        assert together == list(range((done + number) * batch, (done + number + 1) * batch))
+
+
+def test_epochs_show_every_image_once():
+    order = Epochs(images=7, total=20, seed=3)
+    items = [order[k] for k in range(20)]
+    assert sorted(items[:7]) == sorted(items[7:14]) == list(range(7))
+    assert items[:7] != items[7:14]
+    assert items[:7] == np.random.default_rng((3, 0)).permutation(7).tolist()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(TokenGameError, match="33 images a batch cannot be shared evenly by 2"):
+        Ranks(2, 0).part_of(33)
+
+
+def run(command, *flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("preset", ["tokengame", "rl4evit"])
+def test_two_processes_make_the_update_of_one(preset, images, tmp_path):
+    """Over gloo, with advantages normalised over both, the controller steered by both, and one who writes."""
+    found = {}
+    for name, command in {"one": COMMAND, "two": LAUNCH}.items():
+        output = tmp_path / name / "policy.safetensors"
+        flags = ["--preset", preset, "--updates", "3", "--batch-size", "6", "--dtype", "float32", "--workers", "0"]
+        place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
+        document = run(command, "train", *flags, *place, "--json")
+        policy = Policy.load(output)
+        lines = (tmp_path / name / "policy_log" / "metrics.jsonl").read_text().splitlines()
+        found[name] = document, policy, [json.loads(line) for line in lines]
+    (one, mine, logged), (two, ours, reduced) = found.values()
+    for name, weight in mine.actor.state_dict().items():
+        torch.testing.assert_close(ours.actor.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
+    assert len(logged) == len(reduced) == 3, "one writer"
+    for line, other in zip(logged, reduced, strict=True):
+        for name in ("game/kl", "game/gmacs_ratio", "game/agreement", "charts/kl_weight"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3), name
+    assert two["images_seen"] == one["images_seen"] == 18
+    assert two["images"] == one["images"] == 6, "held-back images are measured once"
+    assert two["gmacs_ratio"] == pytest.approx(one["gmacs_ratio"], rel=1e-3)
+    assert two["kl"] == pytest.approx(one["kl"], rel=1e-2)
+
+
+class Slice:
+    """Process `rank` of two, whose sums are looked up in what the whole batch gives."""
+
+    size = 2
+
+    def __init__(self, rank, others):
+        self.rank, self.others = rank, others
+
+    def sum(self, values):
+        return values + self.others.pop(0)
+
+
+def test_advantages_are_normalised_over_all_processes():
+    advantages = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    acting = torch.rand(3, 8, 5, generator=torch.Generator().manual_seed(1)) < 0.7
+    whole = normalise(advantages, acting)
+    other = advantages[:, 4:][acting[:, 4:]]
+    mean = advantages[acting].mean()
+    others = [torch.stack([other.sum(), torch.tensor(float(len(other)))]), ((other - mean) ** 2).sum()]
+    half = normalise(advantages[:, :4], acting[:, :4], Slice(0, others))
+    torch.testing.assert_close(half, whole[:, :4])
+
+
+def train(images, output, *flags):
+    place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
+    config = ["--updates", "14", "--batch-size", "4", "--workers", "0", "--checkpoint-every", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*COMMAND, "train", *place, *config, *flags], env=environment, stderr=subprocess.PIPE)
+
+
+def wait_for(lines, log, process):
+    """Until so many updates are recorded."""
+    for _ in range(6000):
+        if (log / "metrics.jsonl").is_file() and len((log / "metrics.jsonl").read_text().splitlines()) >= lines:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError("no progress in a minute")
+
+
+def test_killed_and_resumed_is_bitwise_never_killed(images, tmp_path):
+    """SIGKILL twice, between checkpoints; then SIGTERM, which saves. Policy and metrics.jsonl have the same bytes."""
+    whole, cut = tmp_path / "whole" / "policy.safetensors", tmp_path / "cut" / "policy.safetensors"
+    assert train(images, whole).wait() == 0
+    log = tmp_path / "cut" / "policy_log"
+    for number, (lines, how) in enumerate([(4, signal.SIGKILL), (8, signal.SIGKILL), (11, signal.SIGTERM)]):
+        process = train(images, cut, *["--resume"] * bool(number))
+        wait_for(lines, log, process)
+        process.send_signal(how)
+        code = process.wait()
+        assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+        saved = torch.load(log / "checkpoint.pt", weights_only=True)["step"]
+        assert saved % 3 == 0 if how == signal.SIGKILL else saved >= lines, "SIGTERM saves the last whole update"
+    assert train(images, cut, "--resume").wait() == 0
+    assert cut.read_bytes() == whole.read_bytes()
+    metrics = [(path.with_name("policy_log") / "metrics.jsonl").read_bytes() for path in (whole, cut)]
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0].splitlines()) == 14

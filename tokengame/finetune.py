@@ -1,0 +1,138 @@
+"""Fine-tune a backbone through a frozen policy, by the packed execution that it will run with.
+
+What a survivor computes changes when others leave; a little tuning lets the network expect that. The gradient flows
+through the rows that are there and through merging, not through decisions, which stay the policy's. Masks are not
+needed: packed and masked execution give the same gradients (tests/test_game.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from tokengame.attention import ruled_attention
+from tokengame.config import FinetuneConfig
+from tokengame.errors import TokenGameError, first_line
+from tokengame.evaluate import run
+from tokengame.policy import Policy
+from tokengame.ranks import Ranks
+from tokengame.rewards import fidelity_loss
+from tokengame.runtime import PrunedViT
+from tokengame.train import training_dtype
+
+
+class Tuner:
+    """A copy of a model that is tuned, and all that changes with it; a `loop.Learner`.
+
+    Dropout and stochastic depth stay off: they would change what the frozen policy sees.
+
+    Args:
+        model: the native one, on its device; it is the teacher and stays as it is.
+        policy: frozen.
+        dial: the operating point to tune for.
+        config: settings.
+        ranks: the processes that tune together; each is given its part of every batch.
+
+    Raises:
+        TokenGameError: timm knows no such optimiser or schedule.
+    """
+
+    def __init__(self, model: Any, policy: Policy, dial: float, config: FinetuneConfig, ranks: Ranks | None = None):
+        self.config, self.ranks = config, ranks or Ranks()
+        self.device: torch.device = model.patch_embed.proj.weight.device
+        self.dtype = training_dtype(config.dtype, self.device)
+        self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
+        self.student = copy.deepcopy(model).float().requires_grad_(True)
+        policy.actor.to(self.device).requires_grad_(False)
+        self.fast = PrunedViT(self.student, policy, dial)
+        self.fast.game.backbone.attend = ruled_attention  # bitwise repeatable
+        self.updates = self.images_seen = 0
+        try:
+            self.optimizer = create_optimizer_v2(self.student, config.opt, config.lr, config.weight_decay)
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer, config.sched, num_epochs=1, updates_per_epoch=config.updates, step_on_epochs=False,
+                warmup_epochs=config.warmup, warmup_lr=0.0,
+            )  # fmt: skip
+        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+            named = f"optimiser {config.opt!r} and schedule {config.sched!r}"
+            raise TokenGameError(f"timm does not make {named} ({first_line(error)})") from None
+        self.ema = None if config.ema is None else ModelEmaV3(self.student, decay=config.ema)
+
+    def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One step on [B, channels, height, width] images.
+
+        Raises:
+            TokenGameError: labels are wanted and there are none, or the loss is not finite.
+        """
+        start = time.perf_counter()
+        images = images.to(self.device)
+        with torch.no_grad():
+            native = self.teacher(images.to(self.dtype)).float()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            end, pruned = run(self.fast, images)
+        loss, metrics = self._loss(native, pruned.float(), labels)
+        if not loss.isfinite():
+            raise TokenGameError(f"the loss is not finite in update {self.updates}; lower lr")
+        self._step(loss)
+        self.images_seen += len(images) * self.ranks.size
+        compute = self.fast.macs(end)
+        metrics |= {"tune/loss": float(loss.detach()), "tune/gmacs_ratio": float(compute[1].mean()) / compute[0]}
+        seconds = time.perf_counter() - start
+        speed = len(images) * self.ranks.size / seconds
+        return self.ranks.mean(metrics | {"time/update": seconds, "time/images_per_second": speed})
+
+    def _loss(self, native: Tensor, pruned: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        kl = fidelity_loss(native, pruned).mean()
+        agreement = (native.argmax(1) == pruned.argmax(1)).float().mean()
+        metrics = {"tune/kl": float(kl.detach()), "tune/agreement": float(agreement)}
+        loss = self.config.distill * kl
+        if self.config.labels:
+            if labels is None:
+                raise TokenGameError("labels=... needs labelled images; without labels use distill alone")
+            wanted = labels.to(self.device)
+            loss = loss + self.config.labels * F.cross_entropy(pruned, wanted)
+            metrics["tune/top1"] = float((pruned.argmax(1) == wanted).float().mean())
+        return loss, metrics
+
+    def _step(self, loss: Tensor) -> None:
+        self.scheduler.step_update(self.updates)
+        self.optimizer.zero_grad()
+        (loss / self.ranks.size).backward()
+        parameters = list(self.student.parameters())
+        self.ranks.sum_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.student, step=self.updates)
+
+    def tuned(self) -> nn.Module:
+        """The tuned model (its moving average, where there is one), in evaluation mode."""
+        model = self.student if self.ema is None else self.ema.module
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; the schedule is a function of `updates`."""
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "updates": self.updates,
+            "images_seen": self.images_seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.updates, self.images_seen = state["updates"], state["images_seen"]

@@ -1,0 +1,179 @@
+"""Batches through a learner to the end of a run that can be watched, interrupted at any moment, and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokengame.data import BadImages, Batch, Epochs, Share, Views, checked
+from tokengame.images import ImageSource
+from tokengame.ranks import Ranks
+from tokengame.rundir import Progress, RunDir, silent
+
+
+class Learner(Protocol):
+    """What learns."""
+
+    updates: int
+    """done so far"""
+
+    def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One step on [B, channels, height, width] images; returns metrics."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def names_hash(images: ImageSource) -> str:
+    """What tells one set of images from another."""
+    return hashlib.sha256("\n".join(images.names).encode()).hexdigest()
+
+
+class Loop:
+    """One run of a learner.
+
+    Args:
+        learner: in the state to start from.
+        images: to learn from.
+        transform: random, from a PIL image to a tensor.
+        log: where the run is kept; what lies there is forgotten when a run starts that does not resume.
+        config: of the run, to be kept there.
+        updates: of the whole run.
+        batch_size: images of an update, over all processes.
+        seed: of order and augmentation.
+        resume: go on from the checkpoint.
+        workers: processes that decode images.
+        ranks: the processes that learn together.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        images: ImageSource,
+        transform: Callable,
+        log: RunDir,
+        config: dict[str, Any],
+        *,
+        updates: int,
+        batch_size: int,
+        seed: int,
+        resume: bool,
+        workers: int,
+        ranks: Ranks,
+    ):
+        self.learner, self.images, self.transform, self.log = learner, images, transform, log
+        self.config, self.resume = config, resume
+        self.updates, self.batch_size, self.seed = updates, batch_size, seed
+        self.workers, self.ranks = workers, ranks
+        self.tally = BadImages(len(images.names))
+        self.metrics: dict[str, float] = {}
+        self.seconds = 0.0
+        if resume:
+            state = log.resume()
+            learner.load_state_dict(state["learner"])
+            self.seconds = state["seconds"]
+
+    def batches(self) -> Iterable[Batch]:
+        """The rest of the run's images: seeded permutations of the source, this process's part of each batch."""
+        total = self.updates * self.batch_size
+        order = Epochs(len(self.images.names), total, self.seed)
+        places = Share(total, self.batch_size, self.learner.updates * self.batch_size, self.ranks)
+        views = Views(self.images, order, self.transform, self.seed, places)
+        return checked(views.loader(self.ranks.part_of(self.batch_size), self.workers), self.tally)
+
+    def run(self, progress: Progress = silent, what: str = "training", checkpoint_every: int = 50) -> None:
+        """Learn to the end.
+
+        The checkpoint is written every so many updates, at the end, and before Ctrl-C or SIGTERM stop the run.
+
+        Raises:
+            KeyboardInterrupt: after such a signal.
+        """
+        if not self.resume:
+            self.log.start(self.config)
+        first = self.learner.updates
+        with self.log.recorder(first) as record, noted() as stopped:
+            last = time.perf_counter()
+            for batch in progress(self.batches(), what, self.updates - first):
+                start = time.perf_counter()
+                metrics = self.learner.update(batch.images, batch.labels)
+                self.metrics = metrics | {"time/waited": start - last}  # for images
+                last = time.perf_counter()
+                self.seconds += last - start
+                record(self.learner.updates, self.metrics)  # before the state that claims it is there
+                stop = self.ranks.any(stopped())
+                if stop or self.learner.updates % checkpoint_every == 0:
+                    self._save()
+                if stop:
+                    raise KeyboardInterrupt
+        self._save()
+
+    def waited(self) -> float:
+        """Share of the run's time in which the learner waited for images."""
+        lines = self.log.timings()[1:] if self.log.main else []  # the first wait is for the workers to start
+        waited = sum(line["time/waited"] for line in lines)
+        return waited / max(waited + self.seconds, 1e-9)
+
+    def _save(self) -> None:
+        state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
+        self.log.save({"step": self.learner.updates, **state})
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT and SIGTERM are only noted, so that whole updates are saved; a second one interrupts at once.
+
+    Yields:
+        Whether one has come.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: Any) -> None:
+        seen.append(number)
+        for which in before:
+            signal.signal(which, signal.default_int_handler)
+
+    for which in before:
+        signal.signal(which, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def projection(loop: Loop, images: int) -> dict[str, Any]:
+    """What a short run says about one of `images` images: seconds by its last update, and the memory it took so far."""
+    timing = loop.log.timings()[-1]
+    busy = sum(timing[name] for name in ("time/rollout", "time/update", "time/step") if name in timing)
+    per_image = (busy + timing["time/waited"]) / loop.batch_size
+    return {
+        "images": images,
+        "images_per_second": 1 / per_image,
+        "hours": per_image * images / 3600,
+        "waited_for_images": timing["time/waited"] / (busy + timing["time/waited"]),
+        "memory_gib": memory_taken(),
+    }
+
+
+def memory_taken() -> float:
+    """GiB: on the GPU where one was used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,218 @@
+"""The commands that make the paper's figures: `sweep` (Fig. 3) and `finetune` (Fig. 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import tyro
+from safetensors.torch import save_file
+from torch import nn
+
+from tokengame.attention import ruled_attention
+from tokengame.backbone import Backbone
+from tokengame.bench import write_csv
+from tokengame.commands import OnImages, report_bad
+from tokengame.config import GAME_VERSION, FinetuneConfig, TrainConfig, merge, require
+from tokengame.console import console, named, progress, show_rows, show_table
+from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
+from tokengame.evaluate import calibrate, evaluate
+from tokengame.figures import sweep_figure
+from tokengame.finetune import Tuner
+from tokengame.images import ImageSource, label_images, open_images, split_images
+from tokengame.loop import Loop, names_hash, projection
+from tokengame.models import preprocessing_of
+from tokengame.policy import Policy, fingerprint
+from tokengame.report import table, verdict
+from tokengame.rundir import RunDir, require_writable
+from tokengame.runtime import PrunedViT, find_policy, prune
+from tokengame.session import Session, learned
+from tokengame.sweep import sweep_row
+
+SWEEP_HEADINGS = {
+    "alpha_over_beta": "alpha\n/ beta",
+    "keep": "tokens\nkept",
+    "keep_sampled": "in sampled\ngames",
+    "keep_predicted": "pre-\ndicted",
+    "earned": "earned\n/ cost",
+    "gmacs_ratio": "compute",
+    "top1_pruned": "top-1",
+    "reading": "reading",
+}
+
+
+@dataclass(kw_only=True)
+class Sweep(OnImages):
+    """How alpha / beta of the reward `share` sets how many tokens live, beside the predicted equilibrium."""
+
+    ratios: tuple[float, ...] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
+    """values of alpha / beta; beta is 1"""
+    holdout: float = 0.2
+    """share of the images held back and measured on"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    output: Path = Path("sweep")
+    """folder for sweep.csv, sweep.png, the policies and their logs; finished runs found there are not repeated"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("rl4evit")
+    )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train a policy a ratio, measure, draw."""
+        require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
+        require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
+        require_writable(self.output / "sweep.csv")
+        model, source = self.load()
+        learn, held = split_images(source, self.holdout, self.seed)
+        rows = []
+        for ratio in sorted(self.ratios):
+            rows.append(self._point(model, learn, held, ratio))
+            write_csv(rows, self.output / "sweep.csv")  # whatever happens later, this much is measured
+        (self.output / "sweep.png").write_bytes(sweep_figure(rows))
+        show_rows(rows, SWEEP_HEADINGS)
+        console.print(f"wrote sweep.csv and sweep.png in {self.output}", markup=False, soft_wrap=True)
+        return rows
+
+    def _point(self, model: nn.Module, learn: ImageSource, held: ImageSource, ratio: float) -> dict[str, Any]:
+        name = f"alpha {ratio:g}"
+        config = merge(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
+        path = self.output / f"alpha{ratio:g}.safetensors"
+        session = Session(
+            model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, workers=self.workers
+        )
+        policy = learned(session, partial(named, name))
+        loader = plain_views(held, session.preprocessing).loader(32, 0)
+        watched = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))
+        scores = evaluate(prune(model, policy), watched)
+        return sweep_row(ratio, 1.0, scores, session.log.metrics()[-max(1, config.updates // 10) :])
+
+
+@dataclass(kw_only=True)
+class Finetune(OnImages):
+    """Tune a backbone through a frozen policy; measure it before and after."""
+
+    policy: str
+    """policy file, or the name of a shipped one"""
+    output: Path = Path("tuned")
+    """folder for model.safetensors, policy.safetensors (the same policy, its card calibrated anew for the tuned
+    weights) and the log"""
+    dial: float | None = None
+    """operating point to tune for; default is the policy's recommendation"""
+    gmacs_ratio: float | None = None
+    """operating point by compute, pruned / native, as the policy's card has it"""
+    holdout: float = 0.2
+    """share of the images held back and measured on"""
+    validate: str | None = None
+    """other images to measure on, in place of a share held back"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    resume: bool = False
+    """go on from the checkpoint in the log"""
+    checkpoint_every: int = 50
+    """updates between checkpoints"""
+    dry_run: bool = False
+    """load everything, do two updates of 32 images, say how long it would take and how much memory; keep nothing"""
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> dict[str, Any]:
+        """Measure, tune, calibrate, measure."""
+        require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
+        require_writable(self.output / "model.safetensors")
+        self.ranks.part_of(self.config.batch_size)
+        model, source = self.load()
+        require(not self.config.labels or source.labels is not None, "--labels needs labelled images: see --class-map")
+        learn, held = self._split(model, source)
+        policy = Policy.load(find_policy(self.policy))
+        dial = prune(model, policy, self.dial, gmacs_ratio=self.gmacs_ratio).dial
+        if self.dry_run:
+            return self._rehearse(model, policy, dial, learn)
+        tuner = Tuner(model, policy, dial, self.config, self.ranks)
+        loop = self._loop(tuner, self.config, learn, self.output)
+        before = self._measured(prune(model, policy, dial), held, model, "before")
+        loop.run(progress, "tuning", self.checkpoint_every)
+        report_bad(loop.tally)
+        tuned = tuner.tuned()
+        policy.card = self._card(policy, tuned, held, model, dial) if self.ranks.main else policy.card
+        if self.ranks.main:
+            save_file({k: v.cpu().contiguous() for k, v in tuned.state_dict().items()}, self._weights)
+            policy.save(self.output / "policy.safetensors")
+        self.ranks.wait()
+        after = self._measured(
+            prune(tuned, Policy.load(self.output / "policy.safetensors"), dial), held, model, "after"
+        )
+        lost = before["drop_pp"]
+        return {
+            "before": before,
+            "after": after,
+            "recovered": 1 - after["drop_pp"] / lost if lost is not None and lost > 0 else None,
+            "model": str(self._weights),
+            "policy": str(self.output / "policy.safetensors"),
+            "images_seen": tuner.images_seen,
+            "seconds": loop.seconds,
+            "waited_for_images": loop.waited(),
+        }
+
+    def _split(self, model: nn.Module, source: ImageSource) -> tuple[ImageSource, ImageSource]:
+        if self.validate is None:
+            return split_images(source, self.holdout, self.seed)
+        held = open_images(self.validate, "validation")
+        label_images(held, self.class_map, Backbone(model).model.num_classes)
+        return source, held
+
+    @property
+    def _weights(self) -> Path:
+        return self.output / "model.safetensors"
+
+    def _loop(self, tuner: Tuner, config: FinetuneConfig, learn: ImageSource, folder: Path) -> Loop:
+        augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
+        transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
+        marks = [fingerprint(tuner.fast.game.backbone), tuner.fast.card["training"], tuner.fast.dial]
+        identity = json.dumps([GAME_VERSION, asdict(config), self.seed, marks, names_hash(learn)])
+        log = RunDir(folder / "log", identity, self.ranks.main)
+        return Loop(
+            tuner, learn, transform, log, asdict(config), updates=config.updates, batch_size=config.batch_size,
+            seed=self.seed, resume=self.resume, workers=self.workers, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _measured(self, fast: PrunedViT, held: ImageSource, native: nn.Module, when: str) -> dict[str, Any]:
+        result = self.measure(fast, held, 32, preprocessing_of(native), reference=native).summary()
+        result["dial"] = fast.dial
+        show_table(f"{self.backbone} {when} fine-tuning, dial {fast.dial:.3f}", table(result))
+        console.print(verdict(result))
+        return result
+
+    def _card(
+        self, policy: Policy, tuned: nn.Module, held: ImageSource, native: nn.Module, dial: float
+    ) -> dict[str, Any]:
+        """The policy's card for the tuned weights; what it promises is measured against the native ones."""
+        fast = prune(tuned, replace(policy, card=self._named(policy, tuned, dial)), dial)
+        fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
+        rows = calibrate(fast, self._batches(held, preprocessing_of(native)), reference=native)
+        return fast.card | {"calibration": rows}
+
+    def _named(self, policy: Policy, tuned: nn.Module, dial: float) -> dict[str, Any]:
+        backbone = policy.card["backbone"] | {
+            "fingerprint": fingerprint(Backbone(tuned)),
+            "weights": self._weights.name,
+        }
+        finetuning = {"config": asdict(self.config), "seed": self.seed, "dial": dial}
+        return policy.card | {"backbone": backbone, "dial": dial, "finetuning": finetuning}
+
+    def _batches(self, held: ImageSource, preprocessing: dict[str, Any]) -> Iterator[Batch]:
+        count = min(1024, len(held.names))
+        loader = plain_views(held, preprocessing, range(count)).loader(32, self.workers)
+        yield from progress(checked(loader, BadImages(count)), "calibrating", len(loader))
+
+    def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSource) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            config = replace(self.config, updates=2, batch_size=min(self.config.batch_size, 32))
+            loop = self._loop(Tuner(model, policy, dial, config, self.ranks), config, learn, Path(folder))
+            loop.run(progress, "rehearsing")
+            result = projection(loop, self.config.updates * self.config.batch_size)
+        show_rows([result])
+        return result
