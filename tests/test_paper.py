@@ -23,12 +23,12 @@ from tokengame.evaluate import Scores
 from tokengame.finetune import Tuner
 from tokengame.gallery import draw
 from tokengame.networks import build_actor
-from tokengame.policy import Policy, actor_shape
+from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.report import markdown, paper_rows
 from tokengame.sweep import equilibrium, reading, sweep_row
 from tokengame.train import Trainer
 
-SMALL = FinetuneConfig(updates=12, batch_size=8, lr=2e-3, dtype="float32", warmup=0.0)
+SMALL = FinetuneConfig(updates=13, batch_size=8, lr=1e-4, dtype="float32", warmup=0.0)
 
 
 def policy_for(model, transition="merge"):
@@ -37,13 +37,13 @@ def policy_for(model, transition="merge"):
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
-        "format": 1, "game_version": 4, "backbone": {"name": "tiny", "shape": shape, "fingerprint": "other"},
+        "format": 1, "game_version": 4, "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
         "game": {"stages": [1, 2], "transition": transition},
-        "actor": {"observation": "context", "hidden": [32], "keep_logit": 0.5}, "agents": 16, "training": {},
+        "actor": {"observation": "context", "hidden": [32], "keep_logit": 0.0}, "agents": 16, "training": {},
         "calibration": [], "dial": 0.5,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = merge(config.actor, {"keep_logit": 0.5})
+    config = merge(config.actor, {"keep_logit": 0.0})
     return Policy(build_actor(config, actor_shape(card)).eval(), card)
 
 
@@ -61,7 +61,7 @@ def tune(model, config=SMALL, transition="merge", labels=None):
 def test_tuning_brings_the_pruned_prediction_back(transition, model):
     native, before = copy.deepcopy(model.state_dict()), policy_for(model).actor.state_dict()
     tuner, metrics = tune(model, transition=transition)
-    assert metrics[-1]["tune/kl"] < 0.5 * metrics[0]["tune/kl"]
+    assert metrics[-1]["tune/kl"] < 0.5 * metrics[0]["tune/kl"], "on the same images"
     assert metrics[0]["tune/gmacs_ratio"] < 0.95
     assert all(torch.equal(native[name], weight) for name, weight in model.state_dict().items()), "native is untouched"
     assert all(torch.equal(before[name], weight) for name, weight in tuner.fast.actor.state_dict().items())
@@ -80,7 +80,7 @@ def test_labels_pull_where_they_are_weighed(model):
 
 def test_the_moving_average_is_what_is_kept(model):
     tuner, _ = tune(model, replace(SMALL, ema=0.9))
-    slow, fast = (m.head.weight - model.head.weight for m in (tuner.tuned(), tuner.student))
+    slow, fast = ((m.head.weight - model.head.weight).detach() for m in (tuner.tuned(), tuner.student))
     assert 0 < float(slow.norm()) < float(fast.norm())
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_tuning_ends_where_an_uninterrupted_one_does(model):
         part.update(images(8, step % 2), None)
     resumed = Tuner(model, policy_for(model), 0.5, config)
     resumed.load_state_dict(copy.deepcopy(part.state_dict()))
-    for step in range(5, 12):
+    for step in range(5, 13):
         resumed.update(images(8, step % 2), None)
     for one, other in zip(whole.tuned().parameters(), resumed.tuned().parameters(), strict=True):
         assert torch.equal(one, other)
