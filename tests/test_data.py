@@ -147,6 +147,19 @@ def test_many_bad_images_are_an_error(folder):
         batches(open_images(str(folder)))
 
 
+def test_augmentation_by_name_repeats_too(folder):
+    """RandAugment draws from numpy's generator."""
+    source, augment = open_images(str(folder)), {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5}
+    views = [Views(source, [3] * 8, transform_for(PREPROCESSING, True, augment), seed=7) for _ in range(2)]
+    state = np.random.get_state()[1].copy()
+    first = [views[0][k][1] for k in range(8)]
+    assert np.array_equal(state, np.random.get_state()[1]), "the generator is put back"
+    np.random.seed(5)
+    again = [views[1][k][1] for k in range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
 def test_in_learning_another_image_stands_in_for_a_bad_one(folder):
     spoil(folder, 1)
     source = open_images(str(folder))

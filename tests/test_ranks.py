@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from tokengame.data import Epochs, Share
 from tokengame.errors import TokenGameError
+from tokengame.models import load_model
 from tokengame.policy import Policy
 from tokengame.ppo import normalise
 from tokengame.ranks import Ranks
@@ -65,20 +68,26 @@ def run(command, *flags):
     return json.loads(done.stdout)
 
 
-def test_two_processes_make_the_update_of_one(images, tmp_path):
-    """Over gloo, with advantages normalised over both, the controller steered by both, and one who writes."""
+@pytest.fixture(scope="module")
+def learned(images, tmp_path_factory):
+    """The documents, by number of processes, of the same short training."""
     found = {}
     for name, command in {"one": COMMAND, "two": LAUNCH}.items():
-        output = tmp_path / name / "policy.safetensors"
+        output = tmp_path_factory.mktemp(name) / "policy.safetensors"
         flags = ["--updates", "3", "--batch-size", "6", "--dtype", "float32", "--workers", "0"]
         place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
-        document = run(command, "train", *flags, *place, "--json")
-        policy = Policy.load(output)
-        lines = (tmp_path / name / "policy_log" / "metrics.jsonl").read_text().splitlines()
-        found[name] = document, policy, [json.loads(line) for line in lines]
-    (one, mine, logged), (two, ours, reduced) = found.values()
-    for name, weight in mine.actor.state_dict().items():
-        torch.testing.assert_close(ours.actor.state_dict()[name], weight, atol=2e-5, rtol=1e-3)
+        found[name] = run(command, "train", *flags, *place, "--json")
+    return found
+
+
+def test_two_processes_make_the_update_of_one(learned):
+    """Over gloo, with advantages normalised over both, the controller steered by both, and one who writes."""
+    one, two = learned["one"], learned["two"]
+    mine, ours = (Policy.load(document["policy"]).actor.state_dict() for document in (one, two))
+    for name, weight in mine.items():
+        torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-3)
+    logs = [Path(document["policy"]).with_name("policy_log") / "metrics.jsonl" for document in (one, two)]
+    logged, reduced = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
     assert len(logged) == len(reduced) == 3, "one writer"
     for line, other in zip(logged, reduced, strict=True):
         for name in ("game/kl", "game/gmacs_ratio", "game/agreement", "charts/kl_weight"):
@@ -87,6 +96,23 @@ def test_two_processes_make_the_update_of_one(images, tmp_path):
     assert two["images"] == one["images"] == 6, "held-back images are measured once"
     assert two["gmacs_ratio"] == pytest.approx(one["gmacs_ratio"], rel=1e-3)
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-2)
+
+
+def test_two_processes_tune_as_one(learned, images, tmp_path):
+    found = {}
+    for name, command in {"one": COMMAND, "two": LAUNCH}.items():
+        flags = ["--updates", "3", "--batch-size", "6", "--dtype", "float32", "--workers", "0", "--dial", "0.9",
+                 "--opt", "sgd", "--lr", "0.01", "--warmup", "0"]  # fmt: skip
+        place = ["--backbone", "fashion", "--images", str(images), "--policy", learned["one"]["policy"]]
+        found[name] = run(command, "finetune", *flags, *place, "--output", str(tmp_path / name), "--json")
+    native = load_model("fashion").state_dict()
+    tuned = [load_file(found[name]["model"]) for name in ("one", "two")]
+    one, two = (torch.cat([(weights[key] - native[key]).flatten() for key in native]) for weights in tuned)
+    assert float(one.norm()) > 1e-3, "something was learned"
+    assert float((one - two).norm()) < 0.01 * float(one.norm())
+    for when in ("before", "after"):
+        assert found["two"][when]["images"] == 6
+        assert found["two"][when]["kl"] == pytest.approx(found["one"][when]["kl"], rel=1e-3)
 
 
 class Slice:
@@ -114,10 +140,10 @@ def test_advantages_are_normalised_over_all_processes():
 
 def train(images, output, *flags):
     place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
-    config = ["--updates", "14", "--batch-size", "4", "--workers", "0", "--checkpoint-every", "3"]
+    config = ["--updates", "14", "--batch-size", "4", "--workers", "1", "--checkpoint-every", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*COMMAND, "train", *place, *config, *flags]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def wait_for(lines, log, process):
@@ -138,7 +164,7 @@ def test_killed_and_resumed_is_bitwise_never_killed(images, tmp_path):
     for number, (lines, how) in enumerate([(4, signal.SIGKILL), (8, signal.SIGKILL), (11, signal.SIGTERM)]):
         process = train(images, cut, *["--resume"] * bool(number))
         wait_for(lines, log, process)
-        process.send_signal(how)
+        os.killpg(process.pid, how)  # the workers too, as launchers and batch systems do
         code = process.wait()
         assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130)
         saved = torch.load(log / "checkpoint.pt", weights_only=True)["step"]

@@ -95,7 +95,7 @@ def test_resume_refuses_nothing_and_other_settings(model, source, tmp_path):
     with pytest.raises(TokenGameError, match="nothing to resume"):
         session_for(model, source, tmp_path / "run", resume=True)
     session_for(model, source, tmp_path / "run").run()
-    with pytest.raises(TokenGameError, match="other settings"):
+    with pytest.raises(TokenGameError, match="of other settings"):
         session_for(model, source, tmp_path / "run", resume=True, updates=9)
 
 

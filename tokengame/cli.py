@@ -16,7 +16,7 @@ import tyro
 from rich.markup import escape
 
 from tokengame.commands import Calibrate, Eval, Train
-from tokengame.config import TrainConfig
+from tokengame.config import TrainConfig, require
 from tokengame.console import console
 from tokengame.contests import Ablate, Bench, Compare
 from tokengame.errors import TokenGameError
@@ -89,8 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _warn
             command = parse(arguments)
             console.quiet = not command.ranks.main
+            require(command.shared or command.ranks.size == 1, "this command runs in one process, without a launcher")
             result = command.run()
     except TokenGameError as error:
+        console.quiet = False  # whichever process it is
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -34,12 +34,18 @@ from tokengame.session import Session
 class Common:
     """Flags of every command."""
 
+    shared: ClassVar[bool] = False
+    """whether several processes can run it together"""
     json: bool = False
     """print one JSON document on stdout, everything else on stderr"""
     seed: int = 0
     """of everything random"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
+
+    def rehearsed(self, batch_size: int) -> int:
+        """Images of an update of a dry run: 32 a process, or fewer where the run has fewer."""
+        return min(batch_size, 32 * self.ranks.size)
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the chosen device."""
@@ -69,7 +75,8 @@ class OnImages(Common):
     backbone: str
     """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
     images: str
-    """folder of class folders, .tar of the same, Hugging Face data set, or "fashion" for the embedded scenes"""
+    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
+    data set, or "fashion" for the embedded scenes"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None
@@ -77,7 +84,7 @@ class OnImages(Common):
     split: str = "validation"
     """of a Hugging Face data set"""
     workers: int = 1
-    """processes that decode images"""
+    """processes that decode images; none while a CPU is timed"""
 
     def load(self) -> tuple[nn.Module, ImageSource]:
         """Model and images, labelled; the cheaper mistakes are found first."""
@@ -97,11 +104,22 @@ class OnImages(Common):
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
         scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference)
+        if self.ranks.size > 1:
+            scores.positions = []  # large, and nobody asks for them then
         parts = self.ranks.gather((scores, list(tally.reasons.items())))
         for _, bad in parts[1:]:
             tally.add(bad)
         report_bad(tally)
         return Scores.joined([part for part, _ in parts])
+
+
+def weights_of(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:
+    """The weights a policy was made for: `model`, or those that `finetune` wrote beside the policy file."""
+    beside = policy.card["backbone"].get("weights")
+    if beside is None or policy.card["backbone"]["fingerprint"] == fingerprint(Backbone(model)):
+        return model
+    first = next(model.parameters())
+    return load_model(name, str(path.parent / beside)).to(first.device, first.dtype).requires_grad_(False)
 
 
 CALIBRATION_HEADINGS = {
@@ -127,6 +145,7 @@ def report_bad(tally: BadImages) -> None:
 class Train(OnImages):
     """Learn a policy for a backbone and images."""
 
+    shared = True
     output: Path = Path("policy.safetensors")
     """the policy file; metrics and checkpoints go beside it, into NAME_log"""
     holdout: float = 0.2
@@ -138,7 +157,8 @@ class Train(OnImages):
     checkpoint_every: int = 50
     """updates between checkpoints"""
     dry_run: bool = False
-    """load everything, do two updates of 32 images, say how long it would take and how much memory; keep nothing"""
+    """load everything, do two updates of 32 images a process, say how long all would take and how much
+    memory; keep nothing"""
     split: str = "train"
     """of a Hugging Face data set"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
@@ -172,7 +192,7 @@ class Train(OnImages):
 
     def _rehearse(self, model: nn.Module, learn: ImageSource) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
-            config = replace(self.config, updates=2, batch_size=min(self.config.batch_size, 32))
+            config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             session = self._session(model, learn, config, Path(folder) / "policy.safetensors")
             session.run(progress)
             result = projection(session.loop, self.config.updates * self.config.batch_size)
@@ -184,6 +204,7 @@ class Train(OnImages):
 class Eval(OnImages):
     """Native beside pruned on the same images."""
 
+    shared = True
     policy: str
     """policy file, or the name of a shipped one"""
     dial: float | None = None
@@ -208,8 +229,10 @@ class Eval(OnImages):
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
-        fast = prune(model.to(getattr(torch, self.dtype)), self.policy, self.dial, **wishes)
-        result = self.measure(fast, source, self.batch_size, preprocessing_of(model)).summary()
+        path, model = find_policy(self.policy), model.to(getattr(torch, self.dtype))
+        policy = Policy.load(path)
+        fast = prune(weights_of(policy, path, model, self.backbone), policy, self.dial, **wishes)
+        result = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model).summary()
         result |= {"dial": fast.dial, "dtype": self.dtype}
         show_table(f"{self.backbone}, dial {fast.dial:.3f}", table(result))
         console.print(verdict(result))
@@ -240,13 +263,15 @@ class Calibrate(OnImages):
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
-        policy = Policy.load(find_policy(self.policy))
-        fast = prune(model, policy)
+        path = find_policy(self.policy)
+        policy = Policy.load(path)
+        fast = prune(weights_of(policy, path, model, self.backbone), policy)
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
         tally = BadImages(len(source.names))
         views = plain_views(source, preprocessing_of(model))
         loader = views.loader(self.batch_size, self.workers)
-        policy.card["calibration"] = calibrate(fast, progress(checked(loader, tally), "calibrating", len(loader)))
+        batches = progress(checked(loader, tally), "calibrating", len(loader))
+        policy.card["calibration"] = calibrate(fast, batches, reference=model)
         report_bad(tally)
         policy.card["backbone"]["fingerprint"] = fingerprint(fast.game.backbone)  # these weights, and no others
         policy.save(self.output)

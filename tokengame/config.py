@@ -197,6 +197,10 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require(min(self.updates, self.batch_size) >= 1, "updates and batch_size must be at least 1")
         require(min(self.distill, self.labels) >= 0 < self.distill + self.labels, "give distill or labels a weight")
+        require(min(self.lr, self.max_grad_norm) > 0, "lr and max_grad_norm must be above 0")
+        shares = {"warmup": self.warmup, "reprob": self.reprob, "ema": self.ema or 0.0, "1 - crop": 1 - self.crop}
+        for name, share in shares.items():
+            require(0 <= share < 1, f"{name} must be at least 0 and below 1, not {share:g}")
 
 
 def require(holds: bool, sentence: str) -> None:

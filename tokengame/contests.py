@@ -15,7 +15,7 @@ from torch import nn
 from tokengame.ablate import across_seeds, by_rules, quality, variants
 from tokengame.backbone import Backbone
 from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
-from tokengame.commands import Common, OnImages, report_bad
+from tokengame.commands import Common, OnImages, report_bad, weights_of
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, named, progress, show_rows, steps
@@ -214,7 +214,7 @@ class Compare(OnImages):
         model.to(getattr(torch, self.dtype))
         entries = peers(model) + (dynamic_entries(model, dynamic) if dynamic is not None else [])
         for name, policy, path in zip(names, policies, self.policies, strict=True):
-            own = self._backbone_of(model, policy, Path(path).parent)
+            own = weights_of(policy, Path(path), model, self.backbone)
             entries += policy_entries(own, name, policy, self.dials, self.budgets)
         for entry in entries:
             entry.is_timed &= self.timing
@@ -224,13 +224,6 @@ class Compare(OnImages):
         report_bad(tally)
         self._write(rows)
         return rows
-
-    def _backbone_of(self, model: nn.Module, policy: Policy, folder: Path) -> nn.Module:
-        """The weights that the policy belongs to: those that `finetune` wrote beside it, or the native ones."""
-        if not _is_tuned(policy):
-            return model
-        weights = self.place(load_model(self.backbone, str(folder / policy.card["backbone"]["weights"])))
-        return weights.requires_grad_(False).to(getattr(torch, self.dtype))
 
     def _batches(self, model: nn.Module, source: ImageSource, tally: BadImages) -> Iterator[Batch]:
         """In random order, so that the first ones, which speed is measured on, are like all."""

@@ -61,16 +61,20 @@ class Batch:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run with both generators that transforms draw from set to `seed`, and put them back; None leaves them alone."""
+    """Run with the generators that transforms draw from set to `seed`, and put them back; None leaves them alone."""
     if seed is None:
         yield
         return
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        yield
-    random.setstate(state)
+    state, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numbers)
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,9 @@ class Views(Dataset):
 
 
 def _leave_signals(_worker: int) -> None:
-    """Ctrl-C goes to workers too, and must not stop them: the main process decides when."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals to stop often reach workers too and must not end them: the main process finishes its update first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BadImages:

@@ -59,12 +59,12 @@ class Tuner:
             self.optimizer = create_optimizer_v2(self.student, config.opt, config.lr, config.weight_decay)
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer, config.sched, num_epochs=1, updates_per_epoch=config.updates, step_on_epochs=False,
-                warmup_epochs=config.warmup, warmup_lr=0.0,
+                warmup_epochs=config.warmup, warmup_lr=0.0, decay_epochs=1 / 3, decay_milestones=[1 / 3, 2 / 3],
             )  # fmt: skip
         except (AssertionError, ValueError, RuntimeError, TypeError) as error:
             named = f"optimiser {config.opt!r} and schedule {config.sched!r}"
             raise TokenGameError(f"timm does not make {named} ({first_line(error)})") from None
-        self.ema = None if config.ema is None else ModelEmaV3(self.student, decay=config.ema)
+        self.ema = None if config.ema is None else ModelEmaV3(self.student, decay=config.ema, use_warmup=True)
 
     def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """One step on [B, channels, height, width] images.
@@ -103,7 +103,8 @@ class Tuner:
         return loss, metrics
 
     def _step(self, loss: Tensor) -> None:
-        self.scheduler.step_update(self.updates)
+        if self.scheduler is not None:  # "none"
+            self.scheduler.step_update(self.updates + 1)  # the first step has a size too
         self.optimizer.zero_grad()
         (loss / self.ranks.size).backward()
         parameters = list(self.student.parameters())

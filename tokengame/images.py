@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -58,36 +58,38 @@ class TarImages:
         self.classes: dict[str, int] = {}
         """what .cls members say, by file and name"""
         for path in paths:
-            for member in self._members(path):
-                stem, suffix = member.name.rsplit(".", 1) if "." in member.name else (member.name, "")
-                if f".{suffix.lower()}" in EXTENSIONS:
-                    found.append((member.name, path, member.offset_data, member.size))
-                elif suffix == "cls":
-                    self.classes[f"{path}:{stem}"] = self._number(path, member)
+            found += self._index(path)
         found.sort(key=lambda image: (image[1], image[0]))
         self.names = [name for name, *_ in found]
         self._spans = [(path, start, size) for _, path, start, size in found]
         keys = [f"{path}:{name.rsplit('.', 1)[0]}" for name, path, *_ in found]
         self.labels: list[int] | None = [self.classes[k] for k in keys] if self.classes.keys() >= set(keys) else None
 
-    @staticmethod
-    def _members(path: Path) -> list[tarfile.TarInfo]:
+    def _index(self, path: Path) -> Iterator[tuple[str, Path, int, int]]:
+        """Name, file, first byte and size of each image of one tar; its class indices go to `classes`."""
         try:
             with tarfile.open(path, "r:") as archive:
-                return [member for member in archive if member.isfile()]
+                for member in archive:
+                    stem, _, suffix = member.name.rpartition(".")
+                    if member.isfile() and f".{suffix.lower()}" in EXTENSIONS:
+                        yield member.name, path, member.offset_data, member.size
+                    elif member.isfile() and suffix == "cls":
+                        self.classes[f"{path}:{stem}"] = _number(archive, member, path)
         except (tarfile.TarError, OSError) as error:
             raise TokenGameError(f"{path} is not a readable uncompressed tar file ({error})") from None
 
-    @staticmethod
-    def _number(path: Path, member: tarfile.TarInfo) -> int:
-        text = _read_span(path, member.offset_data, member.size)
-        try:
-            return int(text)
-        except ValueError:
-            raise TokenGameError(f"{member.name} in {path} holds no class index but {text[:20]!r}") from None
-
     def open(self, index: int) -> Image.Image:
         return Image.open(io.BytesIO(_read_span(*self._spans[index])))
+
+
+def _number(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
+    file = archive.extractfile(member)
+    assert file is not None
+    text = file.read()
+    try:
+        return int(text)
+    except ValueError:
+        raise TokenGameError(f"{member.name} in {path} holds no class index but {text[:20]!r}") from None
 
 
 def _read_span(path: Path, start: int, size: int) -> bytes:

@@ -36,8 +36,8 @@ class Learner(Protocol):
 
 
 def names_hash(images: ImageSource) -> str:
-    """What tells one set of images from another."""
-    return hashlib.sha256("\n".join(images.names).encode()).hexdigest()
+    """What tells one labelled set of images from another."""
+    return hashlib.sha256(repr((images.names, images.labels)).encode()).hexdigest()
 
 
 class Loop:
@@ -95,29 +95,32 @@ class Loop:
     def run(self, progress: Progress = silent, what: str = "training", checkpoint_every: int = 50) -> None:
         """Learn to the end.
 
-        The checkpoint is written every so many updates, at the end, and before Ctrl-C or SIGTERM stop the run.
+        The checkpoint is written every so many updates, at the end, and when anything stops the run between updates.
 
         Raises:
-            KeyboardInterrupt: after such a signal.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, the update under way finished.
         """
         if not self.resume:
             self.log.start(self.config)
-        first = self.learner.updates
+        first, whole = self.learner.updates, True
         with self.log.recorder(first) as record, noted() as stopped:
-            last = time.perf_counter()
-            for batch in progress(self.batches(), what, self.updates - first):
-                start = time.perf_counter()
-                metrics = self.learner.update(batch.images, batch.labels)
-                self.metrics = metrics | {"time/waited": start - last}  # for images
+            try:
                 last = time.perf_counter()
-                self.seconds += last - start
-                record(self.learner.updates, self.metrics)  # before the state that claims it is there
-                stop = self.ranks.any(stopped())
-                if stop or self.learner.updates % checkpoint_every == 0:
+                for batch in progress(self.batches(), what, self.updates - first):
+                    start, whole = time.perf_counter(), False
+                    metrics = self.learner.update(batch.images, batch.labels)
+                    self.metrics = metrics | {"time/waited": start - last}  # for images
+                    last = time.perf_counter()
+                    self.seconds += last - start
+                    record(self.learner.updates, self.metrics)  # before the state that claims it is there
+                    whole = True
+                    if self.ranks.any(stopped()):
+                        raise KeyboardInterrupt
+                    if self.learner.updates % checkpoint_every == 0:
+                        self._save()
+            finally:
+                if whole:  # what broke off inside an update is half a step
                     self._save()
-                if stop:
-                    raise KeyboardInterrupt
-        self._save()
 
     def waited(self) -> float:
         """Share of the run's time in which the learner waited for images."""
@@ -158,17 +161,33 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 def projection(loop: Loop, images: int) -> dict[str, Any]:
-    """What a short run says about one of `images` images: seconds by its last update, and the memory it took so far."""
-    timing = loop.log.timings()[-1]
-    busy = sum(timing[name] for name in ("time/rollout", "time/update", "time/step") if name in timing)
-    per_image = (busy + timing["time/waited"]) / loop.batch_size
-    return {
+    """What a short run says about one over `images` images; the same for all processes.
+
+    Returns:
+        images; images_per_second that are learned from, and that could be decoded; hours; memory_gib of a process, so
+        far, at batch_size images an update.
+    """
+    busy = sum(value for name, value in loop.metrics.items() if name in ("time/rollout", "time/update"))
+    learned, decoded = loop.batch_size / busy, decoding_speed(loop) * loop.ranks.size
+    found = {
         "images": images,
-        "images_per_second": 1 / per_image,
-        "hours": per_image * images / 3600,
-        "waited_for_images": timing["time/waited"] / (busy + timing["time/waited"]),
+        "images_per_second": learned,
+        "images_per_second_decoded": decoded,
+        "hours": images / min(learned, decoded) / 3600,
+        "batch_size": loop.batch_size,
         "memory_gib": memory_taken(),
     }
+    return loop.ranks.gather(found)[0]
+
+
+def decoding_speed(loop: Loop, images: int = 8) -> float:
+    """Images a second that the workers of one process decode and transform, by doing a few here."""
+    count = min(images, len(loop.images.names))
+    views = Views(loop.images, range(count), loop.transform, loop.seed)
+    start = time.perf_counter()
+    for item in range(count):
+        views[item]
+    return count * max(1, loop.workers) / (time.perf_counter() - start)
 
 
 def memory_taken() -> float:

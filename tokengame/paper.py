@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from tokengame.attention import ruled_attention
 from tokengame.backbone import Backbone
 from tokengame.bench import write_csv
 from tokengame.commands import OnImages, report_bad
-from tokengame.config import GAME_VERSION, FinetuneConfig, TrainConfig, merge, require
+from tokengame.config import GAME_VERSION, FinetuneConfig, RewardConfig, TrainConfig, merge, require
 from tokengame.console import console, named, progress, show_rows, show_table
-from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
+from tokengame.data import BadImages, checked, plain_views, transform_for
 from tokengame.evaluate import calibrate, evaluate
 from tokengame.figures import sweep_figure
 from tokengame.finetune import Tuner
@@ -31,7 +32,7 @@ from tokengame.policy import Policy, fingerprint
 from tokengame.report import table, verdict
 from tokengame.rundir import RunDir, require_writable
 from tokengame.runtime import PrunedViT, find_policy, prune
-from tokengame.session import Session, learned
+from tokengame.session import Session, calibration_batches, learned
 from tokengame.sweep import sweep_row
 
 SWEEP_HEADINGS = {
@@ -66,6 +67,8 @@ class Sweep(OnImages):
         """Train a policy a ratio, measure, draw."""
         require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
+        fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
+        require(fixed, "sweep sets alpha and beta itself, by --ratios")
         require_writable(self.output / "sweep.csv")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
@@ -96,6 +99,7 @@ class Sweep(OnImages):
 class Finetune(OnImages):
     """Tune a backbone through a frozen policy; measure it before and after."""
 
+    shared = True
     policy: str
     """policy file, or the name of a shipped one"""
     output: Path = Path("tuned")
@@ -116,13 +120,13 @@ class Finetune(OnImages):
     checkpoint_every: int = 50
     """updates between checkpoints"""
     dry_run: bool = False
-    """load everything, do two updates of 32 images, say how long it would take and how much memory; keep nothing"""
+    """load everything, do two updates of 32 images a process, say how long all would take and how much
+    memory; keep nothing"""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
 
     def run(self) -> dict[str, Any]:
         """Measure, tune, calibrate, measure."""
         require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
-        require_writable(self.output / "model.safetensors")
         self.ranks.part_of(self.config.batch_size)
         model, source = self.load()
         require(not self.config.labels or source.labels is not None, "--labels needs labelled images: see --class-map")
@@ -131,27 +135,23 @@ class Finetune(OnImages):
         dial = prune(model, policy, self.dial, gmacs_ratio=self.gmacs_ratio).dial
         if self.dry_run:
             return self._rehearse(model, policy, dial, learn)
+        require_writable(self._weights)
         tuner = Tuner(model, policy, dial, self.config, self.ranks)
         loop = self._loop(tuner, self.config, learn, self.output)
         before = self._measured(prune(model, policy, dial), held, model, "before")
         loop.run(progress, "tuning", self.checkpoint_every)
         report_bad(loop.tally)
-        tuned = tuner.tuned()
-        policy.card = self._card(policy, tuned, held, model, dial) if self.ranks.main else policy.card
         if self.ranks.main:
-            save_file({k: v.cpu().contiguous() for k, v in tuned.state_dict().items()}, self._weights)
-            policy.save(self.output / "policy.safetensors")
+            self._write(policy, tuner.tuned(), held, model, dial)
         self.ranks.wait()
-        after = self._measured(
-            prune(tuned, Policy.load(self.output / "policy.safetensors"), dial), held, model, "after"
-        )
+        after = self._measured(prune(tuner.tuned(), Policy.load(self._card_file), dial), held, model, "after")
         lost = before["drop_pp"]
         return {
             "before": before,
             "after": after,
             "recovered": 1 - after["drop_pp"] / lost if lost is not None and lost > 0 else None,
             "model": str(self._weights),
-            "policy": str(self.output / "policy.safetensors"),
+            "policy": str(self._card_file),
             "images_seen": tuner.images_seen,
             "seconds": loop.seconds,
             "waited_for_images": loop.waited(),
@@ -168,10 +168,15 @@ class Finetune(OnImages):
     def _weights(self) -> Path:
         return self.output / "model.safetensors"
 
+    @property
+    def _card_file(self) -> Path:
+        return self.output / "policy.safetensors"
+
     def _loop(self, tuner: Tuner, config: FinetuneConfig, learn: ImageSource, folder: Path) -> Loop:
         augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
-        marks = [fingerprint(tuner.fast.game.backbone), tuner.fast.card["training"], tuner.fast.dial]
+        actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
+        marks = [fingerprint(tuner.fast.game.backbone), actor, tuner.fast.dial]
         identity = json.dumps([GAME_VERSION, asdict(config), self.seed, marks, names_hash(learn)])
         log = RunDir(folder / "log", identity, self.ranks.main)
         return Loop(
@@ -186,31 +191,24 @@ class Finetune(OnImages):
         console.print(verdict(result))
         return result
 
-    def _card(
-        self, policy: Policy, tuned: nn.Module, held: ImageSource, native: nn.Module, dial: float
-    ) -> dict[str, Any]:
-        """The policy's card for the tuned weights; what it promises is measured against the native ones."""
-        fast = prune(tuned, replace(policy, card=self._named(policy, tuned, dial)), dial)
-        fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
-        rows = calibrate(fast, self._batches(held, preprocessing_of(native)), reference=native)
-        return fast.card | {"calibration": rows}
-
-    def _named(self, policy: Policy, tuned: nn.Module, dial: float) -> dict[str, Any]:
-        backbone = policy.card["backbone"] | {
-            "fingerprint": fingerprint(Backbone(tuned)),
-            "weights": self._weights.name,
-        }
+    def _write(self, policy: Policy, tuned: nn.Module, held: ImageSource, native: nn.Module, dial: float) -> None:
+        """Weights, and the policy with a card for them; what that promises is measured against the native model."""
+        part = self._weights.with_suffix(".part")
+        save_file({name: weight.cpu().contiguous() for name, weight in tuned.state_dict().items()}, part)
+        os.replace(part, self._weights)
+        names = {"fingerprint": fingerprint(Backbone(tuned)), "weights": self._weights.name}
+        backbone = policy.card["backbone"] | names
         finetuning = {"config": asdict(self.config), "seed": self.seed, "dial": dial}
-        return policy.card | {"backbone": backbone, "dial": dial, "finetuning": finetuning}
-
-    def _batches(self, held: ImageSource, preprocessing: dict[str, Any]) -> Iterator[Batch]:
-        count = min(1024, len(held.names))
-        loader = plain_views(held, preprocessing, range(count)).loader(32, self.workers)
-        yield from progress(checked(loader, BadImages(count)), "calibrating", len(loader))
+        policy = replace(policy, card=policy.card | {"backbone": backbone, "dial": dial, "finetuning": finetuning})
+        fast = prune(tuned, policy)
+        fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
+        batches = calibration_batches(held, preprocessing_of(native), self.seed, self.workers, progress)
+        policy.card["calibration"] = calibrate(fast, batches, reference=native)
+        policy.save(self._card_file)
 
     def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSource) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
-            config = replace(self.config, updates=2, batch_size=min(self.config.batch_size, 32))
+            config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             loop = self._loop(Tuner(model, policy, dial, config, self.ranks), config, learn, Path(folder))
             loop.run(progress, "rehearsing")
             result = projection(loop, self.config.updates * self.config.batch_size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokengame.commands import OnImages, report_bad
+from tokengame.commands import OnImages, report_bad, weights_of
 from tokengame.config import require
 from tokengame.console import console, progress
 from tokengame.data import BadImages, Epochs, Views, checked, plain_views, transform_for
@@ -21,8 +21,9 @@ from tokengame.gallery import Drawing, draw, together, write_gallery
 from tokengame.images import ImageSource, Subset
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.models import preprocessing_of
+from tokengame.policy import Policy
 from tokengame.rundir import require_writable
-from tokengame.runtime import PrunedViT, prune
+from tokengame.runtime import PrunedViT, find_policy, prune
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,9 @@ class Show(OnImages):
         require_writable(self.output)
         require(self.output.suffix in (".png", ".html"), f"--output must end in .png or .html, not {self.output.name}")
         model, source = self.load()
-        fast, preprocessing = prune(model, self.policy, self.dial), preprocessing_of(model)
+        path, preprocessing = find_policy(self.policy), preprocessing_of(model)
+        policy = Policy.load(path)
+        fast = prune(weights_of(policy, path, model, self.backbone), policy, self.dial)
         picked = self._picked(fast, source, preprocessing)
         methods = {"tokengame": self._draw(fast, Subset(source, picked))}
         if self.dynamicvit_updates:

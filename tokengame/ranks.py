@@ -53,9 +53,9 @@ class Ranks:
         """Replace every gradient by its sum over the processes, in one message."""
         if self.size == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = self.sum(torch.cat([g.flatten() for g in gradients]))
-        for parameter, summed in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        used = [p for p in parameters if p.grad is not None]  # the same in all: they run the same network
+        flat = self.sum(torch.cat([p.grad.flatten() for p in used if p.grad is not None]))
+        for parameter, summed in zip(used, flat.split([p.numel() for p in used]), strict=True):
             parameter.grad = summed.view_as(parameter)
 
     def gather(self, value: Any) -> list[Any]:

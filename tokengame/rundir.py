@@ -93,9 +93,10 @@ class RunDir:
             state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError):
             raise TokenGameError(f"checkpoint {self.checkpoint} is damaged; run without --resume") from None
-        if state["run"] != self.identity:
+        if state.get("run") != self.identity or "step" not in state or not self.files[1].is_file():
             raise TokenGameError(
-                f"{self.checkpoint} has other settings, weights or images; resume with those, or run without --resume"
+                f"{self.checkpoint} is of other settings, weights or images, or of an older version; "
+                "resume with those, or run without --resume"
             )
         for file in self.files if self.main else ():
             lines = file.read_text().splitlines()[: state["step"]]

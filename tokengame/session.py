@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from tokengame.attention import ruled_attention
 from tokengame.config import GAME_VERSION, TrainConfig
-from tokengame.data import BadImages, checked, plain_views, transform_for
+from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import calibrate
 from tokengame.images import ImageSource
@@ -112,12 +113,10 @@ class Session:
         The card recommends the dial that calibration gives for `gmacs_ratio`, or 0.5.
         """
         self.policy([]).save(self.output)  # whatever calibration meets, what was learned is on disk
-        count = min(calibration_images, len(held.names))
-        chosen = np.random.default_rng(self.seed).permutation(len(held.names))[:count].tolist()
+        batches = calibration_batches(held, self.preprocessing, self.seed, self.workers, progress, calibration_images)
         fast = prune(self.model, self.policy([]))
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
-        loader = plain_views(held, self.preprocessing, chosen).loader(32, self.workers)
-        rows = calibrate(fast, progress(checked(loader, BadImages(count)), "calibrating", len(loader)))
+        rows = calibrate(fast, batches)
         policy = self.policy(rows)
         policy.save(self.output)  # a wish that cannot be met must not cost the policy
         if gmacs_ratio is not None:
@@ -144,6 +143,15 @@ class Session:
             [line[f"time/{name}"] for line in lines] for name in ("images_per_second", "native_images_per_second")
         ]
         return float(np.median(speeds[0]) / np.median(speeds[1])) if lines else float("nan")
+
+
+def calibration_batches(
+    held: ImageSource, preprocessing: dict[str, Any], seed: int, workers: int, progress: Progress, most: int = 1024
+) -> Iterable[Batch]:
+    """At most so many of the images `held` back, any of them: a source is sorted by class."""
+    chosen = np.random.default_rng(seed).permutation(len(held.names))[:most].tolist()
+    loader = plain_views(held, preprocessing, chosen).loader(32, workers)
+    return progress(checked(loader, BadImages(len(chosen))), "calibrating", len(loader))
 
 
 def learned(session: Session, progress: Progress = silent) -> Policy:

@@ -31,11 +31,11 @@ def sweep_row(alpha: float, beta: float, scores: Scores, sampled: list[dict[str,
 
     Returns:
         alpha_over_beta; keep and keep_sampled (share of the tokens alive at the end), keep_predicted (equilibrium at
-        the p(correct) of the sampled games), earned (mean of what a survivor of the last stage earns, relative to
-        beta), reading (a sentence), and the keys of `eval`.
+        the p(correct) of the sampled games), earned (what a survivor of the last stage earns, relative to beta,
+        mean over images), reading (a sentence), and the keys of `eval`.
     """
     summary = scores.summary()
-    last = max(name for name in sampled[0] if name.startswith("game/kept_"))
+    last = f"game/kept_{len(scores.kept[0]) - 1}"
     kept, correct = (float(np.mean([line[name] for line in sampled])) for name in (last, "game/top1"))
     survivors = np.asarray(scores.kept)[:, -1]
     earned = float(np.mean(alpha * np.asarray(scores.correct_pruned) / survivors)) / beta
@@ -61,5 +61,5 @@ def reading(row: dict[str, Any]) -> str:
         return "as predicted on average; images differ, and a token cannot see whether its image will be right"
     earns = f"staying earns {row['earned']:.2f} times its cost"
     if row["earned"] > 1:
-        return f"{earns}: more could live, but whoever has left is gone for good"
-    return f"{earns}: some should leave, and learning has not driven them out"
+        return f"{earns}: more could live; those who left cannot return, and learning may not have ended"
+    return f"{earns}: some should leave, so learning has not ended"

@@ -27,7 +27,10 @@ def training_dtype(choice: str, device: torch.device) -> torch.dtype:
     """Resolve "auto": bfloat16 where `accelerate launch --mixed_precision bf16` or the device says so, else float32."""
     if choice != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16"):
+        raise TokenGameError(f"--mixed_precision {wanted} is not supported; use bf16, or leave it out")
+    if wanted == "bf16":
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
