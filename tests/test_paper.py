@@ -79,6 +79,15 @@ def test_labels_pull_where_they_are_weighed(model):
         tuner.update(images(8), None)
 
 
+def test_the_dial_holds_the_compute(model):
+    """The policy alone would settle elsewhere: it starts at other compute than wanted."""
+    config = replace(SMALL, updates=60)
+    for wanted in (0.55, 0.8):
+        tuner = Tuner(model, policy_for(model), 0.5, config, compute=wanted)
+        found = [tuner.update(images(8, step), None)["tune/gmacs_ratio"] for step in range(60)]
+        assert sum(found[-10:]) / 10 == pytest.approx(wanted, abs=0.04)
+
+
 def test_the_moving_average_is_what_is_kept(model):
     tuner, _ = tune(model, replace(SMALL, ema=0.9))
     slow, fast = ((m.head.weight - model.head.weight).detach() for m in (tuner.tuned(), tuner.student))
@@ -138,14 +147,15 @@ def test_finetune_writes_weights_and_a_card_that_names_them(place, capsys, recwa
     root, flags, small = place
     tuned = root / "tuned"
     run = ["finetune", *flags, *small, "--policy", str(root / "policy.safetensors"), "--output", str(tuned), "--json"]
-    assert main([*run, "--dial", "0.9", "--aa", "rand-m9-mstd0.5-inc1", "--ema", "0.9", "--lr", "1e-3"]) == 0
+    assert main([*run, "--dial", "0.8", "--aa", "rand-m9-mstd0.5-inc1", "--ema", "0.9", "--lr", "1e-3"]) == 0
     found = document(capsys)
     assert {"before", "after", "recovered", "model", "policy"} <= set(found)
     assert found["before"]["images"] == found["after"]["images"] == 4
     assert found["before"]["top1_native"] == found["after"]["top1_native"], "native is the model as it came"
     policy = Policy.load(tuned / "policy.safetensors")
     assert policy.card["backbone"]["weights"] == "model.safetensors"
-    assert policy.card["dial"] == 0.9
+    ratios = [found[when]["gmacs_ratio"] for when in ("before", "after")]
+    assert ratios[1] == pytest.approx(ratios[0], abs=0.05), "compared at the same compute"
     assert policy.card["calibration"]
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()
     model.load_state_dict(load_file(tuned / "model.safetensors"))

@@ -8,6 +8,7 @@ needed: packed and masked execution give the same gradients (tests/test_game.py)
 from __future__ import annotations
 
 import copy
+import math
 import time
 from typing import Any
 
@@ -39,14 +40,19 @@ class Tuner:
         policy: frozen.
         dial: the operating point to tune for.
         config: settings.
+        compute: pruned / native, that the dial is moved to hold: as the backbone changes, so do the decisions of the
+            policy that looks at it. None leaves the dial alone.
         ranks: the processes that tune together; each is given its part of every batch.
 
     Raises:
         TokenGameError: timm knows no such optimiser or schedule.
     """
 
-    def __init__(self, model: Any, policy: Policy, dial: float, config: FinetuneConfig, ranks: Ranks | None = None):
-        self.config, self.ranks = config, ranks or Ranks()
+    def __init__(
+        self, model: Any, policy: Policy, dial: float, config: FinetuneConfig, compute: float | None = None,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
+        self.config, self.compute, self.ranks = config, compute, ranks or Ranks()
         self.device: torch.device = model.patch_embed.proj.weight.device
         self.dtype = training_dtype(config.dtype, self.device)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
@@ -83,11 +89,19 @@ class Tuner:
             raise TokenGameError(f"the loss is not finite in update {self.updates}; lower lr")
         self._step(loss)
         self.images_seen += len(images) * self.ranks.size
-        compute = self.fast.macs(end)
-        metrics |= {"tune/loss": float(loss.detach()), "tune/gmacs_ratio": float(compute[1].mean()) / compute[0]}
+        full, macs = self.fast.macs(end)
+        metrics |= {"tune/loss": float(loss.detach()), "tune/gmacs_ratio": float(macs.mean()) / full}
         seconds = time.perf_counter() - start
         speed = len(images) * self.ranks.size / seconds
-        return self.ranks.mean(metrics | {"time/update": seconds, "time/images_per_second": speed})
+        metrics = self.ranks.mean(metrics | {"time/update": seconds, "time/images_per_second": speed})
+        self._hold(metrics["tune/gmacs_ratio"])
+        return metrics | {"charts/dial": self.fast.dial}
+
+    def _hold(self, measured: float) -> None:
+        """Move the dial towards the wanted compute; a gain at which the noise of single batches hardly moves it."""
+        if self.compute is not None:
+            logit = math.log(self.fast.dial / (1 - self.fast.dial)) + 0.5 * (measured - self.compute)
+            self.fast.dial = 1 / (1 + math.exp(-logit))
 
     def _loss(self, native: Tensor, pruned: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, float]]:
         kl = fidelity_loss(native, pruned).mean()
@@ -128,6 +142,7 @@ class Tuner:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "updates": self.updates,
             "images_seen": self.images_seen,
+            "dial": self.fast.dial,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,3 +152,4 @@ class Tuner:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.updates, self.images_seen = state["updates"], state["images_seen"]
+        self.fast.dial = state["dial"]

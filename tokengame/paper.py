@@ -28,7 +28,7 @@ from tokengame.finetune import Tuner
 from tokengame.images import ImageSource, label_images, open_images, split_images
 from tokengame.loop import Loop, names_hash, projection
 from tokengame.models import preprocessing_of
-from tokengame.policy import Policy, fingerprint
+from tokengame.policy import Policy, dial_for, fingerprint
 from tokengame.report import table, verdict
 from tokengame.rundir import RunDir, require_writable
 from tokengame.runtime import PrunedViT, find_policy, prune
@@ -136,15 +136,16 @@ class Finetune(OnImages):
         if self.dry_run:
             return self._rehearse(model, policy, dial, learn)
         require_writable(self._weights)
-        tuner = Tuner(model, policy, dial, self.config, self.ranks)
-        loop = self._loop(tuner, self.config, learn, self.output)
+        require(0 < dial < 1, f"tuning wants a dial between 0 and 1, not {dial:g}")
         before = self._measured(prune(model, policy, dial), held, model, "before")
+        tuner = Tuner(model, policy, dial, self.config, before["gmacs_ratio"], self.ranks)
+        loop = self._loop(tuner, dial, self.config, learn, self.output)
         loop.run(progress, "tuning", self.checkpoint_every)
         report_bad(loop.tally)
         if self.ranks.main:
-            self._write(policy, tuner.tuned(), held, model, dial)
+            self._write(policy, tuner.tuned(), held, model, before["gmacs_ratio"])
         self.ranks.wait()
-        after = self._measured(prune(tuner.tuned(), Policy.load(self._card_file), dial), held, model, "after")
+        after = self._measured(prune(tuner.tuned(), Policy.load(self._card_file)), held, model, "after")
         lost = before["drop_pp"]
         return {
             "before": before,
@@ -172,11 +173,11 @@ class Finetune(OnImages):
     def _card_file(self) -> Path:
         return self.output / "policy.safetensors"
 
-    def _loop(self, tuner: Tuner, config: FinetuneConfig, learn: ImageSource, folder: Path) -> Loop:
+    def _loop(self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSource, folder: Path) -> Loop:
         augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
         actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
-        marks = [fingerprint(tuner.fast.game.backbone), actor, tuner.fast.dial]
+        marks = [fingerprint(tuner.fast.game.backbone), actor, dial]
         identity = json.dumps([GAME_VERSION, asdict(config), self.seed, marks, names_hash(learn)])
         log = RunDir(folder / "log", identity, self.ranks.main)
         return Loop(
@@ -191,25 +192,30 @@ class Finetune(OnImages):
         console.print(verdict(result))
         return result
 
-    def _write(self, policy: Policy, tuned: nn.Module, held: ImageSource, native: nn.Module, dial: float) -> None:
-        """Weights, and the policy with a card for them; what that promises is measured against the native model."""
+    def _write(self, policy: Policy, tuned: nn.Module, held: ImageSource, native: nn.Module, compute: float) -> None:
+        """Weights, and the policy with a card for them; what that promises is measured against the native model.
+
+        The card recommends the dial that gives the tuned model the `compute` (pruned / native) of the untuned one.
+        """
         part = self._weights.with_suffix(".part")
         save_file({name: weight.cpu().contiguous() for name, weight in tuned.state_dict().items()}, part)
         os.replace(part, self._weights)
         names = {"fingerprint": fingerprint(Backbone(tuned)), "weights": self._weights.name}
         backbone = policy.card["backbone"] | names
-        finetuning = {"config": asdict(self.config), "seed": self.seed, "dial": dial}
-        policy = replace(policy, card=policy.card | {"backbone": backbone, "dial": dial, "finetuning": finetuning})
+        finetuning = {"config": asdict(self.config), "seed": self.seed, "gmacs_ratio": compute}
+        policy = replace(policy, card=policy.card | {"backbone": backbone, "finetuning": finetuning})
         fast = prune(tuned, policy)
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
         batches = calibration_batches(held, preprocessing_of(native), self.seed, self.workers, progress)
-        policy.card["calibration"] = calibrate(fast, batches, reference=native)
+        rows = policy.card["calibration"] = calibrate(fast, batches, reference=native)
+        ratios = [row["gmacs_ratio"] for row in rows]
+        policy.card["dial"] = dial_for(policy.card, gmacs_ratio=min(max(compute, min(ratios)), max(ratios)))
         policy.save(self._card_file)
 
     def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSource) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
-            loop = self._loop(Tuner(model, policy, dial, config, self.ranks), config, learn, Path(folder))
+            loop = self._loop(Tuner(model, policy, dial, config, ranks=self.ranks), dial, config, learn, Path(folder))
             loop.run(progress, "rehearsing")
             result = projection(loop, self.config.updates * self.config.batch_size)
         show_rows([result])
