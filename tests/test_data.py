@@ -255,6 +255,12 @@ def test_scene_box_is_where_the_item_is():
     assert max(sizes) > 0.8
 
 
+def test_embedded_scenes_by_name():
+    sources = {name: open_images(name) for name in ("fashion", "fashion-train")}
+    assert {name: len(source.names) for name, source in sources.items()} == {"fashion": 1000, "fashion-train": 20000}
+    assert not np.array_equal(*(np.asarray(source.open(0)) for source in sources.values()))
+
+
 def test_train_and_test_scenes_share_no_photo():
     train, test = (FashionScenes(split, 1).photos.images.reshape(-1, 784) for split in ("train", "test"))
     assert not {photo.tobytes() for photo in train} & {photo.tobytes() for photo in test}

@@ -21,7 +21,8 @@ from tokengame.errors import TokenGameError, first_line
 from tokengame.scenes import FashionScenes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-EMBEDDED_SCENES = "fashion"
+EMBEDDED_SCENES = {"fashion": ("test", 1000, 1), "fashion-train": ("train", 20000, 0)}
+"""split of the photos, number of scenes, seed"""
 
 
 class ImageSource(Protocol):
@@ -154,7 +155,7 @@ def open_images(location: str, split: str = "train") -> ImageSource:
     """The images at `location`.
 
     Args:
-        location: "fashion" (1,000 embedded scenes); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or
+        location: "fashion" (1,000 embedded scenes) or "fashion-train" (20,000 of other photos); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or
             "shards/*.tar"; or the name of a Hugging Face data set.
         split: of a Hugging Face data set.
 
@@ -163,8 +164,9 @@ def open_images(location: str, split: str = "train") -> ImageSource:
     """
     path = Path(location)
     source: ImageSource
-    if location == EMBEDDED_SCENES:
-        return SceneImages(FashionScenes("test", 1000, seed=1))
+    if location in EMBEDDED_SCENES:
+        photos, count, seed = EMBEDDED_SCENES[location]
+        return SceneImages(FashionScenes(photos, count, seed=seed))
     if path.is_dir():
         names = sorted(
             str(f.relative_to(path)) for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file()

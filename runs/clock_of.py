@@ -1,0 +1,37 @@
+"""Speed-up at the same agreement, with agreement averaged over several `compare` runs and speed from a timed one:
+python runs/clock_of.py results/compare_*.csv build/seeds/*/compare.csv
+
+The first file is the timed run. At each compute a method has the mean agreement of the other runs and the speed of the
+first, linear between settings; of all computes at which the agreement is reached the fastest counts.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tokengame.compare import LEVELS
+from tokengame.console import show_rows
+
+COMPUTE = np.linspace(0.4, 1.0, 601)
+
+
+def curve(rows: list[dict[str, str]], method: str, name: str) -> np.ndarray:
+    """Values of `name` at `COMPUTE`; nan outside of what the method's settings reach."""
+    points = sorted((float(r["gmacs_ratio"]), float(r[name])) for r in rows if r["method"] == method and r.get(name))
+    if not points:
+        return np.full_like(COMPUTE, np.nan)
+    return np.interp(COMPUTE, *np.transpose(points), left=np.nan, right=np.nan)
+
+
+timed, *others = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
+table = []
+for method in dict.fromkeys(row["method"] for row in timed):
+    speed = curve(timed, method, "speedup")
+    agreement = np.mean([curve(rows, method, "agreement") for rows in others], 0)
+    found = {level: speed[(agreement >= level) & ~np.isnan(speed)] for level in LEVELS}
+    if any(len(speeds) for speeds in found.values()):
+        cells = {str(level): f"{speeds.max():.2f}" if len(speeds) else "-" for level, speeds in found.items()}
+        table.append({"method": method} | cells)
+show_rows(table)
