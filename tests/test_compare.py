@@ -228,7 +228,9 @@ def test_without_timing_there_is_quality_alone(tmp_path, capsys):
     arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.005", "--no-timing"]
     assert main([*arguments, "--output", str(tmp_path), "--json"]) == 0
     assert not any("speedup" in row for row in json.loads(capsys.readouterr().out))
-    assert {path.name for path in tmp_path.iterdir()} == {"compare.csv", "qualities.csv", "frontier.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png",
+    }  # fmt: skip
 
 
 def test_dynamicvit_is_never_measured_on_what_it_learned(tmp_path, capsys):

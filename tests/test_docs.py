@@ -1,6 +1,7 @@
 """The documentation builds without a warning, and its notebook runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ def test_pages_build_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text()
     assert "Make a trained Vision Transformer faster." in page, "docstrings are rendered"
+
+
+def test_no_page_is_unfinished():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.search(r"@[A-Z_]+@|TODO", page.read_text()), page.name
 
 
 def test_the_notebook_runs(tmp_path):

@@ -3,8 +3,12 @@
 import copy
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +203,22 @@ def test_train_rehearses_and_keeps_nothing(place, capsys):
     assert found["hours"] == pytest.approx(8 / speed / 3600)
     assert found["memory_gib"] > 0.1
     assert not list(root.glob("rehearsed*"))
+
+
+def test_the_imagenet_recipe_rehearses(place, tmp_path):
+    """With random weights and a smaller network than DeiT-S, which the scripts beside it name."""
+    root, _, _ = place
+    script = Path(__file__).parents[1] / "runs" / "imagenet.sh"
+    settings = {
+        "TRAIN": str(root / "images"), "VAL": str(root / "images"), "WEIGHTS": str(root / "weights.safetensors"),
+        "OUT": str(tmp_path), "BATCH": "8", "WORKERS": "0", "BIN": str(Path(sys.executable).parent),
+    }  # fmt: skip
+    command = ["bash", str(script), "vit_tiny_patch16_224", "0.65", "--dry-run"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("memory_gib") == 2, "training and fine-tuning"
+    assert f"{1281167 // 8 * 8}" in done.stderr, "an epoch of reinforcement learning"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["rehearsal.safetensors"]
 
 
 def test_sweep_trains_a_policy_a_ratio_once(place, capsys):

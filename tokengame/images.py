@@ -155,8 +155,8 @@ def open_images(location: str, split: str = "train") -> ImageSource:
     """The images at `location`.
 
     Args:
-        location: "fashion" (1,000 embedded scenes) or "fashion-train" (20,000 of other photos); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or
-            "shards/*.tar"; or the name of a Hugging Face data set.
+        location: "fashion" (1,000 embedded scenes) or "fashion-train" (20,000 of other photos); a folder; a tar; tar
+            shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face data set.
         split: of a Hugging Face data set.
 
     Raises:
