@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Three policies, each with a seed and held-back images of its own, against every peer on those images; the mean over the
-# three. About an hour on two cores.
+# three. About forty minutes on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in 0 1 2; do

@@ -1,10 +1,20 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from hypothesis import settings
+from PIL import Image
+from safetensors.torch import save_file
+
+from tokengame.cli import main
+from tokengame.config import TrainConfig, merge
+from tokengame.networks import build_actor
+from tokengame.policy import Policy, actor_shape, fingerprint
+from tokengame.train import Trainer
 
 torch.set_num_threads(2)
 settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
@@ -43,3 +53,38 @@ def randomise(model, seed: int = 0, std: float = 0.03) -> None:
 @pytest.fixture
 def model():
     return tiny_vit()
+
+
+def policy_for(model, transition="merge"):
+    """An untrained policy that prunes about a third at each of two stages."""
+    config = merge(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2), "transition": transition}})
+    trainer = Trainer(model, replace(config, dtype="float32"))
+    shape = trainer.backbone.shape()
+    card = {
+        "format": 1, "game_version": 4,
+        "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
+        "game": {"stages": [1, 2], "transition": transition},
+        "actor": {"observation": "context", "hidden": [32], "keep_logit": 0.0}, "agents": 16, "training": {},
+        "calibration": [], "dial": 0.5,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = merge(config.actor, {"keep_logit": 0.0})
+    return Policy(build_actor(config, actor_shape(card)).eval(), card)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Weights, labelled images and a policy for the small model that is timm's by name."""
+    root = tmp_path_factory.mktemp("paper")
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=5).state_dict(), root / "weights.safetensors")
+    for name in "abcde":
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng((i, ord(name))).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+    flags = ["--backbone", "vit_tiny_patch16_224", "--weights", str(root / "weights.safetensors"),
+             "--images", str(root / "images"), "--workers", "0"]  # fmt: skip
+    small = ["--updates", "2", "--batch-size", "4"]
+    assert main(["train", *flags, *small, "--output", str(root / "policy.safetensors"), "--rollouts", "2"]) == 0
+    return root, flags, small

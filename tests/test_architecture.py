@@ -8,7 +8,7 @@ import tokengame
 
 PACKAGE = Path(tokengame.__file__).parent
 LEVELS = [
-    {"errors", "scenes"},
+    {"errors", "scenes", "report"},
     {"config", "ops", "promise", "ranks"},
     {"attention", "models"},
     {"backbone", "images"},
@@ -20,7 +20,7 @@ LEVELS = [
     {"evaluate", "anatomy", "figures", "forced", "heuristics"},
     {"bench", "dynamicvit", "gallery", "finetune", "sweep"},
     {"compare", "ablate", "rundir"},
-    {"loop", "report", "console"},
+    {"loop", "console"},
     {"session"},
     {"commands"},
     {"quickstart", "contests", "pictures", "paper"},

@@ -167,6 +167,8 @@ class Train(OnImages):
 
     def run(self) -> dict[str, Any]:
         """Train, calibrate, validate."""
+        if not self.dry_run:
+            require_writable(self.output)
         model, source = self.load()
         learn, validate = split_images(source, self.holdout, self.seed)
         if self.dry_run:

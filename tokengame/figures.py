@@ -123,6 +123,12 @@ def _svg(figure) -> bytes:
     return buffer.getvalue()
 
 
+def _small_png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return png(Image.open(buffer).quantize(64))
+
+
 def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
     """PNG: agreement, points lost and KL over compute, and agreement over measured speed-up; a line a method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -151,9 +157,7 @@ def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return png(Image.open(buffer).quantize(64))
+    return _small_png(figure)
 
 
 def sweep_figure(rows: list[dict[str, Any]]) -> bytes:
@@ -181,6 +185,4 @@ def sweep_figure(rows: list[dict[str, Any]]) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, title="α / β" if axes is stages else None)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return png(Image.open(buffer).quantize(64))
+    return _small_png(figure)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, select_autoescape
 from PIL import Image
 
 from tokengame.data import Batch
 from tokengame.evaluate import run
 from tokengame.figures import denormalise, png, strip
 from tokengame.models import preprocessing_of
+from tokengame.report import page
 from tokengame.runtime import PrunedViT
 
 
@@ -96,9 +95,7 @@ def write_gallery(
             for method, drawing in zip(methods, together, strict=True)
         ]
         rows.append({"name": names[together[0].index], "native": label(together[0].native), "strips": strips})
-    source = (files("tokengame") / "assets" / "gallery.html").read_text()
-    page = Environment(autoescape=select_autoescape(default_for_string=True)).from_string(source)
-    path.write_text(page.render(title=title, rows=rows))
+    path.write_text(page("gallery.html", title=title, rows=rows))
 
 
 def together(methods: dict[str, list[Drawing]]) -> list[Image.Image]:

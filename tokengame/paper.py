@@ -128,6 +128,8 @@ class Finetune(OnImages):
         """Measure, tune, calibrate, measure."""
         require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
         self.ranks.part_of(self.config.batch_size)
+        if not self.dry_run:
+            require_writable(self._weights)
         model, source = self.load()
         require(not self.config.labels or source.labels is not None, "--labels needs labelled images: see --class-map")
         learn, held = self._split(model, source)
@@ -135,7 +137,6 @@ class Finetune(OnImages):
         dial = prune(model, policy, self.dial, gmacs_ratio=self.gmacs_ratio).dial
         if self.dry_run:
             return self._rehearse(model, policy, dial, learn)
-        require_writable(self._weights)
         require(0 < dial < 1, f"tuning wants a dial between 0 and 1, not {dial:g}")
         before = self._measured(prune(model, policy, dial), held, model, "before")
         tuner = Tuner(model, policy, dial, self.config, before["gmacs_ratio"], self.ranks)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 ROWS = [
     ("images", "fresh images", "{:,.0f}"),
@@ -90,14 +89,19 @@ def write_report(path: Path, title: str, result: dict[str, Any], strips: bytes, 
         strips: PNG of overlays.
         figures: caption -> SVG.
     """
-    source = (files("tokengame") / "assets" / "report.html").read_text()
-    page = Environment(autoescape=select_autoescape(default_for_string=True)).from_string(source)
-    path.write_text(
-        page.render(
-            title=title,
-            verdict=verdict(result),
-            rows=table(result),
-            strips=base64.b64encode(strips).decode(),
-            figures={caption: base64.b64encode(svg).decode() for caption, svg in figures.items()},
-        )
+    text = page(
+        "report.html",
+        title=title,
+        verdict=verdict(result),
+        rows=table(result),
+        strips=base64.b64encode(strips).decode(),
+        figures={caption: base64.b64encode(svg).decode() for caption, svg in figures.items()},
+    )
+    path.write_text(text)
+
+
+def page(template: str, **values: Any) -> str:
+    """The HTML of a template among the package's assets."""
+    return (
+        Environment(loader=PackageLoader("tokengame", "assets"), autoescape=True).get_template(template).render(values)
     )
