@@ -9,11 +9,11 @@ import tokengame
 PACKAGE = Path(tokengame.__file__).parent
 LEVELS = [
     {"errors", "scenes", "report"},
-    {"config", "ops", "promise", "ranks"},
+    {"config", "hub", "ops", "promise", "ranks"},
     {"attention", "models"},
     {"backbone", "images"},
     {"state", "data"},
-    {"game", "ppo"},
+    {"game", "ppo", "feed"},
     {"rewards", "networks", "testing"},
     {"policy", "macs", "compiled", "grid"},
     {"train", "runtime", "baselines"},

@@ -19,7 +19,8 @@ from tokengame.console import console, progress, show_rows, show_table
 from tokengame.data import BadImages, checked, plain_views
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import Scores, calibrate, evaluate
-from tokengame.images import ImageSource, label_images, open_images, split_images
+from tokengame.hub import HuggingFaceStream
+from tokengame.images import STREAM, ImageSet, ImageSource, label_images, open_images, split_images
 from tokengame.loop import projection
 from tokengame.models import load_model, preprocessing_of
 from tokengame.policy import Policy, fingerprint
@@ -76,7 +77,8 @@ class OnImages(Common):
     """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
     images: str
     """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
-    data set, or the embedded scenes: "fashion" (1,000) and, of other photos, "fashion-train" (20,000)"""
+    data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000) and, of other
+    photos, "fashion-train" (20,000)"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None
@@ -87,7 +89,15 @@ class OnImages(Common):
     """processes that decode images; none while a CPU is timed"""
 
     def load(self) -> tuple[nn.Module, ImageSource]:
-        """Model and images, labelled; the cheaper mistakes are found first."""
+        """Model and images to measure on, labelled."""
+        streamed = self.images.startswith(STREAM)
+        require(not streamed, f"{self.images} can be learned from, not measured on: leave out {STREAM}")
+        model, source = self.load_to_learn()
+        assert not isinstance(source, HuggingFaceStream)
+        return model, source
+
+    def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
+        """Model and images or stream, labelled; the cheaper mistakes are found first."""
         require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
         source = open_images(self.images, self.split)
         model = self.place(load_model(self.backbone, self.weights))
@@ -149,7 +159,7 @@ class Train(OnImages):
     output: Path = Path("policy.safetensors")
     """the policy file; metrics and checkpoints go beside it, into NAME_log"""
     holdout: float = 0.2
-    """share of the images held back and measured on at the end"""
+    """share of the images held back and measured on at the end; of a stream its first 1,024"""
     gmacs_ratio: float | None = None
     """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
     resume: bool = False
@@ -169,7 +179,7 @@ class Train(OnImages):
         """Train, calibrate, validate."""
         if not self.dry_run:
             require_writable(self.output)
-        model, source = self.load()
+        model, source = self.load_to_learn()
         learn, validate = split_images(source, self.holdout, self.seed)
         if self.dry_run:
             return self._rehearse(model, learn)
@@ -186,13 +196,13 @@ class Train(OnImages):
         console.print(verdict(result))
         return result
 
-    def _session(self, model: nn.Module, learn: ImageSource, config: TrainConfig, output: Path) -> Session:
+    def _session(self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path) -> Session:
         return Session(
             model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=self.resume,
             workers=self.workers, ranks=self.ranks,
         )  # fmt: skip
 
-    def _rehearse(self, model: nn.Module, learn: ImageSource) -> dict[str, Any]:
+    def _rehearse(self, model: nn.Module, learn: ImageSet) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             session = self._session(model, learn, config, Path(folder) / "policy.safetensors")

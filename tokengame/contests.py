@@ -19,9 +19,10 @@ from tokengame.commands import Common, OnImages, report_bad, weights_of
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, named, progress, show_rows, steps
-from tokengame.data import BadImages, Batch, Epochs, Views, checked, plain_views, transform_for
+from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
 from tokengame.evaluate import CALIBRATION_DIALS, RATIOS
+from tokengame.feed import Feed
 from tokengame.figures import frontier_figure
 from tokengame.images import ImageSource, split_images
 from tokengame.models import EMBEDDED, load_model, preprocessing_of, untrained
@@ -233,11 +234,10 @@ class Compare(OnImages):
 
     def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:
         count = self.dynamicvit_updates
-        order = Epochs(len(source.names), count * self.batch_size, self.seed)
         transform = transform_for(preprocessing_of(model), train=True)
-        loader = Views(source, order, transform, self.seed).loader(self.batch_size, self.workers)
-        batches = progress(checked(loader, BadImages(len(source.names))), "training DynamicViT", count)
-        return train_dynamicvit(model, batches, count, seed=self.seed)
+        feed = Feed(source, transform, self.seed, self.batch_size, count)
+        batches = checked(feed.loader(workers=self.workers), BadImages(feed.total))
+        return train_dynamicvit(model, progress(batches, "training DynamicViT", count), count, seed=self.seed)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         write_csv(rows, self.output / "compare.csv")

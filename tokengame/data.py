@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -149,23 +149,15 @@ class Views(Dataset):
     def __getitem__(self, item: int) -> Item:
         place, bad = self.places[item], []
         index, count = self.order[place], len(self.source.names)
-        image = self._read(index)
+        image = decoded(partial(self.source.open, index))
         while isinstance(image, str):
             bad.append((self.source.names[index], image))
             if self.seed is None or len(bad) > BAD_SHARE * count:
                 return index, None, bad
             index = (index + 1) % count
-            image = self._read(index)
+            image = decoded(partial(self.source.open, index))
         with seeded(None if self.seed is None else hash((self.seed, place)) & 0x7FFFFFFF):
             return index, self.transform(image), bad
-
-    def _read(self, index: int) -> Image.Image | str:
-        """The image, or why not."""
-        try:
-            with self.source.open(index) as image:
-                return to_rgb(image)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return str(error) or type(error).__name__
 
     def collate(self, items: list[Item]) -> Batch:
         """Batch of the readable items; the others are named in `bad`."""
@@ -178,15 +170,24 @@ class Views(Dataset):
 
     def loader(self, batch_size: int, workers: int) -> DataLoader:
         """In order; decoding in `workers` processes."""
-        return DataLoader(
-            self,
-            batch_size,
-            num_workers=workers,
-            collate_fn=self.collate,
-            persistent_workers=False,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_signals,
-        )
+        return loader_of(self, workers, self.collate, batch_size=batch_size)
+
+
+def decoded(open_image: Callable[[], Image.Image]) -> Image.Image | str:
+    """The image in RGB, or why it cannot be read."""
+    try:
+        with open_image() as image:
+            return to_rgb(image)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
+
+
+def loader_of(views: Dataset, workers: int, collate: Callable[[list], Batch], **batching: Any) -> DataLoader:
+    """PyTorch's loader, decoding in `workers` processes."""
+    return DataLoader(
+        views, num_workers=workers, collate_fn=collate, persistent_workers=False,
+        prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals, **batching,
+    )  # fmt: skip
 
 
 def _leave_signals(_worker: int) -> None:

@@ -1,6 +1,6 @@
 """Where images come from: a folder of class folders, a .tar of the same, a Hugging Face data set, embedded scenes.
 
-A source says how many images it has, what each is called and labelled, and opens one.
+A source says how many images it has, what each is called and labelled, and opens one. Only a stream cannot.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 from braceexpand import braceexpand
 from PIL import Image
 
-from tokengame.errors import TokenGameError, first_line
+from tokengame.errors import TokenGameError
+from tokengame.hub import HuggingFaceImages, HuggingFaceStream
 from tokengame.scenes import FashionScenes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -25,13 +26,17 @@ EMBEDDED_SCENES = {"fashion": ("test", 1000, 1), "fashion-train": ("train", 2000
 """split of the photos, number of scenes, seed"""
 
 
-class ImageSource(Protocol):
-    """A set of images."""
+class ImageSet(Protocol):
+    """A set of images that can be learned from."""
 
     names: list[str]
-    """one per image, for messages"""
+    """one per image, for messages; of a stream one in all"""
     labels: list[int] | None
-    """one per image, as the model's class indices; None where unknown"""
+    """one per image, as the model's class indices; None where unknown; empty where a stream's rows bring them"""
+
+
+class ImageSource(ImageSet, Protocol):
+    """Images that can be opened in any order."""
 
     def open(self, index: int) -> Image.Image: ...
 
@@ -99,30 +104,6 @@ def _read_span(path: Path, start: int, size: int) -> bytes:
         return file.read(size)
 
 
-class HuggingFaceImages:
-    """Split `split` of a Hugging Face data set, columns image and (perhaps) label; needs `datasets`."""
-
-    def __init__(self, name: str, split: str):
-        try:
-            import datasets
-        except ImportError:
-            raise TokenGameError(
-                f"{name} is no folder or tar; to read it from Hugging Face, pip install datasets"
-            ) from None
-        try:
-            self.rows = datasets.load_dataset(name, split=split)
-        except Exception as error:
-            reason = first_line(error)
-            raise TokenGameError(f"{name} is no folder or tar, and Hugging Face cannot load it: {reason}") from None
-        if "image" not in self.rows.column_names:
-            raise TokenGameError(f"{name} has no column 'image' but {', '.join(self.rows.column_names)}; rename it")
-        self.names = [f"{name}[{i}]" for i in range(len(self.rows))]
-        self.labels = list(self.rows["label"]) if "label" in self.rows.column_names else None
-
-    def open(self, index: int) -> Image.Image:
-        return self.rows[index]["image"]
-
-
 class SceneImages:
     """The embedded fashion scenes as a source."""
 
@@ -151,12 +132,16 @@ class Subset:
         return self.source.open(self.chosen[index])
 
 
-def open_images(location: str, split: str = "train") -> ImageSource:
+STREAM = "stream:"
+
+
+def open_images(location: str, split: str = "train") -> ImageSource | HuggingFaceStream:
     """The images at `location`.
 
     Args:
         location: "fashion" (1,000 embedded scenes) or "fashion-train" (20,000 of other photos); a folder; a tar; tar
-            shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face data set.
+            shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face data set, after
+            "stream:" to learn from it while it arrives.
         split: of a Hugging Face data set.
 
     Raises:
@@ -167,6 +152,8 @@ def open_images(location: str, split: str = "train") -> ImageSource:
     if location in EMBEDDED_SCENES:
         photos, count, seed = EMBEDDED_SCENES[location]
         return SceneImages(FashionScenes(photos, count, seed=seed))
+    if location.startswith(STREAM):
+        return HuggingFaceStream(location.removeprefix(STREAM), split)
     if path.is_dir():
         names = sorted(
             str(f.relative_to(path)) for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file()
@@ -201,7 +188,7 @@ def _shards(pattern: str) -> list[Path]:
     return paths
 
 
-def label_images(source: ImageSource, class_map: str | None, classes: int) -> None:
+def label_images(source: ImageSet, class_map: str | None, classes: int) -> None:
     """Label the images of a folder or tar with the model's class indices, where that can be done.
 
     Class folders are matched by name with the lines of the file `class_map`; without one, sorted folders are the
@@ -210,6 +197,10 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
     Raises:
         TokenGameError: `class_map` is missing, names too many classes, or does not know a class folder.
     """
+    if isinstance(source, HuggingFaceStream):
+        if (source.classes or 0) > classes:
+            raise TokenGameError(f"{source.name} has {source.classes} classes but the model has {classes}")
+        return
     folders = [Path(name).parent.name for name in source.names]
     if isinstance(source, HuggingFaceImages) or (isinstance(source, TarImages) and source.classes):  # its own
         if source.labels is not None and not all(isinstance(i, int) and 0 <= i < classes for i in source.labels):
@@ -236,8 +227,21 @@ def label_images(source: ImageSource, class_map: str | None, classes: int) -> No
     source.labels = [index[f] for f in folders]
 
 
-def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[Subset, Subset]:
-    """Seeded random parts for training and validation, `holdout` (a share) held back; at least one image in each."""
+@overload
+def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[Subset, Subset]: ...
+@overload
+def split_images(
+    source: ImageSource | HuggingFaceStream, holdout: float, seed: int
+) -> tuple[ImageSet, ImageSource]: ...
+
+
+def split_images(source: ImageSource | HuggingFaceStream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]:
+    """Seeded random parts for training and validation, `holdout` (a share) held back; at least one image in each.
+
+    Of a stream its first images are held back, whatever `holdout` says.
+    """
+    if isinstance(source, HuggingFaceStream):
+        return source.split()
     if not 0 < holdout < 1:
         raise TokenGameError(f"--holdout is a share between 0 and 1, not {holdout}")
     order = np.random.default_rng(seed).permutation(len(source.names)).tolist()

@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tokengame.data import BadImages, Batch, Epochs, Share, Views, checked
-from tokengame.images import ImageSource
+from tokengame.data import BadImages, Batch, checked
+from tokengame.feed import Feed
+from tokengame.images import ImageSet
 from tokengame.ranks import Ranks
 from tokengame.rundir import Progress, RunDir, silent
 
@@ -35,7 +37,7 @@ class Learner(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def names_hash(images: ImageSource) -> str:
+def names_hash(images: ImageSet) -> str:
     """What tells one labelled set of images from another."""
     return hashlib.sha256(repr((images.names, images.labels)).encode()).hexdigest()
 
@@ -60,7 +62,7 @@ class Loop:
     def __init__(
         self,
         learner: Learner,
-        images: ImageSource,
+        images: ImageSet,
         transform: Callable,
         log: RunDir,
         config: dict[str, Any],
@@ -72,11 +74,10 @@ class Loop:
         workers: int,
         ranks: Ranks,
     ):
-        self.learner, self.images, self.transform, self.log = learner, images, transform, log
-        self.config, self.resume = config, resume
-        self.updates, self.batch_size, self.seed = updates, batch_size, seed
-        self.workers, self.ranks = workers, ranks
-        self.tally = BadImages(len(images.names))
+        self.learner, self.log, self.config, self.resume = learner, log, config, resume
+        self.updates, self.batch_size, self.workers, self.ranks = updates, batch_size, workers, ranks
+        self.feed = Feed(images, transform, seed, batch_size, updates, ranks)
+        self.tally = BadImages(self.feed.total)
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
         if resume:
@@ -85,12 +86,8 @@ class Loop:
             self.seconds = state["seconds"]
 
     def batches(self) -> Iterable[Batch]:
-        """The rest of the run's images: seeded permutations of the source, this process's part of each batch."""
-        total = self.updates * self.batch_size
-        order = Epochs(len(self.images.names), total, self.seed)
-        places = Share(total, self.batch_size, self.learner.updates * self.batch_size, self.ranks)
-        views = Views(self.images, order, self.transform, self.seed, places)
-        return checked(views.loader(self.ranks.part_of(self.batch_size), self.workers), self.tally)
+        """This process's part of the rest of the run's images."""
+        return checked(self.feed.loader(self.learner.updates, self.workers), self.tally)
 
     def run(self, progress: Progress = silent, what: str = "training", checkpoint_every: int = 50) -> None:
         """Learn to the end.
@@ -182,12 +179,10 @@ def projection(loop: Loop, images: int) -> dict[str, Any]:
 
 def decoding_speed(loop: Loop, images: int = 8) -> float:
     """Images a second that the workers of one process decode and transform, by doing a few here."""
-    count = min(images, len(loop.images.names))
-    views = Views(loop.images, range(count), loop.transform, loop.seed)
+    loader = replace(loop.feed, batch_size=images, updates=1, ranks=Ranks()).loader()
     start = time.perf_counter()
-    for item in range(count):
-        views[item]
-    return count * max(1, loop.workers) / (time.perf_counter() - start)
+    next(iter(loader))
+    return images * max(1, loop.workers) / (time.perf_counter() - start)
 
 
 def memory_taken() -> float:

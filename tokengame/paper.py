@@ -9,7 +9,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 from safetensors.torch import save, save_file
@@ -25,7 +25,8 @@ from tokengame.data import BadImages, checked, plain_views, transform_for
 from tokengame.evaluate import calibrate, evaluate
 from tokengame.figures import sweep_figure
 from tokengame.finetune import Tuner
-from tokengame.images import ImageSource, label_images, open_images, split_images
+from tokengame.hub import HuggingFaceStream
+from tokengame.images import STREAM, ImageSet, ImageSource, label_images, open_images, split_images
 from tokengame.loop import Loop, names_hash, projection
 from tokengame.models import preprocessing_of
 from tokengame.policy import Policy, dial_for, fingerprint
@@ -110,7 +111,7 @@ class Finetune(OnImages):
     gmacs_ratio: float | None = None
     """operating point by compute, pruned / native, as the policy's card has it"""
     holdout: float = 0.2
-    """share of the images held back and measured on"""
+    """share of the images held back and measured on; of a stream its first 1,024"""
     validate: str | None = None
     """other images to measure on, in place of a share held back"""
     split: str = "train"
@@ -130,7 +131,7 @@ class Finetune(OnImages):
         self.ranks.part_of(self.config.batch_size)
         if not self.dry_run:
             require_writable(self._weights)
-        model, source = self.load()
+        model, source = self.load_to_learn()
         require(not self.config.labels or source.labels is not None, "--labels needs labelled images: see --class-map")
         learn, held = self._split(model, source)
         policy = Policy.load(find_policy(self.policy))
@@ -159,10 +160,11 @@ class Finetune(OnImages):
             "waited_for_images": loop.waited(),
         }
 
-    def _split(self, model: nn.Module, source: ImageSource) -> tuple[ImageSource, ImageSource]:
+    def _split(self, model: nn.Module, source: ImageSource | HuggingFaceStream) -> tuple[ImageSet, ImageSource]:
         if self.validate is None:
             return split_images(source, self.holdout, self.seed)
-        held = open_images(self.validate, "validation")
+        require(not self.validate.startswith(STREAM), f"--validate {self.validate} is a stream: leave out {STREAM}")
+        held = cast(ImageSource, open_images(self.validate, "validation"))
         label_images(held, self.class_map, Backbone(model).model.num_classes)
         return source, held
 
@@ -174,7 +176,7 @@ class Finetune(OnImages):
     def _card_file(self) -> Path:
         return self.output / "policy.safetensors"
 
-    def _loop(self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSource, folder: Path) -> Loop:
+    def _loop(self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSet, folder: Path) -> Loop:
         augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
         actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
@@ -213,7 +215,7 @@ class Finetune(OnImages):
         policy.card["dial"] = dial_for(policy.card, gmacs_ratio=min(max(compute, min(ratios)), max(ratios)))
         policy.save(self._card_file)
 
-    def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSource) -> dict[str, Any]:
+    def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSet) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             loop = self._loop(Tuner(model, policy, dial, config, ranks=self.ranks), dial, config, learn, Path(folder))

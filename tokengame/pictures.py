@@ -13,9 +13,10 @@ from torch import nn
 from tokengame.commands import OnImages, report_bad, weights_of
 from tokengame.config import require
 from tokengame.console import console, progress
-from tokengame.data import BadImages, Epochs, Views, checked, plain_views, transform_for
+from tokengame.data import BadImages, checked, plain_views, transform_for
 from tokengame.dynamicvit import pruned_by, train_dynamicvit
 from tokengame.errors import TokenGameError
+from tokengame.feed import Feed
 from tokengame.figures import png, stack
 from tokengame.gallery import Drawing, draw, together, write_gallery
 from tokengame.images import ImageSource, Subset
@@ -94,10 +95,9 @@ class Show(OnImages):
 
     def _dynamicvit(self, model: nn.Module, learn: ImageSource, compute: float) -> PrunedViT:
         """Trained on `learn`; it keeps the share of tokens that comes closest to `compute`."""
-        updates, size = self.dynamicvit_updates, 32
-        order = Epochs(len(learn.names), updates * size, self.seed)
-        views = Views(learn, order, transform_for(preprocessing_of(model), train=True), self.seed)
-        batches = checked(views.loader(size, self.workers), BadImages(len(learn.names)))
+        updates = self.dynamicvit_updates
+        feed = Feed(learn, transform_for(preprocessing_of(model), train=True), self.seed, 32, updates)
+        batches = checked(feed.loader(workers=self.workers), BadImages(feed.total))
         model.requires_grad_(False)
         watched = progress(batches, "training DynamicViT", updates)
         dynamic = train_dynamicvit(model, watched, updates, seed=self.seed)

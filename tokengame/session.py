@@ -16,7 +16,7 @@ from tokengame.config import GAME_VERSION, TrainConfig
 from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.evaluate import calibrate
-from tokengame.images import ImageSource
+from tokengame.images import ImageSet, ImageSource
 from tokengame.loop import Loop, names_hash
 from tokengame.models import preprocessing_of
 from tokengame.policy import FORMAT, Policy, dial_for, fingerprint
@@ -46,7 +46,7 @@ class Session:
         model: nn.Module,
         name: str,
         config: TrainConfig,
-        images: ImageSource,
+        images: ImageSet,
         output: Path,
         *,
         seed: int = 0,
