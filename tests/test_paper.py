@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tokengame.evaluate import Scores
 from tokengame.gallery import draw
 from tokengame.report import markdown, paper_rows
 from tokengame.sweep import equilibrium, reading, sweep_row
+from tokengame.train import Trainer
 
 
 def document(capsys):
@@ -63,10 +65,34 @@ def test_sweep_trains_a_policy_a_ratio_once(place, capsys):
     assert {"keep", "keep_sampled", "keep_predicted", "earned", "reading", "gmacs_ratio", "tokens_kept"} <= set(rows[0])
     with Image.open(root / "sweep" / "sweep.png") as picture:
         assert picture.width > 1000
-    stamp = (root / "sweep" / "alpha50.safetensors").stat().st_mtime_ns
+    timings = (root / "sweep" / "alpha50_log" / "timings.jsonl").read_text()
     assert main(run) == 0
     assert document(capsys)[0]["keep"] == rows[0]["keep"]
-    assert (root / "sweep" / "alpha50.safetensors").stat().st_mtime_ns == stamp, "finished runs are not repeated"
+    assert (root / "sweep" / "alpha50_log" / "timings.jsonl").read_text() == timings, "no update took place again"
+
+
+def test_an_interrupted_sweep_goes_on_inside_a_run(place, monkeypatch):
+    root, flags, _ = place
+    run = ["sweep", *flags, "--batch-size", "4", "--updates", "3", "--ratios", "50", "--output"]
+    update = Trainer.update
+
+    def stopped(self, images, labels):
+        metrics = update(self, images, labels)
+        if self.updates == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update", stopped)
+    assert main([*run, str(root / "part")]) == 130
+    monkeypatch.setattr(Trainer, "update", update)
+    log = root / "part" / "alpha50_log" / "timings.jsonl"
+    before = log.read_text()
+    assert before.count("\n") == 2
+    for name in ("part", "whole"):
+        assert main([*run, str(root / name)]) == 0
+    assert log.read_text().startswith(before)
+    policies = [(root / name / "alpha50.safetensors").read_bytes() for name in ("part", "whole")]
+    assert policies[0] == policies[1]
 
 
 def test_equilibrium_by_hand():

@@ -121,7 +121,7 @@ class Ablate(OnImages):
     split: str = "train"
     """of a Hugging Face data set"""
     output: Path = Path("ablations")
-    """folder for ablations.csv, the policies and their logs; finished runs found there are not repeated"""
+    """folder for ablations.csv, the policies and their logs; runs found there are gone on with"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig.from_preset("tokengame")
     )
@@ -148,7 +148,9 @@ class Ablate(OnImages):
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
         path, device = self.output / f"{name}.safetensors", self.torch_device
-        session = Session(model, self.backbone, config, learn, path, seed=seed, device=device, workers=self.workers)
+        session = Session(
+            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers
+        )
         return learned(session, partial(named, name))
 
     @staticmethod

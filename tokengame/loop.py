@@ -54,7 +54,7 @@ class Loop:
         updates: of the whole run.
         batch_size: images of an update, over all processes.
         seed: of order and augmentation.
-        resume: go on from the checkpoint.
+        resume: go on from the checkpoint; None: if there is one of this run.
         workers: processes that decode images.
         ranks: the processes that learn together.
     """
@@ -70,17 +70,18 @@ class Loop:
         updates: int,
         batch_size: int,
         seed: int,
-        resume: bool,
+        resume: bool | None,
         workers: int,
         ranks: Ranks,
     ):
-        self.learner, self.log, self.config, self.resume = learner, log, config, resume
+        self.learner, self.log, self.config = learner, log, config
+        self.resume = log.resumable() if resume is None else resume
         self.updates, self.batch_size, self.workers, self.ranks = updates, batch_size, workers, ranks
         self.feed = Feed(images, transform, seed, batch_size, updates, ranks)
         self.tally = BadImages(self.feed.total)
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
-        if resume:
+        if self.resume:
             state = log.resume()
             learner.load_state_dict(state["learner"])
             self.seconds = state["seconds"]

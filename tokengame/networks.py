@@ -1,4 +1,8 @@
-"""Actor and critic: small networks shared by all agents."""
+"""Actor and critic: small networks shared by all agents.
+
+Rows are looked up by `index_select`: the gradient of indexing by a tensor is summed by several threads in any order,
+and the same seed would give other bits.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,8 @@ class TokenActor(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits: a softmax over (prune, keep) is a Bernoulli of their difference."""
-        hidden = torch.tanh(self.token(obs.token.to(self.token.weight.dtype)) + self.identity[obs.agent])
+        identity = self.identity.index_select(0, obs.agent)
+        hidden = torch.tanh(self.token(obs.token.to(self.token.weight.dtype)) + identity)
         prune, keep = self.rest(hidden).unbind(1)
         return keep - prune
 
@@ -118,10 +123,10 @@ class Critic(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] values."""
-        scene = self.stage[obs.stage]
+        scene = self.stage.index_select(0, obs.stage)
         if self.cls is not None:
             scene = scene + self.cls(self.norm(obs.cls.to(self.cls.weight.dtype)))
-        hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + scene[obs.scene]
+        hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + scene.index_select(0, obs.scene)
         if self.features is not None:
             hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))
         return self.rest(torch.tanh(hidden)).squeeze(1)

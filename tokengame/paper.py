@@ -59,7 +59,7 @@ class Sweep(OnImages):
     split: str = "train"
     """of a Hugging Face data set"""
     output: Path = Path("sweep")
-    """folder for sweep.csv, sweep.png, the policies and their logs; finished runs found there are not repeated"""
+    """folder for sweep.csv, sweep.png, the policies and their logs; runs found there are gone on with"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig.from_preset("rl4evit")
     )
@@ -87,8 +87,9 @@ class Sweep(OnImages):
         config = merge(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
         path = self.output / f"alpha{ratio:g}.safetensors"
         session = Session(
-            model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, workers=self.workers
-        )
+            model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, resume=None,
+            workers=self.workers,
+        )  # fmt: skip
         policy = learned(session, partial(named, name))
         loader = plain_views(held, session.preprocessing).loader(32, 0)
         watched = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))

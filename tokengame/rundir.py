@@ -81,12 +81,27 @@ class RunDir:
                 events.unlink()
             (self.path / "config.json").write_text(json.dumps(config, indent=1))
 
+    def resumable(self) -> bool:
+        """Whether `resume` would find a state of this very run."""
+        try:
+            self._state()
+        except TokenGameError:
+            return False
+        return True
+
     def resume(self) -> dict[str, Any]:
         """The state that was saved last; what was recorded after it is cut off.
 
         Raises:
             TokenGameError: no checkpoint, a damaged one, or one of another run.
         """
+        state = self._state()
+        for file in self.files if self.main else ():
+            lines = file.read_text().splitlines()[: state["step"]]
+            write_whole(file, "".join(line + "\n" for line in lines))
+        return state
+
+    def _state(self) -> dict[str, Any]:
         if not self.checkpoint.is_file():
             raise TokenGameError(f"nothing to resume: no checkpoint at {self.checkpoint}; run without --resume")
         try:
@@ -98,9 +113,6 @@ class RunDir:
                 f"{self.checkpoint} is of other settings, weights or images, or of an older version; "
                 "resume with those, or run without --resume"
             )
-        for file in self.files if self.main else ():
-            lines = file.read_text().splitlines()[: state["step"]]
-            write_whole(file, "".join(line + "\n" for line in lines))
         return state
 
     @contextmanager

@@ -27,7 +27,7 @@ from tokengame.train import Trainer
 
 
 class Session:
-    """One run of `train`, in `log_dir` (see `RunDir`).
+    """One run of `train`, its log beside the policy file (see `RunDir`).
 
     Args:
         model: supported timm model, on its device.
@@ -36,7 +36,7 @@ class Session:
         images: to learn from; the policy never sees any other.
         output: the policy file.
         seed: of everything random.
-        resume: continue from the checkpoint in `log_dir`.
+        resume: go on from the checkpoint in the log; None: if there is one of this very run.
         workers: processes that decode images.
         ranks: the processes that train together, each in a session of its own.
     """
@@ -51,7 +51,7 @@ class Session:
         *,
         seed: int = 0,
         device: str = "cpu",
-        resume: bool = False,
+        resume: bool | None = False,
         workers: int = 1,
         ranks: Ranks | None = None,
     ):
@@ -155,10 +155,7 @@ def calibration_batches(
 
 
 def learned(session: Session, progress: Progress = silent) -> Policy:
-    """The session's policy: trained, or read where the very same run has finished before. Not calibrated."""
-    done = session.output.with_suffix(".run")
-    if not (done.is_file() and session.output.is_file() and done.read_text() == session.identity):
-        session.run(progress)
-        session.policy([]).save(session.output)
-        done.write_text(session.identity)
+    """The session's policy, its run finished where that is left to do. Not calibrated."""
+    session.run(progress)
+    session.policy([]).save(session.output)
     return Policy.load(session.output)
