@@ -186,16 +186,27 @@ def as_shards(folder, names, labels=None):
 
 def test_shards_hold_the_same_as_the_folder(folder):
     as_shards(folder, ["cat", "dog", "owl"], ["0", "1", "2"])
-    plain = open_images(str(folder))
+    plain, watched = open_images(str(folder)), []
     label_images(plain, None, 3)
     for pattern in ("shard-{000..002}.tar", "shard-*.tar"):
-        source = open_images(str(folder.parent / pattern))
+        source = open_images(str(folder.parent / pattern), watch=lambda *what: watched.append(what[1:]) or what[0])
         label_images(source, None, 3)
         assert source.labels == plain.labels
         one, two = (torch.cat([b.images for b in batches(s)[0]]) for s in (plain, source))
         assert torch.equal(one, two)
+    assert watched == [("looking up images in", 3)] * 2, "of a thousand shards people want to see how far it is"
     with pytest.raises(TokenGameError, match="not class indices below 2"):
         label_images(source, None, 2)
+
+
+def test_looking_through_many_folders_can_be_watched(tmp_path):
+    for i in range(101):
+        (tmp_path / "set" / f"{i:03}" / "deeper").mkdir(parents=True)
+        gradient().save(tmp_path / "set" / f"{i:03}" / "deeper" / "a.png")
+    watched = []
+    source = open_images(str(tmp_path / "set"), watch=lambda *what: watched.append(what[1:]) or what[0])
+    assert source.names == [f"{i:03}/deeper/a.png" for i in range(101)]
+    assert watched == [("looking for images in set", 101)]
 
 
 def test_shards_that_are_missing_or_mislabelled_are_named(folder):

@@ -99,7 +99,7 @@ class OnImages(Common):
     def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
         """Model and images or stream, labelled; the cheaper mistakes are found first."""
         require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
-        source = open_images(self.images, self.split)
+        source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
         label_images(source, self.class_map, Backbone(model).model.num_classes)
         return model, source

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -22,8 +23,18 @@ from tokengame.hub import HuggingFaceImages, HuggingFaceStream
 from tokengame.scenes import FashionScenes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+MANY = 100
+"""entries of a folder from which on looking through them is worth a progress bar"""
 EMBEDDED_SCENES = {"fashion": ("test", 1000, 1), "fashion-train": ("train", 20000, 0)}
 """split of the photos, number of scenes, seed"""
+
+
+Watch = Callable[[Iterable, str, int], Iterable]
+"""Puts an iterable, described, of known length, behind a progress bar."""
+
+
+def _unseen(iterable: Iterable, _description: str, _total: int) -> Iterable:
+    return iterable
 
 
 class ImageSet(Protocol):
@@ -57,13 +68,14 @@ class TarImages:
     """Members of uncompressed tars, read in place; each process opens the files for itself.
 
     Labels come from members of the same name ending in .cls that hold a class index, as in WebDataset shards.
+    `watch` goes through the files for who wants to see how far their members are looked up.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], watch: Watch = _unseen):
         found: list[tuple[str, Path, int, int]] = []
         self.classes: dict[str, int] = {}
         """what .cls members say, by file and name"""
-        for path in paths:
+        for path in watch(paths, "looking up images in", len(paths)):
             found += self._index(path)
         found.sort(key=lambda image: (image[1], image[0]))
         self.names = [name for name, *_ in found]
@@ -135,7 +147,7 @@ class Subset:
 STREAM = "stream:"
 
 
-def open_images(location: str, split: str = "train") -> ImageSource | HuggingFaceStream:
+def open_images(location: str, split: str = "train", watch: Watch = _unseen) -> ImageSource | HuggingFaceStream:
     """The images at `location`.
 
     Args:
@@ -143,6 +155,7 @@ def open_images(location: str, split: str = "train") -> ImageSource | HuggingFac
             shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face data set, after
             "stream:" to learn from it while it arrives.
         split: of a Hugging Face data set.
+        watch: shows progress where many folders or shards are looked through.
 
     Raises:
         TokenGameError: nothing there, or no image in it.
@@ -155,14 +168,12 @@ def open_images(location: str, split: str = "train") -> ImageSource | HuggingFac
     if location.startswith(STREAM):
         return HuggingFaceStream(location.removeprefix(STREAM), split)
     if path.is_dir():
-        names = sorted(
-            str(f.relative_to(path)) for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file()
-        )
+        names = _files(path, watch)
         source = FolderImages(path, names)
     elif path.is_file():
         source = TarImages([path])
     elif path.suffix == ".tar" and set(location) & set("*?{"):
-        source = TarImages(_shards(location))
+        source = TarImages(_shards(location), watch)
     elif path.suffix in (".tar", ".zip", ".gz") or location.startswith((".", "/", "~")) or location.count("/") > 1:
         raise TokenGameError(f"no folder or tar file at {location}")
     else:
@@ -170,6 +181,14 @@ def open_images(location: str, split: str = "train") -> ImageSource | HuggingFac
     if not source.names:
         raise TokenGameError(f"no image in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
     return source
+
+
+def _files(root: Path, watch: Watch) -> list[str]:
+    """Images anywhere below `root`, by their paths from there, sorted."""
+    first = sorted(root.iterdir())
+    many = watch(first, f"looking for images in {root.name}", len(first)) if len(first) > MANY else first
+    found = chain.from_iterable(place.rglob("*") if place.is_dir() else [place] for place in many)
+    return sorted(str(f.relative_to(root)) for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
 
 
 def _shards(pattern: str) -> list[Path]:

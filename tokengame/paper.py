@@ -165,7 +165,7 @@ class Finetune(OnImages):
         if self.validate is None:
             return split_images(source, self.holdout, self.seed)
         require(not self.validate.startswith(STREAM), f"--validate {self.validate} is a stream: leave out {STREAM}")
-        held = cast(ImageSource, open_images(self.validate, "validation"))
+        held = cast(ImageSource, open_images(self.validate, "validation", progress))
         label_images(held, self.class_map, Backbone(model).model.num_classes)
         return source, held
 
