@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokengame.ops import Layout
+from tokengame.ops import Layout, makes_kernels
 
 Kernel = Callable[[Tensor, Layout, Tensor | None], Tensor]
 """qkv [M, 3, H, D], layout of the M rows, key bias [M] or None -> [M, H * D]"""
@@ -101,7 +101,7 @@ def grouped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None, *
     Rows of one head are gathered straight into [images, heads, length, D]; the kernels that follow copy nothing.
     """
     heads, width = qkv.shape[2:]
-    groups = layout.groups(size, heads)
+    groups = layout.groups(size, heads, 8 if makes_kernels(qkv) else 1)
     flat = qkv.flatten(0, 2)  # [M * 3 * H, D]; the same index one head group further is k, two further v
     key_bias = None
     if bias is not None or groups.padded:

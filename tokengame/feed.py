@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import cast
 
 import torch
 from PIL import Image
@@ -52,12 +53,9 @@ class Feed:
         if isinstance(self.images, HuggingFaceStream):
             views = StreamViews(self.transform, self.seed)
             return loader_of(views, workers, views.collate, batch_sampler=self._streamed(self.images, start))
-        source: ImageSource = self.images  # type: ignore[assignment]  # all but streams open any image
-        total = self.updates * self.batch_size
-        order, places = (
-            Epochs(len(source.names), total, self.seed),
-            Share(total, self.batch_size, start * self.batch_size, self.ranks),
-        )
+        source = cast(ImageSource, self.images)  # all but streams open any image
+        order = Epochs(len(source.names), self.updates * self.batch_size, self.seed)
+        places = Share(len(order), self.batch_size, start * self.batch_size, self.ranks)
         return Views(source, order, self.transform, self.seed, places).loader(own, workers)
 
     def _streamed(self, stream: HuggingFaceStream, start: int) -> Iterator[list[tuple[int, Row]]]:

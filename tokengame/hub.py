@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 from PIL import Image
@@ -91,6 +91,8 @@ class HuggingFaceStream:
         from datasets import Image as Encoded
 
         self.name, self.rows = name, rows.cast_column("image", Encoded(decode=False))
+        if next(iter(self.rows), None) is None:
+            raise TokenGameError(f"no image in {name}, split {split}")
         self.names = [f"{name} ({split})"]
         """of the stream: its images are not known yet"""
         self.labels: list[int] | None = [] if "label" in self.rows.column_names else None
@@ -118,17 +120,12 @@ class HuggingFaceStream:
 
     def shuffled(self, seed: int, start: int = 0) -> Iterator[Row]:
         """The images, pass after pass without end, from place `start` on: what lies before it is read and left out."""
-        passes = self.rows.shuffle(seed=seed, buffer_size=BUFFER)
-        for epoch in count():
-            passes.set_epoch(epoch)
-            read = 0
-            for read, row in enumerate(self._named(passes), 1):  # noqa: B007
-                if start:
-                    start -= 1
-                else:
-                    yield row
-            if not read:
-                raise TokenGameError(f"{self.name} has no images")
+        rows = self.rows.shuffle(seed=seed, buffer_size=BUFFER)
+        return islice(chain.from_iterable(self._pass(rows, epoch) for epoch in count()), start, None)
+
+    def _pass(self, rows: Any, epoch: int) -> Iterator[Row]:
+        rows.set_epoch(epoch)
+        return self._named(rows)
 
     def _named(self, rows: Any) -> Iterator[Row]:
         for number, row in enumerate(rows):

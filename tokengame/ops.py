@@ -24,7 +24,7 @@ class Layout:
         self.counts, self.device = counts, device
         self.images, self.rows, self.longest = len(counts), sum(counts), max(counts, default=0)
         self._known: dict[str, Tensor] = {}
-        self._groups: dict[tuple[int, int], Groups] = {}
+        self._groups: dict[tuple[int, int, int], Groups] = {}
 
     @property
     def uniform(self) -> bool:
@@ -104,11 +104,12 @@ class Layout:
         """How many of `flags` [M] are true in each image. The one synchronisation with the device of a decision."""
         return self.pad(flags).sum(1).tolist() if self.rows else list(self.counts)
 
-    def groups(self, size: int, heads: int) -> Groups:
-        """Plan for taking `size` images at a time, neighbours in length; made once for all blocks that share it."""
-        if (size, heads) not in self._groups:
-            self._groups[size, heads] = _plan_groups(self, size, heads)
-        return self._groups[size, heads]
+    def groups(self, size: int, heads: int, multiple: int = 1) -> Groups:
+        """Plan for taking `size` images at a time, neighbours in length, each group padded to a `multiple`."""
+        key = size, heads, multiple
+        if key not in self._groups:
+            self._groups[key] = _plan_groups(self, *key)
+        return self._groups[key]
 
     def repeat(self, times: int) -> tuple[Tensor, Layout]:
         """Row indices and layout of the batch in which every image stands `times` times in a row."""
@@ -139,13 +140,13 @@ class Groups:
     """[M * H] cell of each row's heads"""
 
 
-def _plan_groups(layout: Layout, size: int, heads: int) -> Groups:
+def _plan_groups(layout: Layout, size: int, heads: int, multiple: int) -> Groups:
     device = layout.device
     order = sorted(range(layout.images), key=layout.counts.__getitem__)
     shapes, padded_to = [], [0] * layout.images
     for first in range(0, layout.images, size):
         group = order[first : first + size]
-        longest = layout.counts[group[-1]]
+        longest = -(-layout.counts[group[-1]] // multiple) * multiple
         shapes.append((len(group), longest))
         for member in group:
             padded_to[member] = longest
@@ -211,15 +212,19 @@ def by_tiles(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return torch.cat([function(piece) for piece in rows.split(sizes)])
 
 
-def spare_rows(rows: Tensor) -> int:
-    """How many rows to add to [M, C] so that M is a multiple of 32, where that pays.
+def makes_kernels(rows: Tensor) -> bool:
+    """Whether the first product of a shape costs half a millisecond more than the second.
 
-    In half precision on CPUs the first product of a shape costs half a millisecond more than the second (oneDNN makes a
-    kernel for it), and packed batches have another M every time.
+    In half precision on CPUs oneDNN makes a kernel for it, and packed batches have other shapes every time: few sizes,
+    rounded up, pay.
     """
-    if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled():
-        return 0
-    return -len(rows) % 32
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    return half and rows.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def spare_rows(rows: Tensor) -> int:
+    """How many rows to add to [M, C] so that M is a multiple of 32, where that pays."""
+    return -len(rows) % 32 if makes_kernels(rows) else 0
 
 
 def segment_mean(values: Tensor, layout: Layout, weight: Tensor | None = None) -> Tensor:
