@@ -141,8 +141,8 @@ class Ablate(OnImages):
                 if not number:
                     for rule, row in by_rules(prune(model, policy), batches, self._dials()).items():
                         found.setdefault(rule, []).append(row)
-        rows = [{"ablation": name, **across_seeds(results)} for name, results in found.items()]
-        write_csv(rows, self.output / "ablations.csv")
+            rows = [{"ablation": name, **across_seeds(results)} for name, results in found.items()]
+            write_csv(rows, self.output / "ablations.csv")  # whatever happens later, this much is measured
         show_rows(rows, ABLATE_HEADINGS)
         return rows
 
