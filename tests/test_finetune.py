@@ -42,22 +42,6 @@ def test_tuning_brings_the_pruned_prediction_back(transition, model):
     assert not torch.equal(tuner.tuned().head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("transition", ["drop", "merge"])
-def test_tuning_what_follows_leaves_the_first_decision(transition, model):
-    kept, kl = {}, {}
-    for parts in ("all", "after"):
-        tuner, metrics = tune(model, replace(SMALL, parts=parts), transition)
-        tuner.fast.dial = 0.5
-        with torch.no_grad():
-            kept[parts] = [tuner.fast.trace(images(8, seed))[0] for seed in range(4)]
-        kl[parts] = metrics[-1]["tune/kl"] / metrics[0]["tune/kl"]
-    native = prune(model, policy_for(model, transition), 0.5)
-    first = [native.trace(images(8, seed))[0] for seed in range(4)]
-    assert all(map(torch.equal, kept["after"], first))
-    assert not all(map(torch.equal, kept["all"], first))
-    assert kl["after"] < 0.7
-
-
 def test_labels_pull_where_they_are_weighed(model):
     wanted = (model(images(8)).argmax(1) + 1) % 5
     config = replace(SMALL, labels=1.0, distill=0.0, updates=30)

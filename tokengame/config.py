@@ -171,8 +171,6 @@ class FinetuneConfig:
     """weight of KL(native || pruned)"""
     labels: float = 0.0
     """weight of the cross-entropy with the labels; the paper's fine-tuning: 1, with distill 0"""
-    parts: Literal["all", "after"] = "all"
-    """of the network that are tuned; after: what follows the first decision, which then never changes"""
     opt: str = "adamw"
     """timm's name of the optimiser"""
     lr: float = 2e-5

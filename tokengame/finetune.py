@@ -23,7 +23,6 @@ from tokengame.attention import ruled_attention
 from tokengame.config import FinetuneConfig
 from tokengame.errors import TokenGameError, first_line
 from tokengame.evaluate import run
-from tokengame.game import TokenGame
 from tokengame.policy import Policy
 from tokengame.ranks import Ranks
 from tokengame.rewards import fidelity_loss
@@ -57,11 +56,10 @@ class Tuner:
         self.device: torch.device = model.patch_embed.proj.weight.device
         self.dtype = training_dtype(config.dtype, self.device)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
-        self.student = copy.deepcopy(model).float()
+        self.student = copy.deepcopy(model).float().requires_grad_(True)
         policy.actor.to(self.device).requires_grad_(False)
         self.fast = PrunedViT(self.student, policy, dial)
         self.fast.game.backbone.attend = ruled_attention  # bitwise repeatable
-        _choose_parts(self.student, self.fast.game, config.parts)
         self.updates = self.images_seen = 0
         try:
             self.optimizer = create_optimizer_v2(self.student, config.opt, config.lr, config.weight_decay)
@@ -123,7 +121,7 @@ class Tuner:
             self.scheduler.step_update(self.updates + 1)  # the first step has a size too
         self.optimizer.zero_grad()
         (loss / self.ranks.size).backward()
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters = list(self.student.parameters())
         self.ranks.sum_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -155,15 +153,3 @@ class Tuner:
             self.ema.module.load_state_dict(state["ema"])
         self.updates, self.images_seen = state["updates"], state["images_seen"]
         self.fast.dial = state["dial"]
-
-
-def _choose_parts(model: Any, game: TokenGame, parts: str) -> None:
-    """Let all parameters be tuned, or those that the first decision does not depend on."""
-    model.requires_grad_(True)
-    if parts == "after":
-        model.requires_grad_(False)
-        first = model.blocks[game.stages[0]]
-        tuned = [first.norm2, first.ls2, first.mlp] if game.merge else [first]
-        tuned += [*model.blocks[game.stages[0] + 1 :], model.norm, model.fc_norm, model.head]
-        tuned += [part for name in ("head_dist", "attn_pool") if (part := getattr(model, name, None)) is not None]
-        nn.ModuleList(tuned).requires_grad_(True)
