@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What each part of learning is worth: six trainings, three seeds each, on ViT-Ti/16. Hours on two cores; finished
-# trainings are kept in build/ablations and not repeated.
+# What each part of learning is worth: six trainings, three seeds each, on ViT-Ti/16. About three hours on one
+# core; what is interrupted is gone on with from build/ablations.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data}
