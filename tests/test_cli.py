@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -251,3 +253,13 @@ def test_a_full_disk_leaves_the_old_policy_whole(policy, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         loaded.save(policy)
     assert policy.read_bytes() == before
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    """As in `tokengame train --help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "tokengame", "train", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_vit
 
+from tokengame import compare as comparison
 from tokengame import dynamicvit
 from tokengame.backbone import Backbone
 from tokengame.cli import main
@@ -209,6 +210,14 @@ def test_speed_at_an_agreement_by_hand():
     assert table[0]["ours"] == pytest.approx(1.6)
 
 
+@pytest.fixture
+def few_settings(monkeypatch):
+    """Two of each method's."""
+    for name in ("KEEP", "TOME", "ATS_SHARES"):
+        monkeypatch.setattr(f"tokengame.compare.{name}", getattr(comparison, name)[1:6:3])
+
+
+@pytest.mark.usefixtures("few_settings")
 def test_the_command(tmp_path, capsys):
     arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.02", "--batch-size", "10"]
     arguments += ["--dynamicvit-updates", "2"]
@@ -224,6 +233,7 @@ def test_the_command(tmp_path, capsys):
     assert [row["method"] for row in quality] == list(dict.fromkeys(row["method"] for row in rows))
 
 
+@pytest.mark.usefixtures("few_settings")
 def test_without_timing_there_is_quality_alone(tmp_path, capsys):
     arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.005", "--no-timing"]
     assert main([*arguments, "--output", str(tmp_path), "--json"]) == 0

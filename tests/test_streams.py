@@ -16,13 +16,14 @@ from tokengame.feed import Feed
 from tokengame.images import label_images, open_images, split_images
 from tokengame.ranks import Ranks
 
+datasets = pytest.importorskip("datasets", reason="pip install tokengame[hub]")
+
 COUNT, HELD = 60, 12
 
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
     """A data set in three parquet files; the label says which image it is, and so does its grey."""
-    datasets = pytest.importorskip("datasets", reason="pip install tokengame[hub]")
     root = tmp_path_factory.mktemp("stream")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     for part in range(3):
@@ -33,10 +34,16 @@ def parquet(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def stream(parquet, monkeypatch):
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Streams of a few images; `datasets` sleeps five seconds after every pass over parquet, to let threads end."""
     monkeypatch.setattr(hub, "HELD", HELD)
     monkeypatch.setattr(hub, "BUFFER", 16)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)
+
+
+@pytest.fixture
+def stream(parquet):
     return open_images(f"stream:{parquet}", "train")
 
 
@@ -100,7 +107,6 @@ def test_unreadable_rows_are_named_and_the_batch_stays_whole(stream, monkeypatch
 
 
 def test_an_image_folder_is_streamed_by_path(tmp_path):
-    pytest.importorskip("datasets", reason="pip install tokengame[hub]")
     for i in range(4):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
     stream = open_images(f"stream:{tmp_path}", "train")
@@ -111,7 +117,6 @@ def test_an_image_folder_is_streamed_by_path(tmp_path):
 
 
 def test_classes_a_model_does_not_have_are_found_at_the_start(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="pip install tokengame[hub]")
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "png")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
@@ -124,7 +129,6 @@ def test_classes_a_model_does_not_have_are_found_at_the_start(tmp_path):
 
 
 def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "HELD", HELD)
     root, *_ = place
     common = [
         "--backbone", "vit_tiny_patch16_224", "--weights", str(root / "weights.safetensors"), "--images",
@@ -133,7 +137,7 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
     ]  # fmt: skip
 
     def lines(name):
-        return (tmp_path / f"{name}_log" / "metrics.jsonl").read_bytes()
+        return [json.loads(line) for line in (tmp_path / f"{name}_log" / "metrics.jsonl").read_text().splitlines()]
 
     whole, part = (str(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
     assert main(["train", *common, "--updates", "3", "--output", whole]) == 0
@@ -150,7 +154,7 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
     monkeypatch.setattr(loop.Loop, "_save", record)
     assert main(["train", *common, "--updates", "3", "--output", part, "--resume"]) == 0
     assert lines("part") == lines("whole")
-    assert [json.loads(line)["update"] for line in lines("part").splitlines()] == [1, 2, 3]
+    assert [line["update"] for line in lines("part")] == [1, 2, 3]
     assert (tmp_path / "part.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
