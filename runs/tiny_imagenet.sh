@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tiny-ImageNet (64 x 64 photos, shown at 224 x 224): a policy learned on 9,600 of its training images, then that one and
-# the shipped one on the 5,000 validation images, and both against the peers on 1,000 of them. An hour and a quarter on one core.
+# the shipped one on the 5,000 validation images, and both against the peers on 1,000 of them. An hour and a quarter on
+# one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data} OUTPUT=${OUTPUT:-build/tiny_imagenet}

@@ -16,7 +16,7 @@ from tokengame.networks import build_actor
 from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.train import Trainer
 
-torch.set_num_threads(2)
+torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
 settings.load_profile("shared")
 REAL = Path(os.environ.get("TOKENGAME_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -61,7 +61,7 @@ def policy_for(model, transition="merge"):
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
-        "format": 1, "game_version": 4,
+        "format": 2, "game_version": 4,
         "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
         "game": {"stages": [1, 2], "transition": transition},
         "actor": {"observation": "context", "hidden": [32], "keep_logit": 0.0}, "agents": 16, "training": {},

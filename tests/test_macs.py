@@ -83,7 +83,7 @@ def test_the_policy_costs_what_the_flop_counter_sees(preset):
     """Within 3 %: what a decision computes once an image (class token, rows of prefix tokens) is left out."""
     model = tiny_vit(img_size=112)
     config = TrainConfig.from_preset(preset).actor
-    actor = build_actor(config, {"dim": 32, "heads": 2, "agents": 196, "stages": 1})
+    actor = build_actor(config, {"dim": 32, "heads": 2, "agents": 196, "stages": 1, "transition": "drop"})
     seen = config.observation == "context"
     game = TokenGame(Backbone(model, written_attention), GameConfig(stages=(2,)), features=seen)
     images, table = torch.randn(2, 3, 112, 112), torch.randn(1, 2, 196)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_vit
+from conftest import policy_for, tiny_vit
 from safetensors.torch import load_file, save_file
 
 import tokengame
@@ -15,7 +15,7 @@ from tokengame.config import TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.models import preprocessing_of
 from tokengame.policy import Policy, fingerprint, threshold
-from tokengame.runtime import SHIPPED
+from tokengame.runtime import SHIPPED, PrunedViT
 from tokengame.session import Session
 from tokengame.train import Trainer
 
@@ -130,9 +130,9 @@ def test_a_bad_file_gets_one_clear_sentence(damage, path, tmp_path):
         if damage == "future":
             card["format"] = 99
         elif damage == "nan":
-            weights["bias"] = weights["bias"] * float("nan")
+            weights["line"] = weights["line"] * float("nan")
         else:
-            del weights["bias"]
+            del weights["line"]
         save_file(weights, path, metadata={"tokengame": json.dumps(card)})
     with pytest.raises(TokenGameError, match=reasons.get(damage, "damaged")) as caught:
         Policy.load(path)
@@ -156,7 +156,7 @@ def test_a_wish_instead_of_a_dial(model, path, images):
     """Compute wished for between two calibrated dials is what the model then takes."""
     policy = Policy.load(path)
     with torch.no_grad():
-        policy.actor.bias.fill_(0.0)
+        policy.actor.line[:, 3] -= 2.0  # without `keep_logit`
     rows = []
     for dial in (0.2, 0.4, 0.5, 0.6, 0.8):
         fast = tokengame.prune(model, policy, dial)
@@ -174,3 +174,18 @@ def test_a_wish_instead_of_a_dial(model, path, images):
         tokengame.prune(model, policy, 0.5, gmacs_ratio=wished)
     with pytest.raises(TokenGameError, match="without labels"):
         tokengame.prune(model, policy, max_drop=1.0)
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@torch.no_grad()
+def test_who_is_attended_stays_and_whoever_has_a_good_absorber_may_leave(transition, model, images):
+    """What a policy does before it has learned, by the definition of `Line`; alone, absorbers count for nothing."""
+    policy = policy_for(model, transition)
+    policy.actor.rest[-1].weight.zero_()
+    game = PrunedViT(model, policy, dial=0.5).game
+    obs = game.observe(game.reset(images))
+    logits = policy.actor(obs)
+    attention, _, _, _, leader, dither = obs.features[:, -6:].unbind(1)
+    start = {"drop": 1.5 * attention + 0.5 * dither, "merge": 1.5 * attention - 6 * (leader - 0.6) + 0.25 * dither}
+    torch.testing.assert_close(logits, start[transition])
+    assert leader.count_nonzero() == (0 if transition == "drop" else len(leader))

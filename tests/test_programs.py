@@ -24,7 +24,8 @@ def fast_model(transition="drop", dial=0.5, seed=0, **changes):
     """A model under a random policy whose decisions differ from token to token."""
     model = tiny_vit(seed, **changes)
     torch.manual_seed(seed)
-    actor = build_actor(ActorConfig("context", (16,)), {"dim": 32, "heads": 2, "agents": 16, "stages": 2})
+    shape = {"dim": 32, "heads": 2, "agents": 16, "stages": 2, "transition": transition}
+    actor = build_actor(ActorConfig("context", (16,)), shape)
     torch.nn.init.normal_(actor.rest[-1].weight, std=0.5)
     card = {"game": {"stages": (1, 2), "transition": transition}, "actor": {"observation": "context"}, "dial": dial}
     policy = Policy(actor.eval(), card)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +105,8 @@ def forced_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...], se
     backbone, stages = fast.game.backbone, len(fast.game.stages)
     if stages != len(keep):
         raise TokenGameError(f"{len(keep)} shares to keep for {stages} stages: give one for each")
-    shape = {"dim": backbone.dim, "heads": backbone.heads, "agents": backbone.patches, "stages": stages}
+    shape: dict[str, Any] = {"dim": backbone.dim, "heads": backbone.heads, "agents": backbone.patches, "stages": stages}
+    shape["transition"] = game.transition
     actor = build_actor(ActorConfig("context", (32,)), shape).eval().to(backbone.device)
     fast.actor = ForcedKeep(actor, keep, seed)  # type: ignore[assignment]
     return fast

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,22 @@ from torch import Tensor, nn
 from tokengame.config import ActorConfig
 from tokengame.state import EXTRAS, Observation
 
-WARM_DITHER = 0.5
-"""Start value of its linear term on the ordered dither (docs/LOG.md)."""
-WARM_SLOPE = 1.5
-"""Start value of the context actor's linear term on centred log attention; alone it is a fair adaptive threshold."""
+
+class Line(NamedTuple):
+    """The linear part of the context actor's logits; at the start all there is."""
+
+    slope: float
+    """on centred log attention; alone it is a fair adaptive threshold"""
+    leader: float
+    """on the similarity to a more attended token: whoever has a good absorber may leave"""
+    dither: float
+    """on the ordered dither"""
+    bias: float
+    """beside `keep_logit`"""
+
+
+WARM = {"drop": Line(1.5, 0.0, 0.5, 0.0), "merge": Line(1.5, -6.0, 0.25, 3.6)}
+"""Start values by transition (docs/LOG.md); the bias makes up for the usual similarity of 0.6."""
 
 
 def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -70,7 +82,9 @@ class TokenActor(nn.Module):
 class ContextActor(nn.Module):
     """Own and class token (normalised), stage and attention features -> one keep logit; holds at any resolution."""
 
-    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], keep_logit: float = 0.0):
+    def __init__(
+        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], keep_logit: float, warm: Line = WARM["drop"]
+    ):
         super().__init__()
         self.norm_token = nn.LayerNorm(dim)
         self.norm_cls = nn.LayerNorm(dim)
@@ -79,22 +93,21 @@ class ContextActor(nn.Module):
         self.features = _linear(heads + len(EXTRAS), hidden[0])
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)
-        self.slope = nn.Parameter(torch.full((stages,), WARM_SLOPE))
-        self.dither = nn.Parameter(torch.full((stages,), WARM_DITHER))
-        self.bias = nn.Parameter(torch.full((stages,), keep_logit))
+        start = torch.tensor(warm) + torch.tensor([0.0, 0.0, 0.0, keep_logit])
+        self.line = nn.Parameter(start.repeat(stages, 1))  # [T, 4], see `Line`
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
         dtype = self.token.weight.dtype
         scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage.index_select(0, obs.stage)  # [S, h]
-        lines = torch.stack([self.slope, self.dither, self.bias], 1).index_select(0, obs.stage)  # [S, 3]
+        line = self.line.index_select(0, obs.stage)  # [S, 4]
         if len(scene) > 1:  # one scene alone is broadcast
-            scene, lines = (values.index_select(0, obs.scene) for values in (scene, lines))
-        slope, dither, bias = lines.unbind(1)
+            scene, line = (values.index_select(0, obs.scene) for values in (scene, line))
+        slope, leader, dither, bias = line.unbind(1)
         features = obs.features.to(dtype)
         hidden = self.token(self.norm_token(obs.token.to(dtype))).add_(self.features(features)).add_(scene)
-        line = torch.addcmul(bias, slope, obs.attention.to(dtype)).addcmul(dither, obs.dither.to(dtype))
-        return self.rest(hidden.tanh_()).squeeze(1) + line
+        logits = torch.addcmul(bias, slope, obs.attention.to(dtype)).addcmul(leader, obs.leader.to(dtype))
+        return self.rest(hidden.tanh_()).squeeze(1) + logits.addcmul(dither, obs.dither.to(dtype))
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""
@@ -133,7 +146,8 @@ class Critic(nn.Module):
 
 
 def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
-    """Actor for a backbone and game of `shape` (dim, heads, agents, stages)."""
+    """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition)."""
     if config.observation == "token_id":
         return TokenActor(shape["dim"], shape["agents"], config.hidden, config.keep_logit)
-    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, config.keep_logit)
+    warm = WARM[shape["transition"]]
+    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, config.keep_logit, warm)

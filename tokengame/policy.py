@@ -23,7 +23,7 @@ from tokengame.errors import TokenGameError, first_line
 from tokengame.networks import Actor, build_actor
 from tokengame.promise import chosen
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -100,6 +100,7 @@ def actor_shape(card: dict[str, Any]) -> dict[str, Any]:
         "heads": shape["heads"],
         "agents": card["agents"],
         "stages": len(card["game"]["stages"]),
+        "transition": card["game"]["transition"],
     }
 
 

@@ -45,6 +45,11 @@ class Observation:
         return self._feature("attention")
 
     @property
+    def leader(self) -> Tensor:
+        """[A] similarity to the most similar one of the agents who are paid more attention; 0 where nobody absorbs"""
+        return self._feature("leader")
+
+    @property
     def dither(self) -> Tensor:
         """[A] the agent's place in an ordered dither of the grid"""
         return self._feature("dither")

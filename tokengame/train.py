@@ -112,6 +112,7 @@ class Trainer:
             "heads": self.backbone.heads,
             "agents": self.backbone.patches,
             "stages": len(self.game.stages),
+            "transition": config.game.transition,
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
