@@ -33,7 +33,7 @@ def tune(model, config=SMALL, transition="merge", labels=None):
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 def test_tuning_brings_the_pruned_prediction_back(transition, model):
-    native, before = copy.deepcopy(model.state_dict()), policy_for(model).actor.state_dict()
+    native, before = copy.deepcopy(model.state_dict()), policy_for(model, transition).actor.state_dict()
     tuner, metrics = tune(model, transition=transition)
     assert metrics[-1]["tune/kl"] < 0.5 * metrics[0]["tune/kl"], "on the same images"
     assert metrics[0]["tune/gmacs_ratio"] < 0.95
