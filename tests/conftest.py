@@ -16,7 +16,7 @@ from tokengame.networks import build_actor
 from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.train import Trainer
 
-torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2)
 settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
 settings.load_profile("shared")
 REAL = Path(os.environ.get("TOKENGAME_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -78,7 +78,7 @@ class Session:
     def identity(self) -> str:
         """What makes a run this one: settings, seed, weights, images and the rules of the game."""
         weights = fingerprint(self.trainer.backbone)
-        return json.dumps([GAME_VERSION, asdict(self.config), self.seed, weights, names_hash(self.images)])
+        return json.dumps([FORMAT, GAME_VERSION, asdict(self.config), self.seed, weights, names_hash(self.images)])
 
     def run(self, progress: Progress = silent, checkpoint_every: int = 50) -> None:
         """Train to the end; see `Loop.run`."""
