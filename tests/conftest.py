@@ -61,15 +61,14 @@ def policy_for(model, transition="merge"):
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
-        "format": 2, "game_version": 4,
+        "format": 3, "game_version": 4,
         "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
         "game": {"stages": [1, 2], "transition": transition},
-        "actor": {"observation": "context", "hidden": [32], "keep_logit": 0.0}, "agents": 16, "training": {},
+        "actor": {"observation": "context", "hidden": [32]}, "agents": 16, "training": {},
         "calibration": [], "dial": 0.5,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = merge(config.actor, {"keep_logit": 0.0})
-    return Policy(build_actor(config, actor_shape(card)).eval(), card)
+    return Policy(build_actor(config.actor, actor_shape(card)).eval(), card)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ LEVELS = [
     {"state", "data"},
     {"game", "ppo", "feed"},
     {"rewards", "networks", "testing"},
-    {"policy", "macs", "compiled", "grid"},
+    {"policy", "macs", "compiled", "grid", "rollout"},
     {"train", "runtime", "baselines"},
     {"evaluate", "anatomy", "figures", "forced", "heuristics"},
     {"bench", "dynamicvit", "gallery", "finetune", "sweep"},

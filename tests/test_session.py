@@ -12,6 +12,7 @@ from PIL import Image
 from tokengame.config import PRESETS, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.images import FolderImages
+from tokengame.rollout import set_out
 from tokengame.rundir import require_writable
 from tokengame.session import Session
 from tokengame.train import training_dtype
@@ -53,6 +54,19 @@ def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, t
         fast.card["calibration"][0]
     )
     assert session.result()["images_seen"] == 16
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp_path):
+    """Whatever the backbone: the root of `keep` at the first stage, then `keep` of the living, in the whole batch."""
+    game, images = {"transition": transition}, torch.randn(6, 3, 32, 32)
+    trainer = session_for(model, source, tmp_path, game=game).trainer
+    set_out(trainer.game, trainer.actor, images, 0.6, trainer.ranks)
+    state = trainer.game.play(images, trainer.actor)
+    first, second = (int(kept.sum()) for kept in state.kept)
+    assert first == pytest.approx(0.6**0.5 * 6 * 16, abs=1)
+    assert second == pytest.approx(0.6 * first, abs=1)
+    assert len({tuple(kept.tolist()) for kept in state.kept[0].split(1)}) > 1, "not the same number in every image"
 
 
 def test_same_seed_same_policy(model, source, tmp_path):

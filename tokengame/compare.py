@@ -35,6 +35,8 @@ LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
 TIMED_BATCHES = 3
 """batches on whose images speed is measured"""
+WARM_UP = 3
+"""rounds on them that a method goes through before it is timed; the native model, whose shapes never change, one"""
 
 
 @dataclass
@@ -153,10 +155,10 @@ def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 
     times: dict[str, list[float]] = {name: [] for name in calls}
     pool, size, order = torch.cat(batches), max(map(len, batches)), list(calls)
     generator, sizes = torch.Generator().manual_seed(0), []
-    for number in range(-1, rounds):
+    for number in range(-WARM_UP, rounds):
         dealt = pool[torch.randperm(len(pool), generator=generator).to(pool.device)].split(size)
         for images in dealt[: max(1, len(pool) // size)]:
-            for name in order:
+            for name in order if number >= -1 else ["method"]:
                 seconds = timed(images.device, calls[name], images)[1]
                 if number >= 0:
                     times[name].append(seconds)

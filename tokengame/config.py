@@ -59,14 +59,18 @@ class ActorConfig:
     resolution"""
     hidden: tuple[int, ...] = (64, 256, 64)
     """widths of the hidden layers"""
-    keep_logit: float = 0.0
-    """keep logit at the start of training, the same for every token on average"""
+    keep: float | None = None
+    """share of the living that stays at each stage when training starts, its square root at the first; context only.
+    None: the first logits are whatever the weights make of the images"""
 
     def __post_init__(self) -> None:
         require(
             self.observation in ("token_id", "context"), f"no observation {self.observation!r}; token_id or context"
         )
         require(min(self.hidden, default=0) > 0, f"actor.hidden wants at least one width, not {self.hidden}")
+        if self.keep is not None:
+            require(0 < self.keep < 1, f"actor.keep must lie between 0 and 1, not {self.keep:g}")
+            require(self.observation == "context", "actor.keep sets the line of a context actor; token_id has none")
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,8 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 5, "transition": "merge"},
-        "actor": {"observation": "context", "hidden": (32,), "keep_logit": 2.0},
+        "game": {"stage_count": 3, "transition": "merge"},
+        "actor": {"observation": "context", "hidden": (32,), "keep": 0.7},
         "reward": {"kind": "fidelity"},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it
         "ppo": {"lr": 2e-3, "gamma": 1.0, "gae_lambda": 1.0, "epochs": 2, "max_grad_norm": 0.5, "entropy": 0.0},

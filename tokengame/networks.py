@@ -6,6 +6,7 @@ and the same seed would give other bits.
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Line(NamedTuple):
     dither: float
     """on the ordered dither"""
     bias: float
-    """beside `keep_logit`"""
+    """training starts by setting it anew, see `ContextActor.set_out`"""
 
 
 WARM = {"drop": Line(1.5, 0.0, 0.5, 0.0), "merge": Line(1.5, -6.0, 0.25, 3.6)}
@@ -54,7 +55,7 @@ class TokenActor(nn.Module):
     The one-hot's part of the first layer is a row look-up. Bound to `agents` positions, so to one resolution.
     """
 
-    def __init__(self, dim: int, agents: int, hidden: tuple[int, ...], keep_logit: float = 0.0):
+    def __init__(self, dim: int, agents: int, hidden: tuple[int, ...]):
         super().__init__()
         joint = torch.empty(hidden[0], dim + agents)
         nn.init.orthogonal_(joint, math.sqrt(2))
@@ -63,9 +64,6 @@ class TokenActor(nn.Module):
         nn.init.zeros_(self.token.bias)
         self.identity = nn.Parameter(joint[:, dim:].T.contiguous())
         self.rest = _mlp(hidden, 2, 0.01)
-        last = self.rest[-1]
-        assert isinstance(last, nn.Linear)
-        last.bias.data[1] = keep_logit
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits: a softmax over (prune, keep) is a Bernoulli of their difference."""
@@ -82,9 +80,7 @@ class TokenActor(nn.Module):
 class ContextActor(nn.Module):
     """Own and class token (normalised), stage and attention features -> one keep logit; holds at any resolution."""
 
-    def __init__(
-        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], keep_logit: float, warm: Line = WARM["drop"]
-    ):
+    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], warm: Line = WARM["drop"]):
         super().__init__()
         self.norm_token = nn.LayerNorm(dim)
         self.norm_cls = nn.LayerNorm(dim)
@@ -93,21 +89,28 @@ class ContextActor(nn.Module):
         self.features = _linear(heads + len(EXTRAS), hidden[0])
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)
-        start = torch.tensor(warm) + torch.tensor([0.0, 0.0, 0.0, keep_logit])
-        self.line = nn.Parameter(start.repeat(stages, 1))  # [T, 4], see `Line`
+        self.line = nn.Parameter(torch.tensor(warm).repeat(stages, 1))  # [T, 4], see `Line`
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        dtype = self.token.weight.dtype
+        dtype = self.features.weight.dtype
         scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage.index_select(0, obs.stage)  # [S, h]
         line = self.line.index_select(0, obs.stage)  # [S, 4]
         if len(scene) > 1:  # one scene alone is broadcast
             scene, line = (values.index_select(0, obs.scene) for values in (scene, line))
         slope, leader, dither, bias = line.unbind(1)
         features = obs.features.to(dtype)
-        hidden = self.token(self.norm_token(obs.token.to(dtype))).add_(self.features(features)).add_(scene)
+        own = self.token(self.norm_token(obs.token.to(self.token.weight.dtype)))
+        hidden = own.to(dtype).add_(self.features(features)).add_(scene)
         logits = torch.addcmul(bias, slope, obs.attention.to(dtype)).addcmul(leader, obs.leader.to(dtype))
         return self.rest(hidden.tanh_()).squeeze(1) + logits.addcmul(dither, obs.dither.to(dtype))
+
+    def beside(self, backbone: torch.dtype) -> ContextActor:
+        """A copy whose widest layer, on the agents' own rows, computes in the backbone's number format."""
+        other = copy.deepcopy(self)
+        other.norm_token.to(backbone)
+        other.token.to(backbone)
+        return other
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""
@@ -148,6 +151,6 @@ class Critic(nn.Module):
 def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
     """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition)."""
     if config.observation == "token_id":
-        return TokenActor(shape["dim"], shape["agents"], config.hidden, config.keep_logit)
+        return TokenActor(shape["dim"], shape["agents"], config.hidden)
     warm = WARM[shape["transition"]]
-    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, config.keep_logit, warm)
+    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, warm)

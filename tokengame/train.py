@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
 from tokengame.networks import Critic, build_actor
-from tokengame.ppo import Experience, gae, log_prob, normalise, update
+from tokengame.ppo import Experience, gae, normalise, update
 from tokengame.ranks import Ranks
 from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, share, target
+from tokengame.rollout import Rollout, play_sampled, set_out
 from tokengame.state import Observation, State
 
 
@@ -36,52 +37,6 @@ def training_dtype(choice: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
     return torch.bfloat16 if fast else torch.float32
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """B games on packed rows, as played."""
-
-    final: State
-    observations: list[Observation]
-    """one per stage, of the living agents"""
-    action: list[Tensor]
-    """[A_t] bool, as sampled"""
-    log_prob: list[Tensor]
-    """[A_t]"""
-    alive: Tensor
-    """[T + 1, B, N] bool: before the first decision, after each"""
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """For each stage the [A_t] indices of its agents in a flattened [B, N]."""
-        agents = self.alive.shape[2]
-        return [obs.scene * agents + obs.agent for obs in self.observations]
-
-
-def play_sampled(game: TokenGame, state: State, actor: nn.Module, noise: Tensor) -> Rollout:
-    """Play from the first decision to the end, actions drawn from the actor's Bernoullis.
-
-    Args:
-        game: the rules.
-        state: before the first decision.
-        actor: observation -> keep logits.
-        noise: [T, B, N] uniform in [0, 1): an agent stays where its chance to stay is above it.
-    """
-    shape = (state.layout.images, state.total)
-    observations, actions, log_probs, alive = [], [], [], [torch.ones(shape, dtype=torch.bool)]
-    alive[0] = alive[0].to(state.x.device)
-    for stage in range(len(game.stages)):
-        obs = game.observe(state)
-        logits = actor(obs)
-        action = noise[stage, obs.scene, obs.agent] < logits.sigmoid()
-        state = game.step(state, action, logits)
-        living = state.position[state.agent_rows] + state.agents.image * state.total
-        observations.append(obs)
-        actions.append(action)
-        log_probs.append(log_prob(logits, action))
-        alive.append(torch.zeros_like(alive[0]).view(-1).index_fill_(0, living, True).view(shape))
-    return Rollout(state, observations, actions, log_probs, torch.stack(alive))
 
 
 class Trainer:
@@ -132,8 +87,10 @@ class Trainer:
         Raises:
             TokenGameError: the backbone or the reward is not finite; says where.
         """
-        start = self._clock()
-        rollout, outcome, metrics = self.rollout(images.to(self.device, self.dtype), labels)
+        start, images = self._clock(), images.to(self.device, self.dtype)
+        if self.updates == 0 and self.config.actor.keep is not None:
+            set_out(self.game, self.actor, images, self.config.actor.keep, self.ranks)
+        rollout, outcome, metrics = self.rollout(images, labels)
         played = self._clock()
         self._anneal()
         experience = self.experience(rollout, outcome)
