@@ -6,6 +6,6 @@ bench() { "${BIN:-.venv/bin}/tokengame" bench --keep 0.7 0.49 0.34 --batch-sizes
 
 bench --backbone deit_small_patch16_224 --tome
 bench --backbone vit_tiny_patch16_224
-bench --backbone deit_small_patch16_224 --transition merge
+bench --backbone deit_small_patch16_224 --transition merge --stages 3 6 9
 bench --backbone deit_base_patch16_224
-bench --backbone deit_base_patch16_224 --transition merge
+bench --backbone deit_base_patch16_224 --transition merge --stages 3 6 9

@@ -114,3 +114,5 @@ def test_stages_outside_the_model_are_refused(model):
                                                         (12, 5, (2, 4, 6, 8, 10)), (4, 9, (0, 1, 2, 3))])  # fmt: skip
 def test_default_stages_scale_with_depth(depth, count, stages):
     assert GameConfig(stage_count=count).blocks(depth) == stages
+    earlier = stages if count >= depth else tuple(stage - 1 for stage in stages)
+    assert GameConfig(stage_count=count, transition="merge").blocks(depth) == earlier, "inside the block before"

@@ -55,7 +55,8 @@ class Entry:
 def peers(model: nn.Module) -> list[Entry]:
     """What needs no training: the native model's exact exit, random, attention, EViT, ToMe, ATS."""
     backbone = Backbone(model)
-    drop, merge = GameConfig(stage_count=3), GameConfig(stage_count=3, transition="merge")
+    drop = GameConfig(stage_count=3)
+    merge = GameConfig(stages=drop.blocks(backbone.depth), transition="merge")  # the same blocks, for comparison
     entries = [Entry("all tokens, exact exit", "", by_rule(model, drop, everybody, features=False), False)]
     for keep in KEEP:
         shares = (keep, keep**2, keep**3)

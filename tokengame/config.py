@@ -27,7 +27,8 @@ GAME_VERSION = 4
 @dataclass(frozen=True)
 class GameConfig:
     stages: tuple[int, ...] = ()
-    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced"""
+    """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced, for merge (which decides
+    inside a block) each a block earlier"""
     stage_count: int = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
@@ -43,7 +44,8 @@ class GameConfig:
         stages = self.stages
         if not stages:
             count = min(self.stage_count, depth)
-            evenly = tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
+            early = self.transition == "merge"
+            evenly = tuple(round(depth * (i + 1) / (count + 1)) - early for i in range(count))
             stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
             wanted = f"give increasing numbers from 0 to {depth - 1}"
