@@ -84,7 +84,7 @@ def test_eval_at_each_operating_point(flags, policy, capsys):
         found = document(capsys)
         assert set(found) >= EVAL_KEYS
         assert found["images"] == 20
-        assert len(found["tokens_kept"]) == 5
+        assert len(found["tokens_kept"]) == 3
         assert 0 <= found["agreement"] <= 1
     assert main(["eval", *flags, "--policy", str(policy), "--dial", "0", "--json"]) == 0
     untouched = document(capsys)

@@ -148,7 +148,8 @@ def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 
 
     The three alone, in turn: on CPUs each shape's kernels are made at its first call, and in turns with dozens of other
     methods they are forgotten again. Every round deals the images into other batches, so that who keeps a different
-    number in every image meets other shapes each time, as in use. The first round is not counted.
+    number in every image meets other shapes each time, as in use; the first ones, for which nearly every kernel is new,
+    are not counted (`WARM_UP`).
     """
     calls: dict[str, Callable[[Tensor], Any]] = {
         "fused": model, "written out": written_out(model), "method": partial(run, method)
@@ -159,12 +160,12 @@ def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 
     for number in range(-WARM_UP, rounds):
         dealt = pool[torch.randperm(len(pool), generator=generator).to(pool.device)].split(size)
         for images in dealt[: max(1, len(pool) // size)]:
-            for name in order if number >= -1 else ["method"]:
+            for name in ["method"] if number < -1 else order:
                 seconds = timed(images.device, calls[name], images)[1]
                 if number >= 0:
                     times[name].append(seconds)
             sizes += [len(images)] if number >= 0 else []
-            order = order[1:] + order[:1]
+            order = order[1:] + order[:1] if number >= -1 else order
     native = min((times["fused"], times["written out"]), key=median)
     return list(zip(sizes, native, times["method"], strict=True))
 
