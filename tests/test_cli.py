@@ -223,6 +223,8 @@ def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
         "another architecture": [*train, *weights, *images, "--backbone", "vit_small_patch16_224"],
         "not a plain timm VisionTransformer": ["bench", "--backbone", "resnet18"],
         "from 0 to 11": [*train, *weights, *images, "--game.stages", "3", "12"],
+        "between 0 and 1, not 1.5": [*train, *weights, *images, "--actor.keep", "1.5"],
+        "--actor.keep None": [*train, *weights, *images, "--actor.observation", "token_id"],
         "no preset": [*train, *weights, *images, "--preset", "magic"],
         "no policy file": ["eval", *flags, "--policy", "nowhere.safetensors"],
         "give one of": ["eval", *flags, "--policy", str(policy), "--dial", "0.5", "--max-drop", "1"],

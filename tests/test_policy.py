@@ -189,3 +189,18 @@ def test_who_is_attended_stays_and_whoever_has_a_good_absorber_may_leave(transit
     start = {"drop": 1.5 * attention + 0.5 * dither, "merge": 1.5 * attention - 6 * (leader - 0.6) + 0.25 * dither}
     torch.testing.assert_close(logits, start[transition])
     assert leader.count_nonzero() == (0 if transition == "drop" else len(leader))
+
+
+@torch.no_grad()
+def test_beside_a_backbone_of_half_precision_the_actor_decides_alike(model, images):
+    """Only its layer on the agents' own rows is rounded, in a copy; a logit moves by hundredths at most."""
+    policy = policy_for(model)
+    game = PrunedViT(model, policy, dial=0.5).game
+    obs = game.observe(game.reset(images))
+    policy.actor.rest[-1].weight.normal_()  # as if it had learned
+    logits = policy.actor(obs)
+    near = policy.actor.beside(torch.bfloat16)(obs)
+    assert 0 < (near - logits).abs().max() < 0.03 * logits.std()
+    assert {p.dtype for p in policy.actor.parameters()} == {torch.float32}
+    fast = PrunedViT(copy.deepcopy(model).bfloat16(), policy, dial=0.5)
+    assert {fast.actor.token.weight.dtype, fast.actor.features.weight.dtype} == {torch.bfloat16, torch.float32}

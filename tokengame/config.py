@@ -72,7 +72,8 @@ class ActorConfig:
         require(min(self.hidden, default=0) > 0, f"actor.hidden wants at least one width, not {self.hidden}")
         if self.keep is not None:
             require(0 < self.keep < 1, f"actor.keep must lie between 0 and 1, not {self.keep:g}")
-            require(self.observation == "context", "actor.keep sets the line of a context actor; token_id has none")
+            token_id = "actor.keep is for observation context; with token_id leave it out (--actor.keep None)"
+            require(self.observation == "context", token_id)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Line(NamedTuple):
     dither: float
     """on the ordered dither"""
     bias: float
-    """training starts by setting it anew, see `ContextActor.set_out`"""
+    """training sets out by setting it anew, see `rollout.set_out`"""
 
 
 WARM = {"drop": Line(1.5, 0.0, 0.5, 0.0), "merge": Line(1.5, -6.0, 0.25, 3.6)}
