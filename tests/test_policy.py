@@ -156,7 +156,7 @@ def test_a_wish_instead_of_a_dial(model, path, images):
     """Compute wished for between two calibrated dials is what the model then takes."""
     policy = Policy.load(path)
     with torch.no_grad():
-        policy.actor.line[:, 3] -= 2.0  # without `keep_logit`
+        policy.actor.line[:, 3] -= 2.0  # so that the dials reach from all to few
     rows = []
     for dial in (0.2, 0.4, 0.5, 0.6, 0.8):
         fast = tokengame.prune(model, policy, dial)
