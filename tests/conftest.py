@@ -16,10 +16,22 @@ from tokengame.networks import build_actor
 from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.train import Trainer
 
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+# under `pytest -n` the processes share the cores: threads that wait for each other on a busy core take many times as long
+THREADS = max(1, min(2, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of commands that tests start
 settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
 settings.load_profile("shared")
 REAL = Path(os.environ.get("TOKENGAME_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def two_threads():
+    """What must be the same bytes must be so when threads share the work."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ def test_the_moving_average_is_what_is_kept(model):
     assert 0 < float(slow.norm()) < float(fast.norm())
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_resumed_tuning_ends_where_an_uninterrupted_one_does(model):
     config = replace(SMALL, ema=0.9, sched="cosine", warmup=0.2)
     whole, _ = tune(model, config)

@@ -69,6 +69,7 @@ def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp
     assert len({tuple(kept.tolist()) for kept in state.kept[0].split(1)}) > 1, "not the same number in every image"
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_same_seed_same_policy(model, source, tmp_path):
     runs = [session_for(model, source, tmp_path / name) for name in ("a", "b")]
     for run in runs:
@@ -76,6 +77,7 @@ def test_same_seed_same_policy(model, source, tmp_path):
     assert torch.equal(*map(weights_of, runs))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(number, model, source, tmp_path):
     whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))

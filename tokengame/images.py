@@ -25,7 +25,11 @@ from tokengame.scenes import FashionScenes
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MANY = 100
 """entries of a folder from which on looking through them is worth a progress bar"""
-EMBEDDED_SCENES = {"fashion": ("test", 1000, 1), "fashion-train": ("train", 20000, 0)}
+EMBEDDED_SCENES = {
+    "fashion": ("test", 1000, 1),
+    "fashion-val": ("test", 5000, 3),
+    "fashion-train": ("train", 20000, 0),
+}
 """split of the photos, number of scenes, seed"""
 
 
@@ -151,9 +155,9 @@ def open_images(location: str, split: str = "train", watch: Watch = _unseen) -> 
     """The images at `location`.
 
     Args:
-        location: "fashion" (1,000 embedded scenes) or "fashion-train" (20,000 of other photos); a folder; a tar; tar
-            shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face data set, after
-            "stream:" to learn from it while it arrives.
+        location: "fashion" (1,000 embedded scenes), "fashion-val" (5,000 of the same photos) or "fashion-train"
+            (20,000 of other photos); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or
+            the name of a Hugging Face data set, after "stream:" to learn from it while it arrives.
         split: of a Hugging Face data set.
         watch: shows progress where many folders or shards are looked through.
 
