@@ -124,6 +124,8 @@ def test_a_point_of_the_sweep_by_hand():
         (0.5, 0.5, 1.02, "in equilibrium"),
         (0.5, 0.3, 1.6, "cannot return"),
         (0.3, 0.6, 0.5, "should leave"),
+        (0.002, 0.005, 0.0, "collapsed"),
+        (0.002, 0.6, 0.0, "should leave"),
     ],
 )
 def test_readings(predicted, keep, earned, says):

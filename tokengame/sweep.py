@@ -14,6 +14,8 @@ from tokengame.evaluate import Scores
 
 SETTLED = (0.9, 1.1)
 """what staying earns, relative to what it costs, where nobody has reason to act otherwise"""
+COLLAPSED = 0.05
+"""below this share of the tokens, and this share of its cost earned, is the other equilibrium: nobody stays"""
 
 
 def equilibrium(alpha: float, beta: float, correct: float, tokens: int) -> float:
@@ -55,6 +57,8 @@ def reading(row: dict[str, Any]) -> str:
         return "all tokens can live of the reward" + (
             "" if row["keep"] > 0.9 else ", and it has not taught them so yet"
         )
+    if max(row["earned"], row["keep"]) < COLLAPSED:
+        return "collapsed: of so few tokens hardly a prediction is right, so staying earns nothing and all leave"
     if SETTLED[0] <= row["earned"] <= SETTLED[1]:
         return "in equilibrium: staying earns what it costs"
     if abs(row["keep"] - row["keep_predicted"]) < 0.02:
