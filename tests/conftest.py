@@ -17,7 +17,7 @@ from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.train import Trainer
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-# under `pytest -n` the processes share the cores: threads that wait for each other on a busy core take many times as long
+# under `pytest -n` processes share the cores: threads that wait for each other on a busy core take many times as long
 THREADS = max(1, min(2, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 torch.set_num_threads(THREADS)
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of commands that tests start

@@ -77,8 +77,8 @@ class OnImages(Common):
     """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
     images: str
     """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
-    data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000), "fashion-val"
-    (5,000 of the same photos) and, of other photos, "fashion-train" (20,000)"""
+    data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000),
+    "fashion-val" (5,000 of the same photos) and, of other photos, "fashion-train" (20,000)"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None
