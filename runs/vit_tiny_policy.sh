@@ -7,5 +7,5 @@ DATA=${DATA:-../shared/data}
 ${BIN:-.venv/bin}/tokengame train \
     --backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.safetensors" \
     --images "$DATA/imagenet_sample.tar" --class-map "$DATA/imagenet1k_synsets.txt" \
-    --holdout 0.3 --seed 0 --updates 200 --gmacs-ratio 0.65 \
+    --holdout 0.3 --seed 0 --updates 240 --gmacs-ratio 0.65 \
     --output "${OUTPUT:-build/vit_tiny_patch16_224.safetensors}" "$@"

@@ -73,7 +73,7 @@ def policy_for(model, transition="merge"):
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
-        "format": 3, "game_version": 4,
+        "format": 4, "game_version": 4,
         "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
         "game": {"stages": [1, 2], "transition": transition},
         "actor": {"observation": "context", "hidden": [32]}, "agents": 16, "training": {},

@@ -89,6 +89,10 @@ def test_kl_equals_torch_distributions(seed, classes):
     )
     torch.testing.assert_close(fidelity_loss(native, pruned), oracle, atol=1e-5, rtol=1e-4)
     assert float(fidelity_loss(native, native).abs().max()) < 1e-6
+    softened = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=native / 3), torch.distributions.Categorical(logits=pruned / 3)
+    )
+    torch.testing.assert_close(fidelity_loss(native, pruned, temperature=3.0), 9 * softened, atol=1e-5, rtol=1e-4)
 
 
 def test_labelled_rewards_say_that_they_need_labels():

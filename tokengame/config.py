@@ -56,11 +56,10 @@ class GameConfig:
 @dataclass(frozen=True)
 class ActorConfig:
     observation: Literal["token_id", "context"] = "token_id"
-    """token_id: own token and one-hot agent id (RL4EViT). context: normalised own and class token, stage, attention
-    paid to the agent, its size, its similarity to the others and its place in an ordered dither; holds at any
-    resolution"""
+    """token_id: own token and one-hot agent id (RL4EViT). context: stage, attention paid to the agent, its size, its
+    similarity to the others and its place in an ordered dither, through a line; holds at any resolution"""
     hidden: tuple[int, ...] = (64, 256, 64)
-    """widths of the hidden layers"""
+    """widths of the hidden layers, of the actor (token_id) and of the critic"""
     keep: float | None = None
     """share of the living that stays at each stage when training starts, its square root at the first; context only.
     None: the first logits are whatever the weights make of the images"""
@@ -97,9 +96,14 @@ class RewardConfig:
     """fidelity: whether an agent pays for the compute of its own row, or each, like its KL, for that of the image"""
     kl_clamp: float = 1.5
     """fidelity: largest KL one image can be charged for"""
+    temperature: float = 1.0
+    """fidelity: both predictions are softened by it before KL is charged. Above 1 the unlikely classes speak too, and
+    the same number of games says several times as much about their decisions (docs/LOG.md)"""
 
     def __post_init__(self) -> None:
-        require(self.target_kl > 0 and self.kl_weight > 0, "reward.target_kl and reward.kl_weight must be above 0")
+        above = {name: getattr(self, name) for name in ("target_kl", "kl_weight", "kl_clamp", "temperature")}
+        for name, value in above.items():
+            require(value > 0, f"reward.{name} must be above 0, not {value:g}")
         if self.target_drop is not None:
             require(self.target_drop > 0, "reward.target_drop must be above 0")
             require(self.kind == "fidelity", f"reward.target_drop steers reward fidelity, not {self.kind!r}")
@@ -109,6 +113,8 @@ class RewardConfig:
 class PPOConfig:
     lr: float = 3e-4
     """Adam step size at the start; falls linearly to 0"""
+    critic_lr: float | None = None
+    """the critic's; None: as the actor's"""
     gamma: float = 0.99
     """discount through the stages"""
     gae_lambda: float = 0.95
@@ -234,9 +240,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
         "game": {"stage_count": 3, "transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep": 0.7},
-        "reward": {"kind": "fidelity"},
+        "reward": {"kind": "fidelity", "temperature": 3.0, "kl_weight": 0.7, "kl_clamp": 3.0},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it
-        "ppo": {"lr": 2e-3, "gamma": 1.0, "gae_lambda": 1.0, "epochs": 2, "max_grad_norm": 0.5, "entropy": 0.0},
+        "ppo": {
+            "lr": 1e-2,
+            "critic_lr": 2e-3,
+            "gamma": 1.0,
+            "gae_lambda": 1.0,
+            "epochs": 2,
+            "max_grad_norm": 0.5,
+            "entropy": 0.0,
+        },
         "rollouts": 4,
     },
     "rl4evit": {},

@@ -6,7 +6,6 @@ and the same seed would give other bits.
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,21 +17,27 @@ from tokengame.config import ActorConfig
 from tokengame.state import EXTRAS, Observation
 
 
-class Line(NamedTuple):
-    """The linear part of the context actor's logits; at the start all there is."""
+class Scale(NamedTuple):
+    """Where a feature lies and how far it moves, of ViT-Ti/16 on ImageNet: an actor's weights are all of one order."""
 
-    slope: float
-    """on centred log attention; alone it is a fair adaptive threshold"""
-    leader: float
-    """on the similarity to a more attended token: whoever has a good absorber may leave"""
-    dither: float
-    """on the ordered dither"""
-    bias: float
-    """training sets out by setting it anew, see `rollout.set_out`"""
+    centre: float = 0.0
+    factor: float = 1.0
 
 
-WARM = {"drop": Line(1.5, 0.0, 0.5, 0.0), "merge": Line(1.5, -6.0, 0.25, 3.6)}
-"""Start values by transition (docs/LOG.md); the bias makes up for the usual similarity of 0.6."""
+SCALES = {
+    "attention": Scale(),
+    "log size": Scale(0.5, 1.5),
+    "similarity": Scale(0.6, 6.0),
+    "alive": Scale(0.7, 2.0),
+    "leader": Scale(0.6, 6.0),
+    "dither": Scale(),
+}
+"""of the features that follow the attention of each head; those are taken relative to their mean"""
+
+START = {"drop": {"attention": 1.5, "dither": 0.5}, "merge": {"attention": 1.5, "leader": -1.0, "dither": 0.25}}
+"""Weights of the context actor before it has learned, by transition; the others are 0 (docs/LOG.md). Centred log
+attention alone is a fair adaptive threshold, and whoever has a good absorber may leave. Training sets out by setting
+the biases, see `rollout.set_out`."""
 
 
 def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -78,44 +83,42 @@ class TokenActor(nn.Module):
 
 
 class ContextActor(nn.Module):
-    """Own and class token (normalised), stage and attention features -> one keep logit; holds at any resolution."""
+    """Attention features -> keep logit, a line at each stage; holds at any resolution.
 
-    def __init__(self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], warm: Line = WARM["drop"]):
+    What the tokens themselves say, through a hidden layer, took a quarter of our decisions' time and brought nothing
+    that held-back images could show (docs/LOG.md).
+
+    Args:
+        heads: of the backbone.
+        stages: of the game.
+        start: weights of features before anything is learned.
+    """
+
+    centre: Tensor
+    factor: Tensor
+
+    def __init__(self, heads: int, stages: int, start: dict[str, float]):
         super().__init__()
-        self.norm_token = nn.LayerNorm(dim)
-        self.norm_cls = nn.LayerNorm(dim)
-        self.token = _linear(dim, hidden[0])
-        self.cls = _linear(dim, hidden[0])
-        self.features = _linear(heads + len(EXTRAS), hidden[0])
-        self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
-        self.rest = _mlp(hidden, 1, 0.01)
-        self.line = nn.Parameter(torch.tensor(warm).repeat(stages, 1))  # [T, 4], see `Line`
+        self.heads = heads
+        scales = [Scale()] * heads + [SCALES[name] for name in EXTRAS] + [Scale()]  # the last of a bias
+        self.register_buffer("centre", torch.tensor([scale.centre for scale in scales]), persistent=False)
+        self.register_buffer("factor", torch.tensor([scale.factor for scale in scales]), persistent=False)
+        line = torch.tensor([0.0] * heads + [start.get(name, 0.0) for name in EXTRAS] + [0.0])
+        self.line = nn.Parameter(line.repeat(stages, 1))  # [T, heads + features + bias]
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        dtype = self.features.weight.dtype
-        scene = self.cls(self.norm_cls(obs.cls.to(dtype))) + self.stage.index_select(0, obs.stage)  # [S, h]
-        line = self.line.index_select(0, obs.stage)  # [S, 4]
-        if len(scene) > 1:  # one scene alone is broadcast
-            scene, line = (values.index_select(0, obs.scene) for values in (scene, line))
-        slope, leader, dither, bias = line.unbind(1)
-        features = obs.features.to(dtype)
-        own = self.token(self.norm_token(obs.token.to(self.token.weight.dtype)))
-        hidden = own.to(dtype).add_(self.features(features)).add_(scene)
-        logits = torch.addcmul(bias, slope, obs.attention.to(dtype)).addcmul(leader, obs.leader.to(dtype))
-        return self.rest(hidden.tanh_()).squeeze(1) + logits.addcmul(dither, obs.dither.to(dtype))
-
-    def beside(self, backbone: torch.dtype) -> ContextActor:
-        """A copy whose widest layer, on the agents' own rows, computes in the backbone's number format."""
-        other = copy.deepcopy(self)
-        other.norm_token.to(backbone)
-        other.token.to(backbone)
-        return other
+        line = self.line.index_select(0, obs.stage)  # [S, F]
+        if len(line) > 1:  # one scene alone is broadcast
+            line = line.index_select(0, obs.scene)
+        features = obs.features.to(line.dtype)
+        heads, others = features[:, : self.heads], features[:, self.heads :]
+        features = torch.cat([heads - obs.attention[:, None].to(line.dtype), others, torch.ones_like(others[:, :1])], 1)
+        return ((features - self.centre) * self.factor * line).sum(1)
 
     def macs_per_agent(self) -> int:
-        """Multiply-accumulates of one decision, the scene's share (at most one row in N) left out."""
-        layers = [self.token, self.features, *(m for m in self.rest if isinstance(m, nn.Linear))]
-        return sum(layer.weight.numel() for layer in layers)
+        """Multiply-accumulates of one decision."""
+        return self.line.shape[1]
 
 
 Actor = TokenActor | ContextActor
@@ -152,5 +155,4 @@ def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
     """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition)."""
     if config.observation == "token_id":
         return TokenActor(shape["dim"], shape["agents"], config.hidden)
-    warm = WARM[shape["transition"]]
-    return ContextActor(shape["dim"], shape["heads"], shape["stages"], config.hidden, warm)
+    return ContextActor(shape["heads"], shape["stages"], START[shape["transition"]])

@@ -23,7 +23,7 @@ from tokengame.errors import TokenGameError, first_line
 from tokengame.networks import Actor, build_actor
 from tokengame.promise import chosen
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass

@@ -32,7 +32,7 @@ class Outcome:
     correct: Tensor | None
     """[B] bool, final prediction right; None without labels"""
     kl: Tensor
-    """[B] KL(native || pruned) in nats"""
+    """[B] KL(native || pruned) in nats, at the reward's temperature"""
     segment: Tensor
     """[T] share of the native compute that one row causes from this decision to the next"""
     rollouts: int = 1
@@ -46,10 +46,15 @@ class Outcome:
         return ends
 
 
-def fidelity_loss(native: Tensor, pruned: Tensor) -> Tensor:
-    """[B] KL(native || pruned) between the softmaxes of two [B, classes] logits, in nats."""
-    log_native, log_pruned = (F.log_softmax(logits.float(), 1) for logits in (native, pruned))
-    return F.kl_div(log_pruned, log_native, reduction="none", log_target=True).sum(1).clamp(min=0)
+def fidelity_loss(native: Tensor, pruned: Tensor, temperature: float = 1.0) -> Tensor:
+    """[B] KL(native || pruned) between the softmaxes of two [B, classes] logits, in nats.
+
+    At another `temperature` than 1 the logits are divided by it and the result multiplied by its square, so that small
+    differences weigh alike at any (Hinton et al. 2015, section 2).
+    """
+    log_native, log_pruned = (F.log_softmax(logits.float() / temperature, 1) for logits in (native, pruned))
+    kl = F.kl_div(log_pruned, log_native, reduction="none", log_target=True).sum(1).clamp(min=0)
+    return kl * temperature**2
 
 
 def leave_one_out(values: Tensor, group: int) -> Tensor:

@@ -19,7 +19,6 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
 from tokengame.macs import native_macs, pruned_macs
-from tokengame.networks import ContextActor
 from tokengame.policy import Policy, check_fits, dial_for, threshold
 from tokengame.state import Decide, State
 
@@ -36,8 +35,6 @@ class PrunedViT(nn.Module):
         self.model, self.actor, self.card = model, policy.actor, policy.card
         backbone = Backbone(model, fastest_attention)
         self.game = TokenGame(backbone, policy.game, policy.card["actor"]["observation"] == "context")
-        if isinstance(policy.actor, ContextActor) and backbone.dtype in (torch.bfloat16, torch.float16):
-            self.actor = policy.actor.beside(backbone.dtype)
         self._was_training = model.training
         self._compiled: TokenGame | None = None
         self.dial = dial

@@ -75,8 +75,9 @@ class Trainer:
             sizes = {k: self.shape[k] for k in ("dim", "heads", "stages")}
             central = config.ppo.critic == "central"
             self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context, central=central).to(self.device)
-        parameters = [*self.actor.parameters(), *self.critic.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=config.ppo.lr, eps=1e-5)
+        steps = ((self.actor, config.ppo.lr), (self.critic, config.ppo.critic_lr or config.ppo.lr))
+        groups = [{"params": list(network.parameters()), "initial_lr": lr} for network, lr in steps]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.controller = PriceController.of(config.reward)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
@@ -132,7 +133,8 @@ class Trainer:
         state = self.game.reset(images).repeat(rollouts)
         rollout = play_sampled(self.game, state, self.actor, self._noise(state))
         pruned = self.game.logits(rollout.final).float()
-        kl = fidelity_loss(native.repeat_interleave(rollouts, 0), pruned)
+        aim = native.repeat_interleave(rollouts, 0)
+        kl, charged = (fidelity_loss(aim, pruned, t) for t in (1.0, self.config.reward.temperature))
         self._require_finite(kl, "KL(native || pruned)")
         correct, lost = None, {}
         if labels is not None:
@@ -140,10 +142,10 @@ class Trainer:
             correct = pruned.argmax(1) == wanted.repeat_interleave(rollouts)
             top1, native_top1 = (float(right.float().mean()) for right in (correct, native.argmax(1) == wanted))
             lost = {"game/top1": top1, "game/drop_pp": 100 * (native_top1 - top1)}
-        outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, kl, self._segments(rollout), rollouts)
+        outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, charged, self._segments(rollout), rollouts)
         kept = torch.stack(rollout.final.kept).cpu()
         macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
-        agree = (pruned.argmax(1) == native.argmax(1).repeat_interleave(rollouts)).float().mean()
+        agree = (pruned.argmax(1) == aim.argmax(1)).float().mean()
         return (
             rollout,
             outcome,
@@ -212,7 +214,7 @@ class Trainer:
     def _anneal(self) -> None:
         left = 1 - self.updates / self.config.updates
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.ppo.lr * max(left, 0.0)
+            group["lr"] = group["initial_lr"] * max(left, 0.0)
 
     def _require_finite(self, values: Tensor, what: str) -> None:
         if not values.isfinite().all():
