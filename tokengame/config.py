@@ -139,6 +139,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         require(min(self.epochs, self.minibatches) >= 1, "ppo.epochs and ppo.minibatches must be at least 1")
+        require(self.lr > 0 and (self.critic_lr is None or self.critic_lr > 0), "step sizes must be above 0")
 
 
 @dataclass(frozen=True)
