@@ -161,7 +161,7 @@ def test_dither_is_seen_by_position(model):
     first, logits = game.reset(torch.randn(3, 3, 32, 32)), torch.randn(48)
     for state in (first, game.step(first, logits > 0, logits)):
         obs = game.observe(state)
-        assert torch.equal(obs.dither, ordered_dither(4, 4)[obs.agent])
+        assert torch.equal(obs.features[:, -1], ordered_dither(4, 4)[obs.agent])
     assert len(obs.agent) < 48
 
 

@@ -12,10 +12,11 @@ from PIL import Image
 from tokengame.config import PRESETS, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.images import FolderImages
+from tokengame.rewards import fidelity_loss
 from tokengame.rollout import set_out
 from tokengame.rundir import require_writable
 from tokengame.session import Session
-from tokengame.train import training_dtype
+from tokengame.train import Trainer, training_dtype
 
 SMALL = {"updates": 4, "batch_size": 4, "dtype": "float32", "game": {"stages": (1, 2)}}
 
@@ -139,6 +140,23 @@ def test_share_learns_to_prune_when_staying_costs_and_to_stay_when_it_pays(model
         session.run()
         kept[name] = session.loop.metrics["game/kept_1"]
     assert kept["cost"] < 0.15 < 0.6 < kept["gain"]
+
+
+@torch.no_grad()
+def test_agents_pay_for_softened_predictions_and_each_network_has_its_step(model):
+    """What is charged is KL at the reward's temperature; what is reported and steered is plain KL."""
+    config = merge(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2)}, "dtype": "float32"})
+    trainer = Trainer(model, config, seed=1)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    rollout, outcome, metrics = trainer.rollout(images, None)
+    native = model(images).repeat_interleave(config.rollouts, 0)
+    pruned = trainer.game.logits(rollout.final)
+    torch.testing.assert_close(outcome.kl, fidelity_loss(native, pruned, temperature=3.0), atol=1e-5, rtol=1e-3)
+    assert metrics["game/kl"] == pytest.approx(float(fidelity_loss(native, pruned).mean()), rel=1e-3)
+    with torch.enable_grad():
+        trainer.update(images, None)
+    sizes = {len(group["params"]): group["lr"] for group in trainer.optimizer.param_groups}
+    assert sizes == {1: 1e-2, len(list(trainer.critic.parameters())): 2e-3}
 
 
 @pytest.mark.parametrize(("able", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])

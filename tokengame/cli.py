@@ -62,7 +62,7 @@ EXAMPLES: dict[type, tuple[str, str]] = {
         "tokengame finetune --backbone vit_small_patch16_224 --images train/ --policy policy.safetensors "
         "--output tuned --gmacs-ratio 0.55\n"
         "tokengame finetune --backbone fashion --images fashion-train --validate fashion-val "
-        "--policy quickstart/policy.safetensors --gmacs-ratio 0.32 --opt muon --lr 3e-4 --labels 1\n"
+        "--policy quickstart/policy.safetensors --gmacs-ratio 0.32 --opt muon --lr 3e-4\n"
         "tokengame finetune --backbone deit_base_patch16_224 --images train/ --policy policy.safetensors "
         "--labels 1 --distill 0 --aa rand-m9-mstd0.5-inc1 --ema 0.999",
     ),

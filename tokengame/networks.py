@@ -32,7 +32,7 @@ SCALES = {
     "leader": Scale(0.6, 6.0),
     "dither": Scale(),
 }
-"""of the features that follow the attention of each head; those are taken relative to their mean"""
+"""of the features that follow the attention of each head, which is taken relative to their centred mean"""
 
 START = {"drop": {"attention": 1.5, "dither": 0.5}, "merge": {"attention": 1.5, "leader": -1.0, "dither": 0.25}}
 """Weights of the context actor before it has learned, by transition; the others are 0 (docs/LOG.md). Centred log

@@ -42,20 +42,7 @@ class Observation:
     @property
     def attention(self) -> Tensor:
         """[A] log attention from the class token, mean over heads, centred in the image"""
-        return self._feature("attention")
-
-    @property
-    def leader(self) -> Tensor:
-        """[A] similarity to the most similar one of the agents who are paid more attention; 0 where nobody absorbs"""
-        return self._feature("leader")
-
-    @property
-    def dither(self) -> Tensor:
-        """[A] the agent's place in an ordered dither of the grid"""
-        return self._feature("dither")
-
-    def _feature(self, name: str) -> Tensor:
-        return self.features[:, EXTRAS.index(name) - len(EXTRAS)]
+        return self.features[:, EXTRAS.index("attention") - len(EXTRAS)]
 
     def take(self, rows: Tensor) -> Observation:
         """The same for some of the agents."""
