@@ -13,6 +13,7 @@ from tokengame.attention import (
     KERNELS,
     LONG,
     Shape,
+    asked_attention,
     batch_cost,
     bias_column,
     by_cost,
@@ -31,16 +32,16 @@ def layout_of(counts):
     return Layout(counts, torch.device("cpu"))
 
 
-def naive_attention(q, k, v, counts, bias):
-    """Softmax written out, image by image and head by head."""
-    out, start = torch.zeros_like(q), 0
-    for n in counts:
-        rows = slice(start, start + n)
+def naive_attention(q, k, v, counts, bias, asking=None, scale=None):
+    """Softmax written out, image by image and head by head; `asking` of an image's queries where not all ask."""
+    out, asked, start = torch.zeros_like(q), 0, 0
+    for few, n in zip(asking or counts, counts, strict=True):
+        own, rows = slice(asked, asked + few), slice(start, start + n)
         for head in range(q.shape[1]):
-            scores = q[rows, head] @ k[rows, head].T / q.shape[2] ** 0.5
+            scores = q[own, head] @ k[rows, head].T * (scale or q.shape[2] ** -0.5)
             scores = scores if bias is None else scores + bias[rows]
-            out[rows, head] = scores.softmax(1) @ v[rows, head]
-        start += n
+            out[own, head] = scores.softmax(1) @ v[rows, head]
+        asked, start = asked + few, start + n
     return out.flatten(1)
 
 
@@ -52,6 +53,21 @@ def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
     found = KERNELS[kernel].kernel(qkv, layout_of(counts), bias)
     torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=10), even=st.booleans(),
+       biased=st.booleans(), scale=st.sampled_from([None, 0.7]), seed=st.integers(0, 99))  # fmt: skip
+def test_fewer_rows_ask_than_are_looked_at(pairs, even, biased, scale, seed):
+    asking = [3 if even else few for few, _ in pairs]
+    counts = [few + more for few, (_, more) in zip(asking, pairs, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(sum(asking), 2, 8, generator=generator)
+    k, v = torch.randn(2, sum(counts), 2, 8, generator=generator)
+    bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
+    found = asked_attention(q, k, v, layout_of(asking), layout_of(counts), bias, scale)
+    assert found.shape == q.shape
+    expected = naive_attention(q, k, v, counts, bias, asking, scale)
+    torch.testing.assert_close(found.flatten(1), expected, atol=1e-5, rtol=1e-5)
 
 
 @given(counts=counts, seed=st.integers(0, 99))

@@ -36,7 +36,15 @@ ARCHITECTURES = {
     "clip": {"name": "vit_base_patch32_clip_224"},
     "no head": {"num_classes": 0},
     "gated attention": {},
+    "another linear layer": {},
 }
+
+
+class Scaled(torch.nn.Linear):
+    """A layer whose weight alone does not say what it does, like those of adapters and quantisation."""
+
+    def forward(self, rows):
+        return 1.5 * super().forward(rows)
 
 
 def build(key):
@@ -45,6 +53,11 @@ def build(key):
         torch.manual_seed(0)
         for block in model.blocks:
             block.attn = Attention(32, num_heads=2, gated=True).eval()
+    if key == "another linear layer":
+        for block in model.blocks:
+            scaled = Scaled(32, 96)
+            scaled.load_state_dict(block.attn.qkv.state_dict())
+            block.attn.qkv = scaled
     size = model.patch_embed.img_size or (32, 32)
     return model, torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
 

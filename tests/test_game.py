@@ -230,10 +230,10 @@ def test_trap_the_last_step_does_not_bootstrap(model):
 
 @pytest.mark.parametrize(
     ("transition", "stages", "blocks"),
-    [("drop", (1, 2), (1, 1.25)), ("merge", (1, 2), (1, 11 / 12)), ("merge", (1, 3), (2, 0)), ("drop", (3,), (0.25,))],
+    [("drop", (1, 2), (1, 1)), ("merge", (1, 2), (1, 10 / 12)), ("merge", (1, 3), (2, 2 / 12)), ("drop", (3,), (0,))],
 )
 def test_agents_are_charged_for_the_blocks_their_row_goes_through(transition, stages, blocks, model):
-    """Of four blocks, the last asks patches for queries, keys and values alone: a quarter of a block."""
+    """Of four blocks, patches do nothing in the last; a decision inside an attention comes after keys and values."""
     trainer = trainer_for(model, game={"stages": stages, "transition": transition})
     segments = trainer._segments(play(trainer)[0])
     assert segments.tolist() == pytest.approx([share / (4 * 16) for share in blocks])

@@ -10,7 +10,7 @@ from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.forced import forced_model
 from tokengame.grid import grid_features
-from tokengame.testing import Scripted, _merge_one_by_one, _values, survivors
+from tokengame.testing import Scripted, _look_back, _merge_one_by_one, _values, survivors
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 TABLE = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2))
@@ -33,8 +33,7 @@ def slowly(model, transition, fill):
             rows = [*range(prefix), *(prefix + living.index(a) for a in kept)]
             if transition == "drop" and len(kept) < len(living):
                 x, size, living = x[rows], size[rows], kept
-            keys = _values(block, x)
-            x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=size.log().view(1, 1, 1, -1))[0])
+            keys, seen, bias = _values(block, x), x, size.log()
             if transition == "merge" and len(kept) < len(living):
                 for gone in set(living) - set(kept):
                     full[prefix + gone] = x[prefix + living.index(gone)]
@@ -42,6 +41,7 @@ def slowly(model, transition, fill):
                     owner = [kept[similar.index(max(similar))] if o == gone else o for o in owner]
                 x, size = _merge_one_by_one(x, size, keys, living, kept, prefix)
                 living = kept
+            x = x + block.ls1(_look_back(block, x, seen, bias))
             x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
             full[[*range(prefix), *(prefix + a for a in living)]] = x
             shown = full.clone()

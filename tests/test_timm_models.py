@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokengame.attention import written_attention
 from tokengame.backbone import Backbone
+from tokengame.blocks import folds
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
@@ -76,26 +77,32 @@ def test_identity_and_masks(wide):
     assert distance(found, native) > 1e-4, "the decisions changed nothing: the test is blind"
 
 
-def attention_width(model):
-    return model.blocks[0].attn.num_heads * model.blocks[0].attn.head_dim
+def width_of_the_last_attention(model):
+    """Of one product of one query: rows themselves are looked at by every head, or keys and values by theirs."""
+    attn = model.blocks[-1].attn
+    return attn.num_heads * (model.embed_dim if folds(attn) else attn.head_dim)
 
 
+@pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.inference_mode()
-def test_macs_of_packed_execution(wide):
+def test_macs_of_packed_execution(wide, transition):
     """What is counted by formula is what the flop counter sees when the rows are really gone."""
     model, images = wide
-    game = TokenGame(Backbone(model, written_attention), GameConfig(stages=(1,)), features=False)
+    config = GameConfig(stages=(1,), transition=transition)
+    game = TokenGame(Backbone(model, written_attention), config, features=False)
     table = torch.randn(1, len(images), game.begin(images).total, generator=torch.Generator().manual_seed(2))
     with FlopCounterMode(display=False) as counter:
         state = game.play(images, Scripted(table))
         if game.backbone.reads_prefix_only:
-            game.backbone.close(game.end, state.x, state.layout)
+            game.backbone.close(game.end, state.x, state.layout, state.bias)
     kept = torch.stack(state.kept)
     pooled = kept[-1] + (game.backbone.prefix if model.pool_include_prefix else 0)
     expected = pruned_macs(game, None, kept, state.total) - head_macs(model, pooled.double())
-    if game.backbone.reads_prefix_only:  # the last attention, of prefix tokens alone, is padded to the longest image
+    if game.backbone.reads_prefix_only and transition == "drop":
+        # The last attention, of prefix tokens alone, is padded to the longest image. Where the last block's attention
+        # decides, it is not theirs alone.
         padding = state.layout.longest - state.layout.count
-        expected = expected + 2 * padding * game.backbone.prefix * attention_width(model)
+        expected = expected + 2 * padding * game.backbone.prefix * width_of_the_last_attention(model)
     assert counter.get_total_flops() / 2 == pytest.approx(float(expected.sum()), rel=1e-6)
 
 

@@ -61,6 +61,9 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
         (backbone, "close", watch.timed("projections and MLP", backbone.close)),
         (backbone, "run", watch.timed("projections and MLP", backbone.run)),
         (backbone, "read_heads", watch.timed("policy", backbone.read_heads)),
+        (backbone, "look", watch.timed("projections and MLP", backbone.look)),
+        (backbone, "ask", watch.timed("projections and MLP", backbone.ask)),
+        (backbone, "answer", watch.timed("attention", backbone.answer)),
         (backbone, "attend", watch.timed("attention", attend)),
         (fast.actor, "forward", watch.timed("policy", fast.actor.forward)),
     ]

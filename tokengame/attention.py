@@ -42,10 +42,11 @@ class Shape(NamedTuple):
         return Shape(qkv.device, qkv.dtype, qkv.shape[2], qkv.shape[3], torch.get_num_threads())
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Written out as two matrix products: q, k, v [b, L, D], bias [b, 1, L] -> [b, L, D]."""
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
+    """Written out as two matrix products: q [b, Q, D], k, v [b, L, D], bias [b, 1, L] -> [b, Q, D]."""
     start, beta = (q.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
-    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=q.shape[2] ** -0.5)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=scale)
     return torch.bmm(scores.softmax(2), v)
 
 
@@ -56,16 +57,6 @@ def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
     query, key, value = layout.pad(qkv).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
     mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(qkv.dtype)
     return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
-
-
-def prefix_attention(qkv: Tensor, layout: Layout, prefix: int, bias: Tensor | None = None) -> Tensor:
-    """What the first `prefix` rows of each image alone attend to: qkv [M, 3, H, D] -> [B * prefix, H * D]."""
-    if bias is None and not layout.uniform:
-        bias = qkv.new_zeros(layout.rows)
-    query = qkv[:, 0].index_select(0, layout.first_rows(prefix)).unflatten(0, (layout.images, prefix)).transpose(1, 2)
-    key, value = layout.pad(qkv[:, 1:]).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
-    mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(qkv.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -122,34 +113,83 @@ def grouped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None, *
     return torch.cat(parts).index_select(0, groups.scatter).view(layout.rows, heads * width)
 
 
+def asked_attention(
+    q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of fewer rows than are looked at: bitwise repeatable, nothing is measured.
+
+    Args:
+        q: [Q, H, D], rows of `asking`.
+        k, v: [M, H, D], rows of `layout`.
+        asking, layout: the same images, in the same order.
+        bias: [M] added to the logits of each key, or None.
+        scale: factor on q.k; None for 1 / sqrt(D).
+
+    Returns:
+        [Q, H, D]
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if half and scale is None and not asking.uniform and has_varlen(q.device, q.shape[2]):
+        return _varlen(q, k, v, asking, layout, bias)
+    if q.device.type == "cpu" and not asking.uniform and layout.longest <= LONG:
+        return _asked_one_by_one(q, k, v, asking, layout, bias, scale)
+    if bias is None and not layout.uniform:
+        bias = q.new_zeros(layout.rows)
+    mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(q.dtype)
+    query, key, value = (rows.transpose(1, 2) for rows in (asking.pad(q), layout.pad(k), layout.pad(v)))  # [B, H, L, D]
+    return asking.unpad(F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2))
+
+
+def _asked_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    bias = None if bias is None else bias.to(q.dtype)
+    parts, asked, start = [], 0, 0
+    for few, count in zip(asking.counts, layout.counts, strict=True):
+        own = q[asked : asked + few], k[start : start + count], v[start : start + count]
+        # [H, n, D]; products copy strided operands, and slower than this
+        query, key, value = (rows.transpose(0, 1).contiguous() for rows in own)
+        key_bias = None if bias is None else bias[start : start + count].expand(q.shape[1], 1, -1)
+        parts.append(_softmax_attention(query, key, value, key_bias, scale).transpose(0, 1))
+        asked, start = asked + few, start + count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def bias_column(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A key bias as one more column of q and k, for kernels that take no bias; with zeros the width grows by 8.
 
     q.k / sqrt(D) + bias = [q, 1].[k, bias * sqrt(D)] / sqrt(D), so the scale of the old width D must be kept.
 
     Args:
-        q, k, v: [M, H, D].
+        q: [Q, H, D].
+        k, v: [M, H, D].
         bias: [M].
 
     Returns:
-        The three as [M, H, D + 8].
+        The three, of width D + 8.
     """
     one = torch.ones_like(q[..., :1])
-    column = (bias * math.sqrt(q.shape[2])).to(k.dtype)[:, None, None].expand_as(one)
+    column = (bias * math.sqrt(q.shape[2])).to(k.dtype)[:, None, None].expand_as(k[..., :1])
     return F.pad(torch.cat([q, one], 2), (0, 7)), F.pad(torch.cat([k, column], 2), (0, 7)), F.pad(v, (0, 8))
 
 
 def varlen_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """Variable-length FlashAttention: nothing padded, one launch. CUDA in half precision only."""
+    q, k, v = qkv.unbind(1)
+    return _varlen(q, k, v, layout, layout, bias).flatten(1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    (q, k, v), width = qkv.unbind(1), qkv.shape[3]
+    width = q.shape[2]
     if bias is not None:
         q, k, v = bias_column(q, k, v, bias)
-    ends = F.pad(layout.count.cumsum(0), (1, 0)).int()  # [B + 1]
-    out = varlen_attn(q, k, v, ends, ends, layout.longest, layout.longest, scale=width**-0.5)
+    asked, seen = (F.pad(rows.count.cumsum(0), (1, 0)).int() for rows in (asking, layout))  # [B + 1]
+    out = varlen_attn(q, k, v, asked, seen, asking.longest, layout.longest, scale=width**-0.5)
     assert isinstance(out, Tensor)
-    return out[..., :width].flatten(1)
+    return out[..., :width]
 
 
 @cache

@@ -8,18 +8,18 @@ could get wrong is refused by exact type, so an unknown block never runs approxi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.attention import Kernel, prefix_attention, ruled_attention
+from tokengame.attention import Kernel, asked_attention, ruled_attention
+from tokengame.blocks import feed_forward, folded_attention, folds, join, lengthen, project
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, by_tiles, segment_mean, spare_rows
+from tokengame.ops import Layout, segment_mean, spare_rows
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -29,7 +29,7 @@ class Heads:
     """What one block's attention offers to observations and matching."""
 
     query: Tensor
-    """[B, H, D] the class token's query; without a class token the mean query of all rows"""
+    """[B, H, D] the class token's query; without a class token the mean query of all rows (or that of their mean)"""
     keys: Tensor
     """[M, H, D]"""
     values: Tensor
@@ -44,6 +44,19 @@ class Heads:
         if bias is not None:
             scores = scores + bias[:, None]
         return layout.pad(scores, float("-inf")).transpose(1, 2).log_softmax(2)
+
+
+class Memory(NamedTuple):
+    """Rows that an attention is about to look at, some of which are gone and can be heard only this once."""
+
+    keys: Tensor
+    """[M, H, D]"""
+    values: Tensor
+    """[M, H, D]"""
+    layout: Layout
+    """of the M rows"""
+    bias: Tensor | None
+    """[M] added to the attention logits of each key, or None"""
 
 
 class Backbone:
@@ -99,15 +112,36 @@ class Backbone:
         """
         rows, qkv = len(x), None
         spare = spare_rows(x) if layout.images > 1 else 0
-        x = _lengthen(x, spare)
+        x = lengthen(x, spare)
         for half in range(first, last):
             block = self.blocks[half // 2]
             if half % 2:
                 x = feed_forward(block, x)
             else:
-                qkv = project(block, x)[:rows]
-                x = join(block, x, _lengthen(self.attend(qkv, layout, bias), spare))
+                qkv = project(block.attn, block.norm1(x))[:rows]
+                x = join(block, x, lengthen(self.attend(qkv, layout, bias), spare))
         return x[:rows], qkv
+
+    def look(self, block: int, x: Tensor, layout: Layout) -> Heads:
+        """Keys and values of rows x [M, C] in an attention that nobody has asked yet."""
+        spare = spare_rows(x) if layout.images > 1 else 0
+        attn, rows = self.blocks[block].attn, self.blocks[block].norm1(lengthen(x, spare))
+        keys, values = project(attn, rows, 1, 3)[: layout.rows].unbind(1)
+        rows = rows[: layout.rows]
+        asking = layout.first(rows) if self.model.has_class_token else segment_mean(rows, layout)
+        return Heads(project(attn, asking, 0, 1)[:, 0], keys, values, attn.scale)
+
+    def ask(self, block: int, x: Tensor, layout: Layout, memory: Memory) -> Tensor:
+        """The attention of a block over `memory`, for rows x [Q, C] of `layout` that are left of it."""
+        spare, module = spare_rows(x) if layout.images > 1 else 0, self.blocks[block]
+        x = lengthen(x, spare)
+        query = project(module.attn, module.norm1(x), 0, 1)[: layout.rows, 0]
+        out = self.answer(query, memory, layout).flatten(1)
+        return join(module, x, lengthen(out, spare))[: layout.rows]
+
+    def answer(self, query: Tensor, memory: Memory, asking: Layout) -> Tensor:
+        """[Q, H, D] what queries [Q, H, D] of the images of `asking` hear from `memory`."""
+        return asked_attention(query, memory.keys, memory.values, asking, memory.layout, memory.bias)
 
     @property
     def reads_prefix_only(self) -> bool:
@@ -121,9 +155,14 @@ class Backbone:
         """
         block, own = self.blocks[-1], x.index_select(0, layout.first_rows(self.prefix))
         if half % 2 == 0:
-            spare = spare_rows(x) if layout.images > 1 else 0
-            qkv = project(block, _lengthen(x, spare))[: layout.rows]
-            own = join(block, own, prefix_attention(qkv, layout, self.prefix, bias))
+            rows, asking = block.norm1(x), Layout([self.prefix] * layout.images, x.device)
+            query = project(block.attn, rows.index_select(0, layout.first_rows(self.prefix)), 0, 1)[:, 0]
+            if folds(block.attn):
+                out = folded_attention(block.attn, query, rows, asking, layout, bias)
+            else:
+                keys, values = project(block.attn, rows, 1, 3).unbind(1)
+                out = self.answer(query, Memory(keys, values, layout, bias), asking)
+            own = join(block, own, out.flatten(1))
         return feed_forward(block, own)
 
     def end(self, last: int) -> int:
@@ -194,34 +233,6 @@ class Backbone:
             "prefix_tokens": self.prefix,
             "input_size": list(size),
         }
-
-
-def _lengthen(x: Tensor, spare: int) -> Tensor:
-    """[M, C] -> [M + spare, C]"""
-    return F.pad(x, (0, 0, 0, spare)) if spare else x
-
-
-def feed_forward(block: Any, x: Tensor) -> Tensor:
-    """A block's MLP with its residual: x [M, C] -> [M, C]."""
-    return by_tiles(lambda rows: rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), x)
-
-
-def project(block: Any, x: Tensor) -> Tensor:
-    """Queries, keys and values of a block's rows: x [M, C] -> [M, 3, H, D]."""
-    attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(1, (3, attn.num_heads, attn.head_dim))
-    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
-        return qkv
-    q, k, v = qkv.unbind(1)
-    return torch.stack([attn.q_norm(q), attn.k_norm(k), v], 1)
-
-
-def join(block: Any, x: Tensor, out: Tensor) -> Tensor:
-    """Residual of attention: x [M, C] and what the heads found, out [M, H * D] -> [M, C]."""
-    attn, out = block.attn, block.attn.norm(out)
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(block.norm1(x)).sigmoid()
-    return x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
 
 
 def check_supported(model: Any) -> None:

@@ -110,7 +110,7 @@ class Reducer(nn.Module):
             if index in self.blocks:
                 total, stage = total + self.cost(rows), stage + 1
                 after = counts[stage].double()
-            total, rows = total + block_macs(block, index, self.end, prefix, rows, after), after
+            total, rows = total + block_macs(block, index, self.end, prefix, rows, rows, after), after
         return total + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 

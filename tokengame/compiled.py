@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokengame.attention import Kernel, Shape, by_cost
-from tokengame.backbone import Backbone
+from tokengame.backbone import Backbone, Heads, Memory
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.ops import Layout
@@ -41,10 +41,8 @@ class CompiledGame(TokenGame):
         """As `TokenGame.turn`."""
         if state.layout.images > 1:
             return super().turn(state, decide)
-        x, similarity, logits = self._graph(state)(
-            state.x, state.position, state.size, state.kept, state.total, state.dither, decide
-        )
-        return replace(state, x=x, similarity=similarity), logits
+        x, heads, similarity, logits = self._graph(state)(*self._tensors(state), decide)
+        return replace(state, x=x, memory=None, heads=heads, similarity=similarity), logits
 
     def finish(self, state: State) -> State:
         """As `TokenGame.finish`; of single images `logits` does it, in one graph with the head."""
@@ -54,7 +52,13 @@ class CompiledGame(TokenGame):
         """As `TokenGame.logits`."""
         if state.layout.images > 1:
             return super().logits(state)
-        return self._graph(state)(state.x, state.position, state.size, state.kept, state.total, state.dither, None)[2]
+        return self._graph(state)(*self._tensors(state), None)[3]
+
+    @staticmethod
+    def _tensors(state: State) -> tuple[Any, ...]:
+        """What a stretch is given; a `Layout` of one image is the number of its rows."""
+        memory = state.memory and (state.memory.keys, state.memory.values, state.memory.bias)
+        return state.x, state.position, state.size, memory, state.kept, state.total, state.dither
 
     def _graph(self, state: State) -> Callable:
         """The kernel is chosen outside: it is measured, and which is best changes with the number of rows."""
@@ -69,14 +73,15 @@ class CompiledGame(TokenGame):
         game = TokenGame(Backbone(self.backbone.model, kernel), self.config, self.features)
 
         def stretch(
-            x: Tensor, position: Tensor, size: Tensor | None, kept: tuple[Tensor, ...], total: int,
-            dither: Tensor, decide: Decide | None,
-        ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+            x: Tensor, position: Tensor, size: Tensor | None, seen: tuple[Tensor, Tensor, Tensor | None] | None,
+            kept: tuple[Tensor, ...], total: int, dither: Tensor, decide: Decide | None,
+        ) -> tuple[Tensor, Heads | None, Tensor | None, Tensor]:  # fmt: skip
             layout, agents = (Layout([n], x.device) for n in (len(x), len(x) - game.backbone.prefix))
-            state = State(x, position, layout, agents, total, dither, size, kept=kept)
+            memory = None if seen is None else Memory(*seen[:2], Layout([len(seen[0])], x.device), seen[2])
+            state = State(x, position, layout, agents, total, dither, size, memory=memory, kept=kept)
             if decide is None:
-                return state.x, None, game.logits(game.finish(state))
+                return state.x, None, None, game.logits(game.finish(state))
             state, logits = game.turn(state, decide)
-            return state.x, state.similarity, logits
+            return state.x, state.heads if game.merge else None, state.similarity, logits
 
         return stretch

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tokengame.errors import TokenGameError
 
-GAME_VERSION = 4
+GAME_VERSION = 5
 """Raised whenever the same policy would decide differently."""
 
 
@@ -33,7 +33,7 @@ class GameConfig:
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it
-    and keeps the greater length of the two, after the block's attention and before its MLP"""
+    and keeps the greater length of the two, inside the block's attention: it is heard once more, but asks no more"""
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.

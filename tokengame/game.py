@@ -4,11 +4,12 @@ One image is one episode; a batch is played at once on packed rows, and a pruned
 tokens never play. Pruning is final. Training, run time and measurement all play this one game.
 
 `drop`: stage at block s decides before block s; attention is observed in block s - 1.
-`merge`: it decides after the attention of block s and before its MLP; each pruned token is absorbed by the survivor
-whose values are most similar (cosine over all heads: what a token tells the others; half the KL of ToMe's keys,
-docs/LOG.md): size-weighted mean of the rows, stretched to the length of the longest of them (ToFu's MLERP, Kim et al.
-2024: a mean is shorter, and what later blocks add to it would weigh more), sizes added, log size added to the attention
-logits from then on, as in ToMe (Bolya et al. 2023).
+`merge`: it decides inside the attention of block s, when all have keys and values and before anybody has asked: whoever
+leaves is heard once more, but asks no more. Each pruned token is absorbed by the survivor whose values are most similar
+(cosine over all heads: what a token tells the others; half the KL of ToMe's keys, docs/LOG.md): size-weighted mean of
+the rows, stretched to the length of the longest of them (ToFu's MLERP, Kim et al. 2024: a mean is shorter, and what
+later blocks add to it would weigh more), sizes added, log size added to the attention logits from then on, as in ToMe
+(Bolya et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokengame.backbone import Backbone, Heads
+from tokengame.backbone import Backbone, Heads, Memory
 from tokengame.config import GameConfig
 from tokengame.ops import Layout, keep_at_least_one, ordered_dither, segment_mean
 from tokengame.state import EXTRAS, Decide, Observation, State
@@ -99,8 +100,11 @@ class TokenGame:
         stays = self._with_prefix(state, keep)
         rows = torch.nonzero_static(stays, size=layout.rows).squeeze(1)
         x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
-        position, kept = state.position.index_select(0, rows), (*state.kept, agents.count)
-        return State(x, position, layout, agents, state.total, state.dither, size, kept=kept)
+        position, kept, memory = state.position.index_select(0, rows), (*state.kept, agents.count), None
+        if self.merge:
+            assert state.heads is not None
+            memory = Memory(state.heads.keys, state.heads.values, state.layout, state.bias)
+        return State(x, position, layout, agents, state.total, state.dither, size, memory=memory, kept=kept)
 
     def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
         """`remove`, then play on to the next decision or the end."""
@@ -132,7 +136,7 @@ class TokenGame:
 
     def _decides_before(self, stage: int) -> int:
         """The half-block (see `Backbone.run`) before which a stage decides; past the last stage, the end."""
-        return 2 * self.stages[stage] + self.merge if stage < len(self.stages) else self.end
+        return 2 * self.stages[stage] if stage < len(self.stages) else self.end
 
     def _starts_at(self, stage: int) -> int:
         """The half-block from which a state runs when `stage` decisions are behind it."""
@@ -140,13 +144,18 @@ class TokenGame:
 
     def _advance(self, state: State, half: int) -> State:
         """Run from half-block `half` to the next decision, or to the end."""
-        stop = self._decides_before(state.stage)
-        x, qkv = self.backbone.run(half, stop, state.x, state.layout, state.bias)
-        if qkv is None or state.stage == len(self.stages):
-            return replace(state, x=x)
-        with torch.no_grad():
-            heads = self.backbone.read_heads(qkv, state.layout)
-            return replace(state, x=x, heads=heads, similarity=self._similarity(state, heads) if self.merge else None)
+        stop, x = self._decides_before(state.stage), state.x
+        if state.memory is not None:
+            x, half = self.backbone.ask(half // 2, x, state.layout, state.memory), half + 1
+        x, qkv = self.backbone.run(half, stop, x, state.layout, state.bias)
+        state = replace(state, x=x, memory=None)
+        if state.stage == len(self.stages):
+            return state
+        if self.merge:
+            heads = self.backbone.look(stop // 2, x, state.layout)
+            with torch.no_grad():
+                return replace(state, heads=heads, similarity=self._similarity(state, heads))
+        return state if qkv is None else replace(state, heads=self.backbone.read_heads(qkv, state.layout))
 
     @staticmethod
     def _similarity(state: State, heads: Heads) -> Tensor:

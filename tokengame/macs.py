@@ -13,6 +13,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
+from tokengame.blocks import folds
 from tokengame.game import TokenGame
 
 
@@ -41,7 +42,8 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
     if hasattr(actor, "macs_per_agent"):
         macs = macs + (deciding * actor.macs_per_agent()).sum(0)
     attn = game.backbone.blocks[0].attn
-    if game.merge:
+    if game.merge:  # a query of the class token's own, and matching
+        macs = macs + len(kept) * linear_macs(attn.qkv) // 3
         macs = macs + (deciding**2 * attn.num_heads * ((attn.head_dim + 1) // 2)).sum(0)
     if game.features:
         macs = macs + (deciding * game.backbone.dim).sum(0)
@@ -56,24 +58,36 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, end: int, ke
     for index, block in enumerate(backbone.blocks):
         decides = index in stages
         after = kept[stages.index(index)] + prefix if decides else rows
-        rows = after if decides and not merge else rows
-        macs = macs + block_macs(block, index, end, prefix, rows, after)
+        macs = macs + block_macs(block, index, end, prefix, rows if merge else after, after, after)
         rows = after
     return macs + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 
-def block_macs(block: Any, index: int, end: int, prefix: int, rows: Tensor, after: Tensor) -> Tensor:
-    """MACs of block `index` over `rows` in its attention and `after` in its MLP; from half-block `end` on `prefix`."""
+def block_macs(
+    block: Any, index: int, end: int, prefix: int, rows: Tensor, asking: Tensor, after: Tensor
+) -> Tensor:  # fmt: skip
+    """MACs of block `index`: `rows` are looked at by `asking` ones, `after` go through its MLP.
+
+    From half-block `end` on `prefix` rows alone are computed.
+    """
     few = torch.full_like(rows, prefix)
-    macs = attention_macs(block.attn, rows, rows if 2 * index < end else few)
+    if 2 * index < end:
+        macs = attention_macs(block.attn, rows, asking)
+    else:
+        macs = (folded_macs if folds(block.attn) else attention_macs)(block.attn, rows, few)
     return macs + (after if 2 * index + 1 < end else few) * linear_macs(block.mlp)
 
 
 def attention_macs(attn: Any, rows: Tensor, asking: Tensor) -> Tensor:
-    """MACs of an attention over `rows` rows of which only `asking` ask and go on; every row gives q, k and v."""
-    projected = linear_macs(attn.qkv)
+    """MACs of an attention over the keys and values of `rows` rows, of which only `asking` ask and go on."""
+    looked_at = linear_macs(attn.qkv) // 3 * 2
     products = 2 * rows * asking * attn.num_heads * attn.head_dim
-    return rows * projected + asking * (linear_macs(attn) - projected) + products
+    return rows * looked_at + asking * (linear_macs(attn) - looked_at) + products
+
+
+def folded_macs(attn: Any, rows: Tensor, asking: Tensor) -> Tensor:
+    """The same where `asking` rows, times heads, ask the rows themselves (see `blocks.folds`)."""
+    return asking * (linear_macs(attn) + 2 * rows * attn.num_heads * attn.qkv.in_features)
 
 
 def head_macs(model: Any, rows: Tensor) -> Tensor:

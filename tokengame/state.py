@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokengame.backbone import Heads
+from tokengame.backbone import Heads, Memory
 from tokengame.ops import Layout
 
 EXTRAS = ("attention", "log size", "similarity", "alive", "leader", "dither")
@@ -90,7 +90,9 @@ class State:
     size: Tensor | None = None
     """[M] patches each row stands for, once something was merged"""
     heads: Heads | None = None
-    """attention before (drop) or around (merge) the decision; None where there was none or nobody looks"""
+    """of the attention before (drop) or after (merge) the decision; None where there was none"""
+    memory: Memory | None = None
+    """in merge games after a decision: what the survivors have yet to look at"""
     similarity: Tensor | None = None
     """[B, L, L] cosine of the agents' values, in merge games"""
     kept: tuple[Tensor, ...] = ()

@@ -63,17 +63,22 @@ def merged_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
         x, size = tokens, torch.ones(len(tokens))
         agents = list(range(len(tokens) - backbone.prefix))
         for index, block in enumerate(backbone.blocks):
-            bias = size.log().view(1, 1, 1, -1)
-            values = _values(block, x)
-            x = x + block.ls1(block.attn(block.norm1(x)[None], attn_mask=bias)[0])
+            seen, bias = x, size.log()
             if index in stages:
                 kept = [a for a in agents if history[stages.index(index), image, a]]
-                x, size = _merge_one_by_one(x, size, values, agents, kept, backbone.prefix)
+                x, size = _merge_one_by_one(x, size, _values(block, x), agents, kept, backbone.prefix)
                 agents = kept
+            x = x + block.ls1(_look_back(block, x, seen, bias))
             x = x + block.ls2(block.mlp(block.norm2(x[None])))[0]
         x = backbone.model.norm(x)
         outputs.append(_weighted_head(backbone, x, size))
     return torch.stack(outputs)
+
+
+def _look_back(block, x: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
+    """[n, C] what rows x [n, C] find in rows `seen` [m, C]: timm's own attention on both, read where x asks `seen`."""
+    mask = torch.cat([torch.full((len(x),), float("-inf")), bias]).view(1, 1, 1, -1)
+    return block.attn(block.norm1(torch.cat([x, seen]))[None], attn_mask=mask)[0, : len(x)]
 
 
 def _values(block, x: Tensor) -> Tensor:

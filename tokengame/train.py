@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokengame.backbone import Backbone
+from tokengame.blocks import folds
 from tokengame.config import TrainConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
@@ -169,10 +170,13 @@ class Trainer:
 
     def _segments(self, rollout: Rollout) -> Tensor:
         """[T] share of the native compute that one row causes from each decision to the next."""
-        depth, attention, queries_keys_values = self.backbone.depth, 4 / 12, 3 / 12  # of a block with an MLP ratio of 4
-        decisions = [stage + attention * self.game.merge for stage in self.game.stages]
-        end = depth - 1 + queries_keys_values if self.backbone.reads_prefix_only else depth
-        edges = torch.tensor([*decisions, max(end, decisions[-1])], device=self.device)
+        backbone, attention, keys_values = self.backbone, 4 / 12, 2 / 12  # of a block with an MLP ratio of 4
+        decisions = [stage + keys_values * self.game.merge for stage in self.game.stages]
+        blocks, attended = divmod(self.game.end, 2)
+        end, depth = blocks + attention * attended, backbone.depth
+        if self.game.end == 2 * depth - 2 and not folds(backbone.blocks[-1].attn):
+            end += keys_values
+        edges = torch.tensor([*decisions, end], device=self.device)
         return edges.diff() / (depth * rollout.final.total)
 
     def rewards(self, outcome: Outcome) -> Tensor:
