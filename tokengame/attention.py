@@ -73,16 +73,23 @@ def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
 
 def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """Two matrix products and a softmax per image: short images fit the cache, where this beats fused kernels."""
-    bias = None if bias is None else bias.to(qkv.dtype)
-    parts, start = [], 0
-    for count in layout.counts:
-        own = qkv[start : start + count].permute(1, 2, 0, 3)  # [3, H, n, D]
-        if qkv.dtype != torch.float32:
-            own = own.contiguous()  # products of half precision copy strided operands, and slower than this
-        q, k, v = own
-        key_bias = None if bias is None else bias[start : start + count].expand(len(q), 1, -1)
-        parts.append(_softmax_attention(q, k, v, key_bias).transpose(0, 1).flatten(1))
-        start += count
+    q, k, v = qkv.unbind(1)
+    return _one_by_one(q, k, v, layout, layout, bias).flatten(1)
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None, scale: float | None = None
+) -> Tensor:
+    bias = None if bias is None else bias.to(q.dtype)
+    parts, asked, start = [], 0, 0
+    for few, count in zip(asking.counts, layout.counts, strict=True):
+        own = q[asked : asked + few], k[start : start + count], v[start : start + count]
+        query, key, value = (rows.transpose(0, 1) for rows in own)  # [H, n, D]
+        if q.dtype != torch.float32:  # products of half precision copy strided operands, and slower than this
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        key_bias = None if bias is None else bias[start : start + count].expand(q.shape[1], 1, -1)
+        parts.append(_softmax_attention(query, key, value, key_bias, scale).transpose(0, 1))
+        asked, start = asked + few, start + count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -133,27 +140,12 @@ def asked_attention(
     if half and scale is None and not asking.uniform and has_varlen(q.device, q.shape[2]):
         return _varlen(q, k, v, asking, layout, bias)
     if q.device.type == "cpu" and not asking.uniform and layout.longest <= LONG:
-        return _asked_one_by_one(q, k, v, asking, layout, bias, scale)
+        return _one_by_one(q, k, v, asking, layout, bias, scale)
     if bias is None and not layout.uniform:
         bias = q.new_zeros(layout.rows)
     mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(q.dtype)
     query, key, value = (rows.transpose(1, 2) for rows in (asking.pad(q), layout.pad(k), layout.pad(v)))  # [B, H, L, D]
     return asking.unpad(F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2))
-
-
-def _asked_one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None, scale: float | None
-) -> Tensor:
-    bias = None if bias is None else bias.to(q.dtype)
-    parts, asked, start = [], 0, 0
-    for few, count in zip(asking.counts, layout.counts, strict=True):
-        own = q[asked : asked + few], k[start : start + count], v[start : start + count]
-        # [H, n, D]; products copy strided operands, and slower than this
-        query, key, value = (rows.transpose(0, 1).contiguous() for rows in own)
-        key_bias = None if bias is None else bias[start : start + count].expand(q.shape[1], 1, -1)
-        parts.append(_softmax_attention(query, key, value, key_bias, scale).transpose(0, 1))
-        asked, start = asked + few, start + count
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def bias_column(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
