@@ -145,7 +145,7 @@ class Backbone:
 
     @property
     def reads_prefix_only(self) -> bool:
-        """Whether the prediction is made of prefix rows alone, so that patches may leave after the last attention."""
+        """Whether the prediction is made of prefix rows alone, so that patches may leave in the last attention."""
         return self.model.global_pool == "token" and self.model.attn_pool is None
 
     def close(self, half: int, x: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -172,8 +172,8 @@ class Backbone:
     def predict(self, half: int, x: Tensor, layout: Layout, size: Tensor | None = None) -> Tensor:
         """[B, classes] from rows [M, C] that have come to half-block `half` = `end`, each of `size` patches.
 
-        A network that reads its class token alone needs the patches as keys and values of its last attention, and then
-        no more: they leave, the prediction is exactly the same, and most of a block is saved.
+        A network that reads its class token alone does nothing with the patches in its last block but look at them:
+        they leave, the prediction is the same, and all but a little of a block is saved.
         """
         if self.reads_prefix_only:
             x = self.close(half, x, layout, None if size is None else size.log())

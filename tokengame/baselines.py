@@ -52,7 +52,7 @@ class Reduced:
 class Reducer(nn.Module):
     """A frozen network that lets rows go after the attention of some blocks and before their MLP.
 
-    It runs on the game's kernels and lets patches leave after the last attention where the class token alone is read,
+    It runs on the game's kernels and lets patches leave in the last attention where the class token alone is read,
     as the game does, so that a difference is in the method.
 
     Args:
