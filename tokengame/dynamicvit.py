@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokengame.backbone import Backbone, feed_forward, join, project
+from tokengame.backbone import Backbone
+from tokengame.blocks import feed_forward, join, project
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.heuristics import keep_best
@@ -149,7 +150,8 @@ def _masked(
             alive = alive * chosen
             history.append(alive)
         visible = F.pad(alive, (prefix, 0), value=1.0) if history else None
-        x = feed_forward(block, join(block, x, _hiding(project(block, x), layout, visible, backbone.attend)))
+        qkv = project(block.attn, block.norm1(x))
+        x = feed_forward(block, join(block, x, _hiding(qkv, layout, visible, backbone.attend)))
     return (x, layout), history
 
 
