@@ -1,6 +1,9 @@
 """Images from every kind of source, good and bad."""
 
+import gzip
 import io
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -160,6 +163,21 @@ def test_augmentation_by_name_repeats_too(folder):
     assert not torch.equal(first[0], first[1])
 
 
+def test_an_error_beside_decoding_processes_ends_the_program():
+    """Workers leave signals to the main process; its exit, which ends them by one and waits for them, must not hang."""
+    lines = [
+        "from torchvision.transforms.v2.functional import pil_to_tensor",
+        "from tokengame.data import Views",
+        "from tokengame.images import open_images",
+        "batches = iter(Views(open_images('fashion'), range(100), pil_to_tensor).loader(2, workers=2))",
+        "next(batches)",
+        "raise RuntimeError('planted')",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: planted\n")
+
+
 def test_in_learning_another_image_stands_in_for_a_bad_one(folder):
     spoil(folder, 1)
     source = open_images(str(folder))
@@ -271,6 +289,22 @@ def test_embedded_scenes_by_name():
     sources = {name: open_images(name) for name in counts}
     assert {name: len(source.names) for name, source in sources.items()} == counts
     assert len({np.asarray(source.open(0)).tobytes() for source in sources.values()}) == 3
+
+
+def test_scenes_of_the_whole_fashion_mnist(tmp_path):
+    """In the distribution's own format: IDX files, header and bytes, compressed; one scene of every photo."""
+    photos = np.random.default_rng(0).integers(30, 256, (7, 28, 28)).astype(np.uint8)
+    labels = np.arange(7).astype(np.uint8)
+    shape = b"".join(n.to_bytes(4, "big") for n in photos.shape)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + shape + photos.tobytes()))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(b"\0\0\x08\x01" + shape[:4] + labels.tobytes())
+    )
+    source = open_images(f"fashion-train:{tmp_path}")
+    assert sorted(source.labels) == list(range(7))
+    assert source.open(6).size == (112, 112)
+    with pytest.raises(TokenGameError, match=f"no Fashion-MNIST .* in {tmp_path}"):
+        open_images(f"fashion-val:{tmp_path}")
 
 
 def test_train_and_test_scenes_share_no_photo():

@@ -78,7 +78,8 @@ class OnImages(Common):
     images: str
     """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
     data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000),
-    "fashion-val" (5,000 of the same photos) and, of other photos, "fashion-train" (20,000)"""
+    "fashion-val" (5,000 of the same photos) and, of other photos, "fashion-train" (20,000); "fashion-train:FOLDER" for
+    all photos of the Fashion-MNIST there"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None

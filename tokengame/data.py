@@ -5,6 +5,9 @@ Unreadable images are skipped, counted and reported; more than 5 % of them is an
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -186,14 +189,25 @@ def loader_of(views: Dataset, workers: int, collate: Callable[[list], Batch], **
     """PyTorch's loader, decoding in `workers` processes."""
     return DataLoader(
         views, num_workers=workers, collate_fn=collate, persistent_workers=False,
-        prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals, **batching,
+        prefetch_factor=4 if workers else None, worker_init_fn=partial(_leave_signals, _exiting()), **batching,
     )  # fmt: skip
 
 
-def _leave_signals(_worker: int) -> None:
-    """Signals to stop often reach workers too and must not end them: the main process finishes its update first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+@lru_cache(maxsize=1)
+def _exiting() -> Any:
+    """An event that is set when this process begins to exit, before it ends its workers and waits for them."""
+    event = multiprocessing.Event()
+    atexit.register(event.set)
+    return event
+
+
+def _leave_signals(exiting: Any, _worker: int) -> None:
+    """Signals to stop often reach workers too and must not end them: the main process finishes its update first.
+
+    Only the one with which an exiting main process ends its workers does; it would wait for them forever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.is_set() else None)
 
 
 class BadImages:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -20,7 +21,7 @@ from PIL import Image
 
 from tokengame.errors import TokenGameError
 from tokengame.hub import HuggingFaceImages, HuggingFaceStream
-from tokengame.scenes import FashionScenes
+from tokengame.scenes import FashionScenes, load_photos
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MANY = 100
@@ -30,7 +31,7 @@ EMBEDDED_SCENES = {
     "fashion-val": ("test", 5000, 3),
     "fashion-train": ("train", 20000, 0),
 }
-"""split of the photos, number of scenes, seed"""
+"""split of the photos, number of scenes, seed; "NAME:FOLDER" is one scene of each photo of the whole Fashion-MNIST there"""
 
 
 Watch = Callable[[Iterable, str, int], Iterable]
@@ -156,8 +157,9 @@ def open_images(location: str, split: str = "train", watch: Watch = _unseen) -> 
 
     Args:
         location: "fashion" (1,000 embedded scenes), "fashion-val" (5,000 of the same photos) or "fashion-train"
-            (20,000 of other photos); a folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or
-            the name of a Hugging Face data set, after "stream:" to learn from it while it arrives.
+            (20,000 of other photos), each with ":FOLDER" of the whole Fashion-MNIST for one scene of every photo; a
+            folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face
+            data set, after "stream:" to learn from it while it arrives.
         split: of a Hugging Face data set.
         watch: shows progress where many folders or shards are looked through.
 
@@ -166,9 +168,8 @@ def open_images(location: str, split: str = "train", watch: Watch = _unseen) -> 
     """
     path = Path(location)
     source: ImageSource
-    if location in EMBEDDED_SCENES:
-        photos, count, seed = EMBEDDED_SCENES[location]
-        return SceneImages(FashionScenes(photos, count, seed=seed))
+    if location.partition(":")[0] in EMBEDDED_SCENES:
+        return SceneImages(_scenes(*location.partition(":")[::2]))
     if location.startswith(STREAM):
         return HuggingFaceStream(location.removeprefix(STREAM), split)
     if path.is_dir():
@@ -185,6 +186,22 @@ def open_images(location: str, split: str = "train", watch: Watch = _unseen) -> 
     if not source.names:
         raise TokenGameError(f"no image in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
     return source
+
+
+def _scenes(name: str, folder: str) -> FashionScenes:
+    """Embedded scenes by name, or one of every photo of the Fashion-MNIST in `folder`.
+
+    Raises:
+        TokenGameError: it is not there.
+    """
+    split, count, seed = EMBEDDED_SCENES[name]
+    if not folder:
+        return FashionScenes(split, count, seed=seed)
+    try:
+        photos = load_photos(split, folder)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise TokenGameError(f"no Fashion-MNIST (its four .gz files) in {folder} ({error})") from None
+    return FashionScenes(split, len(photos.labels), seed=seed, photos=photos)
 
 
 def _files(root: Path, watch: Watch) -> list[str]:
