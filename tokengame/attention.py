@@ -14,7 +14,7 @@ import inspect
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
@@ -61,14 +61,17 @@ def padded_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) ->
 
 def looped_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """One fused call per image: no padding, and never a matrix of all pairs."""
-    bias = None if bias is None else bias.to(qkv.dtype)
-    parts, start = [], 0
-    for count in layout.counts:
-        q, k, v = qkv[start : start + count].permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, n, D]
-        mask = None if bias is None else bias[start : start + count].view(1, 1, 1, -1)
+    parts = []
+    for rows, key_bias in zip(qkv.split(layout.counts), _split(bias, layout, qkv.dtype), strict=True):
+        q, k, v = rows.permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, n, D]
+        mask = None if key_bias is None else key_bias.view(1, 1, 1, -1)
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
-        start += count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _split(bias: Tensor | None, layout: Layout, dtype: torch.dtype) -> Sequence[Tensor | None]:
+    """The bias of each image. Split, not sliced: the gradient of a slice is as long as the whole batch."""
+    return [None] * layout.images if bias is None else bias.to(dtype).split(layout.counts)
 
 
 def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -80,16 +83,14 @@ def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -
 def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    bias = None if bias is None else bias.to(q.dtype)
-    parts, asked, start = [], 0, 0
-    for few, count in zip(asking.counts, layout.counts, strict=True):
-        own = q[asked : asked + few], k[start : start + count], v[start : start + count]
+    parts = []
+    images = q.split(asking.counts), k.split(layout.counts), v.split(layout.counts), _split(bias, layout, q.dtype)
+    for *own, own_bias in zip(*images, strict=True):
         query, key, value = (rows.transpose(0, 1) for rows in own)  # [H, n, D]
         if q.dtype != torch.float32:  # products of half precision copy strided operands, and slower than this
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        key_bias = None if bias is None else bias[start : start + count].expand(q.shape[1], 1, -1)
+        key_bias = None if own_bias is None else own_bias.expand(q.shape[1], 1, -1)
         parts.append(_softmax_attention(query, key, value, key_bias, scale).transpose(0, 1))
-        asked, start = asked + few, start + count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -199,7 +200,7 @@ def has_varlen(device: torch.device, head_dim: int) -> bool:
 
 def ruled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """A kernel chosen without measuring: bitwise the same on every run."""
-    return by_rule(layout, Shape.of(qkv))(qkv, layout, bias)
+    return by_rule(layout, Shape.of(qkv), qkv.requires_grad)(qkv, layout, bias)
 
 
 def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -207,15 +208,17 @@ def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -
     return by_cost(layout, Shape.of(qkv))(qkv, layout, bias)
 
 
-def by_rule(layout: Layout, shape: Shape) -> Kernel:
-    """Choice of `ruled_attention`."""
+def by_rule(layout: Layout, shape: Shape, learning: bool = False) -> Kernel:
+    """Choice of `ruled_attention`; `learning`: gradients flow through it."""
     half = shape.dtype in (torch.float16, torch.bfloat16)
     if half and not layout.uniform and has_varlen(shape.device, shape.head_dim):
         return varlen_attention
     if shape.device.type != "cpu":
         return padded_attention
-    # Groups win for short images; long ones of wide float32 models fall out of the cache (docs/LOG.md).
-    return partial(grouped_attention, size=4) if layout.longest < 160 and layout.images > 1 else looped_attention
+    # Groups win for short images; long ones of wide float32 models fall out of the cache (docs/LOG.md). The gradient of
+    # a group's gathering is as long as the batch.
+    short = layout.longest < 160 and layout.images > 1
+    return partial(grouped_attention, size=4) if short and not learning else looped_attention
 
 
 class Option(NamedTuple):
