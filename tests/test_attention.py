@@ -18,10 +18,12 @@ from tokengame.attention import (
     bias_column,
     by_cost,
     by_rule,
+    grouped_attention,
     image_cost,
     looped_attention,
     padded_attention,
     varlen_attention,
+    written_attention,
 )
 from tokengame.ops import TILE, Layout, by_tiles, keep_at_least_one, segment_mean, spare_rows
 
@@ -53,6 +55,21 @@ def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
     found = KERNELS[kernel].kernel(qkv, layout_of(counts), bias)
     torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [looped_attention, written_attention])
+def test_gradients_are_those_of_softmax_written_out_and_none_is_longer_than_its_image(kernel):
+    counts, generator = [3, 7, 1], torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator, requires_grad=True)
+    bias = torch.rand(sum(counts), generator=generator)
+    found = kernel(qkv, layout_of(counts), bias)
+    nodes = [found.grad_fn]
+    for node in nodes:
+        nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
+    assert not any(node.name().startswith("SliceBackward") for node in nodes), "a slice's is as long as all images"
+    (gradient,) = torch.autograd.grad(found.sin().sum(), qkv)
+    (expected,) = torch.autograd.grad(naive_attention(*qkv.unbind(1), counts, bias).sin().sum(), qkv)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
 @given(pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=10), even=st.booleans(),
@@ -188,6 +205,8 @@ def test_choice_by_rule(monkeypatch):
     assert by_rule(layout_of([9, 5]), gpu._replace(dtype=torch.bfloat16)) is varlen_attention
     assert by_cost(layout_of([9, 5]), gpu._replace(dtype=torch.float16)) is varlen_attention
     assert by_rule(layout_of([200, 150]), CPU) is looped_attention
+    assert by_rule(layout_of([9, 5]), CPU).func is grouped_attention
+    assert by_rule(layout_of([9, 5]), CPU, learning=True) is looped_attention
 
 
 def test_long_images_are_never_scored_in_full(monkeypatch):

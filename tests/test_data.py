@@ -297,9 +297,7 @@ def test_scenes_of_the_whole_fashion_mnist(tmp_path):
     labels = np.arange(7).astype(np.uint8)
     shape = b"".join(n.to_bytes(4, "big") for n in photos.shape)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + shape + photos.tobytes()))
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
-        gzip.compress(b"\0\0\x08\x01" + shape[:4] + labels.tobytes())
-    )
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01" + shape[:4] + labels.tobytes()))
     source = open_images(f"fashion-train:{tmp_path}")
     assert sorted(source.labels) == list(range(7))
     assert source.open(6).size == (112, 112)

@@ -31,7 +31,7 @@ EMBEDDED_SCENES = {
     "fashion-val": ("test", 5000, 3),
     "fashion-train": ("train", 20000, 0),
 }
-"""split of the photos, number of scenes, seed; "NAME:FOLDER" is one scene of each photo of the whole Fashion-MNIST there"""
+"""split of the photos, number of scenes, seed; "NAME:FOLDER": a scene of each photo of the whole Fashion-MNIST there"""
 
 
 Watch = Callable[[Iterable, str, int], Iterable]
