@@ -187,10 +187,10 @@ def decoded(open_image: Callable[[], Image.Image]) -> Image.Image | str:
 
 def loader_of(views: Dataset, workers: int, collate: Callable[[list], Batch], **batching: Any) -> DataLoader:
     """PyTorch's loader, decoding in `workers` processes."""
-    return DataLoader(
-        views, num_workers=workers, collate_fn=collate, persistent_workers=False,
-        prefetch_factor=4 if workers else None, worker_init_fn=partial(_leave_signals, _exiting()), **batching,
-    )  # fmt: skip
+    own: dict[str, Any] = (
+        {"prefetch_factor": 4, "worker_init_fn": partial(_leave_signals, _exiting())} if workers else {}
+    )
+    return DataLoader(views, num_workers=workers, collate_fn=collate, **own, **batching)
 
 
 @lru_cache(maxsize=1)

@@ -63,9 +63,7 @@ def _model_macs(backbone: Backbone, stages: list[int], merge: bool, end: int, ke
     return macs + head_macs(model, rows - (0 if model.pool_include_prefix else prefix))
 
 
-def block_macs(
-    block: Any, index: int, end: int, prefix: int, rows: Tensor, asking: Tensor, after: Tensor
-) -> Tensor:  # fmt: skip
+def block_macs(block: Any, index: int, end: int, prefix: int, rows: Tensor, asking: Tensor, after: Tensor) -> Tensor:
     """MACs of block `index`: `rows` are looked at by `asking` ones, `after` go through its MLP.
 
     From half-block `end` on `prefix` rows alone are computed.
