@@ -187,9 +187,9 @@ def decoded(open_image: Callable[[], Image.Image]) -> Image.Image | str:
 
 def loader_of(views: Dataset, workers: int, collate: Callable[[list], Batch], **batching: Any) -> DataLoader:
     """PyTorch's loader, decoding in `workers` processes."""
-    own: dict[str, Any] = (
-        {"prefetch_factor": 4, "worker_init_fn": partial(_leave_signals, _exiting())} if workers else {}
-    )
+    own: dict[str, Any] = {}
+    if workers:
+        own = {"prefetch_factor": 4, "worker_init_fn": partial(_leave_signals, _exiting())}
     return DataLoader(views, num_workers=workers, collate_fn=collate, **own, **batching)
 
 
