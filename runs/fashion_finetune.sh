@@ -10,7 +10,7 @@ POLICY=${POLICY:-$OUTPUT/quickstart/policy.safetensors}
 [ -f "$POLICY" ] || "$BIN/tokengame" quickstart --output "$OUTPUT/quickstart"
 "$BIN/torchrun" --nproc-per-node 2 -m tokengame finetune --backbone fashion --images "fashion-train:$FASHION" \
     --validate fashion-val --policy "$POLICY" --gmacs-ratio 0.34 --updates 1400 --batch-size 128 --opt muon --lr 4e-4 \
-    --labels 1 --crop 0.95 --output "$OUTPUT/tuned" "$@"
+    --labels 1 --crop 0.95 --dtype float32 --output "$OUTPUT/tuned" "$@"
 measure() {
     "$BIN/tokengame" eval --backbone fashion --images "fashion-val:$FASHION" --gmacs-ratio 0.34 --dtype float32 "$@"
 }

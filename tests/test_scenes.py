@@ -1,0 +1,61 @@
+"""Fashion scenes: the packaged photos, and the whole Fashion-MNIST."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from tokengame.errors import TokenGameError
+from tokengame.images import open_images
+from tokengame.scenes import FashionScenes
+
+
+def test_scenes_are_functions_of_seed_and_index():
+    one, two, other = (
+        FashionScenes("test", 50, seed=3),
+        FashionScenes("test", 50, seed=3),
+        FashionScenes("test", 50, seed=4),
+    )
+    assert np.array_equal(one[7].image, two[7].image)
+    assert not np.array_equal(one[7].image, other[7].image)
+    assert all(one.label(i) == one[i].label for i in range(50))
+
+
+def test_scene_box_is_where_the_item_is():
+    """Without clutter nothing but the item is bright, and all of it lies in its box."""
+    sizes = []
+    for scene in (FashionScenes("test", 40, seed=1, clutter=0)[i] for i in range(40)):
+        rows, columns = np.nonzero(np.asarray(scene.image) > 20)
+        left, top, right, bottom = scene.box
+        assert (left, top) <= (columns.min(), rows.min())
+        assert columns.max() < right
+        assert rows.max() < bottom
+        sizes.append(max(right - left, bottom - top) / 112)
+    assert min(sizes) < 0.4
+    assert max(sizes) > 0.8
+
+
+def test_embedded_scenes_by_name():
+    counts = {"fashion": 1000, "fashion-val": 5000, "fashion-train": 20000}
+    sources = {name: open_images(name) for name in counts}
+    assert {name: len(source.names) for name, source in sources.items()} == counts
+    assert len({np.asarray(source.open(0)).tobytes() for source in sources.values()}) == 3
+
+
+def test_scenes_of_the_whole_fashion_mnist(tmp_path):
+    """In the distribution's own format: IDX files, header and bytes, compressed; one scene of every photo."""
+    photos = np.random.default_rng(0).integers(30, 256, (7, 28, 28)).astype(np.uint8)
+    labels = np.arange(7).astype(np.uint8)
+    shape = b"".join(n.to_bytes(4, "big") for n in photos.shape)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + shape + photos.tobytes()))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01" + shape[:4] + labels.tobytes()))
+    source = open_images(f"fashion-train:{tmp_path}")
+    assert sorted(source.labels) == list(range(7))
+    assert source.open(6).size == (112, 112)
+    with pytest.raises(TokenGameError, match=f"no Fashion-MNIST .* in {tmp_path}"):
+        open_images(f"fashion-val:{tmp_path}")
+
+
+def test_train_and_test_scenes_share_no_photo():
+    train, test = (FashionScenes(split, 1).photos.images.reshape(-1, 784) for split in ("train", "test"))
+    assert not {photo.tobytes() for photo in train} & {photo.tobytes() for photo in test}
