@@ -16,7 +16,7 @@ LEVELS = [
     {"state", "data"},
     {"game", "ppo", "feed"},
     {"rewards", "networks", "testing"},
-    {"policy", "macs", "compiled", "grid", "rollout"},
+    {"policy", "macs", "compiled", "grid", "rollout", "looks"},
     {"train", "runtime", "baselines"},
     {"evaluate", "anatomy", "figures", "forced", "heuristics"},
     {"bench", "dynamicvit", "gallery", "finetune", "sweep"},

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,20 +138,24 @@ def test_two_threads_get_right_answers(fast):
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.inference_mode()
 def test_compiled_equals_eager_and_settles(transition):
-    """200 batches, whose counts all differ: a graph for each stretch and attention kernel at most, then none."""
+    """200 batches of other counts, some looked at twice: a graph for each stretch and attention kernel at most,
+    then none."""
     fast = fast_model(transition)
+    fast.game.config = replace(fast.game.config, second_look=0.2)
     torch.compiler.reset()
     counters.clear()
-    compiled, seen = torch.compile(fast), set()
+    compiled, seen, doubts = torch.compile(fast), set(), 0
     generator = torch.Generator().manual_seed(5)
     for batch in range(200):
         fast.dial = 0.3 + 0.4 * float(torch.rand((), generator=generator))
         images = torch.randn(1 + batch % 2, 3, 32, 32, generator=generator)
         torch.testing.assert_close(compiled(images), fast(images), atol=1e-5, rtol=1e-4)
         seen.add(tuple(map(tuple, kept(fast, images))))
+        doubts += len(fast.play(images).again)
         if batch == 99:
             half_way = counters["stats"]["unique_graphs"]
     assert len(seen) > 50, "counts change from batch to batch"
+    assert 20 < doubts < 280
     kernels, stretches = 2, 3
     assert 0 < counters["stats"]["unique_graphs"] <= kernels * stretches
     assert counters["stats"]["unique_graphs"] - half_way <= 1, "it goes on compiling"

@@ -13,7 +13,7 @@ from tokengame.config import PRESETS, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.images import FolderImages
 from tokengame.rewards import fidelity_loss
-from tokengame.rollout import set_out
+from tokengame.rollout import play_sampled, set_out
 from tokengame.rundir import require_writable
 from tokengame.session import Session
 from tokengame.train import Trainer, training_dtype
@@ -68,6 +68,37 @@ def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp
     assert first == pytest.approx(0.6**0.5 * 6 * 16, abs=1)
     assert second == pytest.approx(0.6 * first, abs=1)
     assert len({tuple(kept.tolist()) for kept in state.kept[0].split(1)}) > 1, "not the same number in every image"
+
+
+@torch.no_grad()
+def test_thresholds_settle_where_chance_kept_as_many(model, source, tmp_path):
+    """At the end of a run a deterministic game keeps the shares that games drawn by chance had kept before."""
+    trainer = session_for(model, source, tmp_path).trainer
+    assert not trainer.settled
+    batches = [torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    trainer.actor.line.data[:, -1] += 1.5  # of tokens that all but stay chance takes some, a threshold none
+    noise = torch.rand(2, 32, 16, generator=torch.Generator().manual_seed(9))
+    sampled = [play_sampled(trainer.game, trainer.game.reset(images), trainer.actor, noise).final for images in batches]
+    wanted = torch.stack([torch.stack(end.kept).float().mean(1) for end in sampled]).mean(0) / 16
+
+    def shares():
+        ends = [trainer.game.play(images, trainer.actor) for images in batches]
+        return torch.stack([torch.stack(end.kept).float().mean(1) for end in ends]).mean(0) / 16
+
+    before = shares()
+    trainer.settle(batches)
+    assert trainer.settled
+    torch.testing.assert_close(shares(), wanted, atol=0.03, rtol=0)
+    assert float((before - wanted).abs().max()) > 0.06
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_finished_run_that_is_resumed_settles_no_more(model, source, tmp_path):
+    first = session_for(model, source, tmp_path)
+    first.run()
+    again = session_for(model, source, tmp_path, resume=True)
+    again.run()
+    assert torch.equal(weights_of(first), weights_of(again))
 
 
 @pytest.mark.usefixtures("two_threads")

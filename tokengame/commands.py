@@ -207,7 +207,7 @@ class Train(OnImages):
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             session = self._session(model, learn, config, Path(folder) / "policy.safetensors")
-            session.run(progress)
+            session.loop.run(progress)
             result = projection(session.loop, self.config.updates * self.config.batch_size)
         show_rows([result])
         return result

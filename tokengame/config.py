@@ -34,6 +34,9 @@ class GameConfig:
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it
     and keeps the greater length of the two, inside the block's attention: it is heard once more, but asks no more"""
+    second_look: float = 0.0
+    """images whose two likeliest classes are less than this apart in probability are played again, more gently (see
+    `tokengame.looks`); 0: none"""
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.
@@ -61,7 +64,8 @@ class ActorConfig:
     hidden: tuple[int, ...] = (64, 256, 64)
     """widths of the hidden layers, of the actor (token_id) and of the critic"""
     keep: float | None = None
-    """share of the living that stays at each stage when training starts, its square root at the first; context only.
+    """share of the living that stays at each stage when training starts, its square root at the first; when it ends,
+    thresholds are set to keep as many as chance kept in the games learned from; context only.
     None: the first logits are whatever the weights make of the images"""
 
     def __post_init__(self) -> None:
@@ -239,7 +243,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 3, "transition": "merge"},
+        "game": {"stage_count": 3, "transition": "merge", "second_look": 0.1},
         "actor": {"observation": "context", "hidden": (32,), "keep": 0.7},
         "reward": {"kind": "fidelity", "temperature": 3.0, "kl_weight": 0.7, "kl_clamp": 3.0},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it

@@ -172,9 +172,10 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | N
         calls: dict[str, Callable[[Tensor], Any]] = {"native": model, "pruned": partial(run, fast)}
         order = sorted(calls, reverse=number % 2 == 0)
         results = {name: timed(weight.device, calls[name], images) for name in order}
-        (native, seconds_native), ((state, pruned), seconds_pruned) = results["native"], results["pruned"]
+        (native, seconds_native), ((played, pruned), seconds_pruned) = results["native"], results["pruned"]
         scores.seconds.append((len(images), seconds_native, seconds_pruned))
-        score(scores, fast, batch, native.float(), pruned.float(), state)
+        score(scores, fast, batch, native.float(), pruned.float(), played)
+        state = played.state
         alive = state.position[state.agent_rows].cpu()
         scores.positions += alive.split(state.agents.counts)
     return scores

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tokengame.looks import Played
 from tokengame.ops import Layout
 from tokengame.runtime import PrunedViT, by_rule
-from tokengame.state import Observation, State
+from tokengame.state import Observation
 
 Score = Callable[[Observation], Tensor]
 """observation -> [A]; the highest of an image stay"""
@@ -65,7 +66,8 @@ class AtBudgets(nn.Module):
     """The best by a score, as many in each image and at each stage as another model kept: `which` without `how many`.
 
     Args:
-        fast: whose numbers are taken; it plays every batch first, so that this is for quality, never for timing.
+        fast: whose numbers are taken, of a game without second looks; it plays every batch first, so that this is for
+            quality, never for timing.
         score: who is best.
     """
 
@@ -79,15 +81,15 @@ class AtBudgets(nn.Module):
         assert obs.layout is not None
         return keep_best(self.score(obs), self.kept[int(obs.stage[0])], obs.layout)
 
-    def play(self, images: Tensor) -> State:
-        """Both games on [B, channels, height, width]; the state is this one's."""
+    def play(self, images: Tensor) -> Played:
+        """Both games on [B, channels, height, width]; what is played is this one's."""
         self.kept = self.fast.play(images).kept
         return self.ruled.play(images)
 
-    def logits(self, state: State) -> Tensor:
+    def logits(self, played: Played) -> Tensor:
         """[B, classes]"""
-        return self.ruled.logits(state)
+        return self.ruled.logits(played)
 
-    def macs(self, state: State) -> tuple[float, Tensor]:
+    def macs(self, played: Played) -> tuple[float, Tensor]:
         """As `PrunedViT.macs`, the rule being free."""
-        return self.ruled.macs(state)
+        return self.ruled.macs(played)

@@ -115,10 +115,15 @@ class Loop:
                     if self.ranks.any(stopped()):
                         raise KeyboardInterrupt
                     if self.learner.updates % checkpoint_every == 0:
-                        self._save()
+                        self.save()
             finally:
                 if whole:  # what broke off inside an update is half a step
-                    self._save()
+                    self.save()
+
+    def more(self, updates: int) -> Iterable[Batch]:
+        """This process's part of so many batches that are learned from no more, the first ones of another order."""
+        feed = replace(self.feed, seed=self.feed.seed + 1, updates=updates)
+        return checked(feed.loader(0, self.workers), BadImages(feed.total))
 
     def waited(self) -> float:
         """Share of the run's time in which the learner waited for images."""
@@ -126,7 +131,8 @@ class Loop:
         waited = sum(line["time/waited"] for line in lines)
         return waited / max(waited + self.seconds, 1e-9)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint."""
         state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
         self.log.save({"step": self.learner.updates, **state})
 

@@ -39,15 +39,28 @@ def pruned_macs(game: TokenGame, actor: Any, kept: Tensor, agents: int) -> Tenso
     kept = kept.double()
     macs = _model_macs(game.backbone, list(game.stages), game.merge, game.end, kept, agents)
     deciding = torch.cat([torch.full_like(kept[:1], agents), kept[:-1]])  # [T, B]
-    if hasattr(actor, "macs_per_agent"):
-        macs = macs + (deciding * actor.macs_per_agent()).sum(0)
+    return macs + decision_macs(game, actor, deciding).sum(0)
+
+
+def decision_macs(game: TokenGame, actor: Any, deciding: Tensor) -> Tensor:
+    """MACs of decisions of `deciding` [...] agents each, their observation and matching included."""
     attn = game.backbone.blocks[0].attn
+    macs = deciding * (actor.macs_per_agent() if hasattr(actor, "macs_per_agent") else 0)
     if game.merge:  # a query of the class token's own, and matching
-        macs = macs + len(kept) * linear_macs(attn.qkv) // 3
-        macs = macs + (deciding**2 * attn.num_heads * ((attn.head_dim + 1) // 2)).sum(0)
-    if game.features:
-        macs = macs + (deciding * game.backbone.dim).sum(0)
-    return macs
+        macs = macs + linear_macs(attn.qkv) // 3 + deciding**2 * attn.num_heads * ((attn.head_dim + 1) // 2)
+    return macs + deciding * game.backbone.dim if game.features else macs
+
+
+def opening_macs(game: TokenGame, actor: Any, agents: int) -> float:
+    """MACs of an image up to its first decision and with it, which a second look does not repeat."""
+    backbone, everybody = game.backbone, torch.tensor(float(agents))
+    rows, first = everybody + backbone.prefix, game.stages[0]
+    macs = decision_macs(game, actor, everybody) + agents * backbone.model.patch_embed.proj.weight.numel()
+    for index in range(first):
+        macs = macs + block_macs(backbone.blocks[index], index, game.end, backbone.prefix, rows, rows, rows)
+    if game.merge:
+        macs = macs + rows * (linear_macs(backbone.blocks[first].attn.qkv) // 3 * 2)
+    return float(macs)
 
 
 def _model_macs(backbone: Backbone, stages: list[int], merge: bool, end: int, kept: Tensor, agents: int) -> Tensor:

@@ -111,13 +111,11 @@ class Layout:
             self._groups[key] = _plan_groups(self, *key)
         return self._groups[key]
 
-    def repeat(self, times: int) -> tuple[Tensor, Layout]:
-        """Row indices and layout of the batch in which every image stands `times` times in a row."""
-        counts = [n for n in self.counts for _ in range(times)]
-        layout = Layout(counts, self.device)
-        first = self.start.repeat_interleave(times)
-        rows = torch.arange(layout.rows, device=self.device) + (first - layout.start)[layout.image]
-        return rows, layout
+    def take(self, images: Tensor) -> tuple[Tensor, Layout]:
+        """Row indices and layout of a batch of some of the images, in any order, any of them several times."""
+        layout = Layout([self.counts[image] for image in images.tolist()], self.device)
+        first = self.start.index_select(0, images) - layout.start
+        return torch.arange(layout.rows, device=self.device) + first.index_select(0, layout.image), layout
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tokengame.game import TokenGame
-from tokengame.networks import Actor, ContextActor
+from tokengame.networks import ContextActor
 from tokengame.ppo import log_prob
 from tokengame.ranks import Ranks
 from tokengame.state import Observation, State
@@ -61,11 +62,11 @@ def play_sampled(game: TokenGame, state: State, actor: nn.Module, noise: Tensor)
 
 
 @torch.no_grad()
-def set_out(game: TokenGame, actor: Actor, images: Tensor, keep: float, ranks: Ranks) -> None:
-    """Set the biases of a context actor's line so that a threshold keeps a share `keep` of the living at each stage.
+def set_out(game: TokenGame, actor: ContextActor, images: Tensor, keep: float, ranks: Ranks) -> None:
+    """Set the biases so that a threshold keeps a share `keep` of the living at each stage, its root at the first.
 
-    The root of it at the first stage: whatever leaves there is missed by all later blocks. With one bias for all stages
-    next to nobody would leave early and far too many late, for tokens grow alike with depth (docs/LOG.md).
+    Whatever leaves at the first stage is missed by all later blocks. With one bias for all stages next to nobody would
+    leave early and far too many late, for tokens grow alike with depth (docs/LOG.md).
 
     Args:
         game: the rules.
@@ -74,13 +75,29 @@ def set_out(game: TokenGame, actor: Actor, images: Tensor, keep: float, ranks: R
         keep: share of the agents alive, of all images and processes together.
         ranks: the processes that train together.
     """
-    assert isinstance(actor, ContextActor)
+    shares = [keep**0.5] + [keep] * (len(game.stages) - 1)
+    actor.line.data[:, -1] -= thresholds_for(game, actor, images, shares, ranks)
+
+
+def thresholds_for(
+    game: TokenGame, actor: ContextActor, images: Tensor, shares: Sequence[float], ranks: Ranks
+) -> Tensor:
+    """[T] keep logits above which these shares of the living stay, those of earlier stages being in force.
+
+    Args:
+        game: the rules.
+        actor: observation -> keep logits.
+        images: [B, channels, height, width] this process's part of a batch.
+        shares: [T] of the agents alive before each decision, of all images and processes together.
+        ranks: the processes that train together.
+    """
+    found: list[Tensor] = []
 
     def decide(obs: Observation) -> Tensor:
-        stage, logits = int(obs.stage[0]), actor(obs)
+        logits = actor(obs)
         everybody = torch.cat(ranks.gather(logits.cpu()))
-        threshold = everybody.quantile(1 - (keep if stage else keep**0.5)).to(logits)
-        actor.line[stage, -1] -= threshold
-        return logits - threshold
+        found.append(everybody.quantile(1 - shares[len(found)]).to(logits))
+        return logits - found[-1]
 
     game.play(images, decide)
+    return torch.stack(found)

@@ -11,6 +11,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from tokengame import looks
 from tokengame.attention import fastest_attention
 from tokengame.backbone import Backbone
 from tokengame.compiled import CompiledGame
@@ -18,9 +19,10 @@ from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
-from tokengame.macs import native_macs, pruned_macs
+from tokengame.looks import Played
+from tokengame.macs import native_macs, opening_macs, pruned_macs
 from tokengame.policy import Policy, check_fits, dial_for, threshold
-from tokengame.state import Decide, State
+from tokengame.state import Decide
 
 
 class PrunedViT(nn.Module):
@@ -50,9 +52,9 @@ class PrunedViT(nn.Module):
         self._threshold = threshold(value)
         self._dial = value
 
-    def play(self, images: Tensor) -> State:
-        """The whole game on [B, channels, height, width]; `State.kept` and `State.position` say who stayed."""
-        return self.game.play(images, self.actor, self._threshold)
+    def play(self, images: Tensor) -> Played:
+        """The whole game on [B, channels, height, width]: who stayed, and the prediction."""
+        return looks.play(self.game, images, self.actor, self._threshold)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> the model's own output [B, classes]."""
@@ -60,18 +62,18 @@ class PrunedViT(nn.Module):
             return self.model(images)
         if torch.compiler.is_compiling():
             return self._play_compiled(images)
-        return self.logits(self.play(images))
+        return self.play(images).prediction
 
-    def logits(self, state: State) -> Tensor:
+    def logits(self, played: Played) -> Tensor:
         """[B, classes] the prediction at the end of a game."""
-        return self.game.logits(state)
+        return played.prediction
 
     @torch.compiler.disable
     def _play_compiled(self, images: Tensor) -> Tensor:
         """What `torch.compile(fast)` runs: the same game, compiled from decision to decision (see `compiled`)."""
         if self._compiled is None:
             self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)
-        return self._compiled.logits(self._compiled.play(images, self.actor, self._threshold))
+        return looks.play(self._compiled, images, self.actor, self._threshold).prediction
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compile anew."""
@@ -79,6 +81,8 @@ class PrunedViT(nn.Module):
 
     def forward_features(self, images: Tensor, fill: Fill = "exit") -> Tensor:
         """timm's `forward_features` on the full grid: [B, channels, height, width] -> [B, prefix + N, C], normed.
+
+        Nobody predicts anything here: features, and all maps, are those of the first look.
 
         Args:
             images: the batch.
@@ -118,21 +122,28 @@ class PrunedViT(nn.Module):
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Tensor:
-        """[T, B, N] bool: which tokens of [B, channels, height, width] images are alive after each stage."""
+        """[T, B, N] bool: which tokens of [B, channels, height, width] images are alive after each stage, at the last
+        look."""
+        thresholds = torch.full((len(images),), self._threshold, device=self.game.backbone.device)
+        thresholds[self.play(images).again] -= looks.PATIENCE
         state, alive = self.game.reset(images), []
         for _ in self.game.stages:
-            logits = self.actor(self.game.observe(state))
-            state = self.game.step(state, logits > self._threshold, logits)
+            obs = self.game.observe(state)
+            logits = self.actor(obs)
+            state = self.game.step(state, logits > thresholds.index_select(0, obs.scene), logits)
             living = state.agents.image * state.total + state.position[state.agent_rows]
             flat = torch.zeros(len(images) * state.total, dtype=torch.bool, device=living.device)
             alive.append(flat.index_fill_(0, living, True).view(len(images), -1))
         return torch.stack(alive)
 
-    def macs(self, state: State) -> tuple[float, Tensor]:
-        """Multiply-accumulates of an image natively, and of each image [B] of a finished game, policy included."""
-        kept = torch.stack(state.kept).cpu()
-        native = native_macs(self.game.backbone, state.total)
-        return native, pruned_macs(self.game, self.actor, kept, state.total)
+    def macs(self, played: Played) -> tuple[float, Tensor]:
+        """Multiply-accumulates of an image natively, and of each image [B] as it was played, policy included."""
+        first, last = (torch.stack(kept).cpu() for kept in (played.first, played.kept))
+        macs, again = pruned_macs(self.game, self.actor, first, played.total), played.again.cpu()
+        if len(again):
+            second = pruned_macs(self.game, self.actor, last[:, again], played.total)
+            macs = macs.index_add(0, again, second - opening_macs(self.game, self.actor, played.total))
+        return native_macs(self.game.backbone, played.total), macs
 
     def restore(self) -> nn.Module:
         """The original model, untouched, in the mode (training or evaluation) it came in."""

@@ -25,6 +25,9 @@ from tokengame.rundir import Progress, RunDir, require_writable, silent
 from tokengame.runtime import PrunedViT, prune
 from tokengame.train import Trainer
 
+SETTLING = 8
+"""batches from which thresholds are set when all is learned"""
+
 
 class Session:
     """One run of `train`, its log beside the policy file (see `RunDir`).
@@ -81,8 +84,12 @@ class Session:
         return json.dumps([FORMAT, GAME_VERSION, asdict(self.config), self.seed, weights, names_hash(self.images)])
 
     def run(self, progress: Progress = silent, checkpoint_every: int = 50) -> None:
-        """Train to the end; see `Loop.run`."""
+        """Train to the end; see `Loop.run` and `Trainer.settle`."""
         self.loop.run(progress, checkpoint_every=checkpoint_every)
+        if not self.trainer.settled:
+            batches = progress(self.loop.more(SETTLING), "settling", SETTLING)
+            self.trainer.settle(batch.images for batch in batches)
+            self.loop.save()
 
     def policy(self, calibration: list[dict[str, Any]], dial: float = 0.5) -> Policy:
         """The learned policy with its card."""

@@ -123,24 +123,49 @@ class State:
             return self.layout.pad(rows)[:, self.prefix :].flatten(0, 1)
         return rows.index_select(0, self.agent_rows)
 
-    def repeat(self, times: int) -> State:
-        """The same before any decision, with every image `times` times in a row, to be played differently."""
-        rows, layout = self.layout.repeat(times)
+    def take(self, images: Tensor) -> State:
+        """The same of some images [b], in any order, any of them several times, to be played differently."""
+        rows, layout = self.layout.take(images)
         heads = self.heads and replace(
             self.heads,
-            query=self.heads.query.repeat_interleave(times, 0),
-            keys=self.heads.keys[rows],
-            values=self.heads.values[rows],
+            query=self.heads.query.index_select(0, images),
+            keys=self.heads.keys.index_select(0, rows),
+            values=self.heads.values.index_select(0, rows),
         )
         return replace(
             self,
-            x=self.x[rows],
-            position=self.position[rows],
+            x=self.x.index_select(0, rows),
+            position=self.position.index_select(0, rows),
             layout=layout,
-            agents=self.agents.repeat(times)[1],
+            agents=self.agents.take(images)[1],
+            size=None if self.size is None else self.size.index_select(0, rows),
             heads=heads,
-            similarity=None if self.similarity is None else self.similarity.repeat_interleave(times, 0),
+            similarity=None if self.similarity is None else self.similarity.index_select(0, images),
+            kept=tuple(number.index_select(0, images) for number in self.kept),
         )
+
+    def repeat(self, times: int) -> State:
+        """The same with every image `times` times in a row."""
+        images = torch.arange(self.layout.images, device=self.x.device)
+        return self.take(images.repeat_interleave(times))
+
+    def replaced(self, images: Tensor, others: State) -> State:
+        """This finished game with the games `others` in place of those of the `images` [b]."""
+        size = None
+        if self.size is not None and others.size is not None:
+            size = torch.cat([self.size, others.size])
+        both = State(
+            x=torch.cat([self.x, others.x]),
+            position=torch.cat([self.position, others.position]),
+            layout=Layout(self.layout.counts + others.layout.counts, self.x.device),
+            agents=Layout(self.agents.counts + others.agents.counts, self.x.device),
+            total=self.total,
+            dither=self.dither,
+            size=size,
+            kept=tuple(torch.cat(numbers) for numbers in zip(self.kept, others.kept, strict=True)),
+        )
+        whose = torch.arange(self.layout.images, device=self.x.device)
+        return both.take(whose.index_copy(0, images, len(whose) + torch.arange(len(images), device=self.x.device)))
 
 
 Decide = Callable[[Observation], Tensor]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ from tokengame.config import TrainConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.macs import native_macs, pruned_macs
-from tokengame.networks import Critic, build_actor
+from tokengame.networks import ContextActor, Critic, build_actor
 from tokengame.ppo import Experience, gae, normalise, update
 from tokengame.ranks import Ranks
 from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, share, target
-from tokengame.rollout import Rollout, play_sampled, set_out
+from tokengame.rollout import Rollout, play_sampled, set_out, thresholds_for
 from tokengame.state import Observation, State
 
 
@@ -82,6 +84,8 @@ class Trainer:
         self.controller = PriceController.of(config.reward)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
+        self.settled = config.actor.keep is None
+        """whether all is learned, `settle` included"""
 
     def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """One update on [B, channels, height, width] images: rollouts, rewards, PPO.
@@ -91,6 +95,7 @@ class Trainer:
         """
         start, images = self._clock(), images.to(self.device, self.dtype)
         if self.updates == 0 and self.config.actor.keep is not None:
+            assert isinstance(self.actor, ContextActor)
             set_out(self.game, self.actor, images, self.config.actor.keep, self.ranks)
         rollout, outcome, metrics = self.rollout(images, labels)
         played = self._clock()
@@ -114,6 +119,28 @@ class Trainer:
             "time/images_per_second": speed,
             "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
         }
+
+    @torch.no_grad()
+    def settle(self, batches: Iterable[Tensor]) -> None:
+        """Move the biases so that thresholds keep as many at each stage as chance kept in the games learned from.
+
+        Of tokens that all but stay, chance takes some and a threshold none: without this far fewer leave early than
+        was learned.
+
+        Args:
+            batches: [B, channels, height, width] this process's part of each.
+        """
+        assert isinstance(self.actor, ContextActor)
+        found = []
+        for images in batches:
+            images = images.to(self.device, self.dtype)
+            state = self.game.reset(images)
+            kept = torch.stack(play_sampled(self.game, state, self.actor, self._noise(state)).final.kept)
+            number = self.ranks.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
+            shares = [after / before for before, after in pairwise([state.total, *number.values()])]
+            found.append(thresholds_for(self.game, self.actor, images, shares, self.ranks))
+        self.actor.line.data[:, -1] -= torch.stack(found).mean(0)
+        self.settled = True
 
     def _steered(self, metrics: dict[str, float]) -> float:
         """What the controller holds."""
@@ -234,6 +261,7 @@ class Trainer:
             "controller": [self.controller.weight, self.controller.mean],
             "updates": self.updates,
             "images_seen": self.images_seen,
+            "settled": self.settled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -243,4 +271,4 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.controller.weight, self.controller.mean = state["controller"]
-        self.updates, self.images_seen = state["updates"], state["images_seen"]
+        self.updates, self.images_seen, self.settled = state["updates"], state["images_seen"], state["settled"]

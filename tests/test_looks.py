@@ -1,0 +1,130 @@
+"""Second looks against playing every image alone, and their price against PyTorch's flop counter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import policy_for, tiny_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import set_fused_attn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokengame import looks
+from tokengame.attention import written_attention
+from tokengame.backbone import Backbone
+from tokengame.config import TrainConfig
+from tokengame.game import TokenGame
+from tokengame.looks import PATIENCE, in_doubt
+from tokengame.policy import Policy
+from tokengame.runtime import PrunedViT
+
+MODEL = tiny_vit()
+POLICIES = {transition: policy_for(MODEL, transition) for transition in ("drop", "merge")}
+
+
+def games(transition, margin):
+    policy = POLICIES[transition]
+    config = replace(policy.game, second_look=margin)
+    return TokenGame(Backbone(MODEL), config), policy.actor
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    transition=st.sampled_from(["drop", "merge"]),
+    batch=st.integers(1, 6),
+    margin=st.floats(0.01, 0.9),
+    threshold=st.floats(-1, 3),
+    seed=st.integers(0, 999),
+)
+@torch.no_grad()
+def test_equals_playing_every_image_alone(transition, batch, margin, threshold, seed):
+    """Nobody to many in doubt; whoever is, is exactly where a gentler game would have brought it."""
+    game, actor = games(transition, margin)
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    found = looks.play(game, images, actor, threshold)
+    place = 0
+    for number in range(batch):
+        first = game.play(images[number : number + 1], actor, threshold)
+        prediction = game.logits(first)[0]
+        second, best = sorted(prediction.softmax(0).tolist())[-2:]
+        if abs(best - second - margin) < 1e-4:
+            return  # another batch rounds otherwise
+        last = first
+        assert (number in found.again.tolist()) == (best - second < margin)
+        if best - second < margin:
+            last = game.play(images[number : number + 1], actor, threshold - PATIENCE)
+            prediction = game.logits(last)[0]
+        torch.testing.assert_close(found.prediction[number], prediction, atol=1e-4, rtol=1e-4)
+        assert [int(n[number]) for n in found.first] == [int(n) for n in first.kept]
+        assert [int(n[number]) for n in found.kept] == [int(n) for n in last.kept]
+        rows = last.layout.rows
+        assert torch.equal(found.state.position[place : place + rows], last.position)
+        torch.testing.assert_close(found.state.x[place : place + rows], last.x, atol=1e-4, rtol=1e-4)
+        place += rows
+    assert place == found.state.layout.rows
+
+
+def fast_of(transition, margin, dial, model=MODEL):
+    policy = POLICIES[transition]
+    card = policy.card | {"game": policy.card["game"] | {"second_look": margin}}
+    return PrunedViT(model, Policy(policy.actor, card), dial)
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@torch.no_grad()
+def test_a_second_look_costs_what_the_flop_counter_sees(transition):
+    """All but what precedes the first decision, within 3 %: prefix rows' part of a decision is left out."""
+    model, images = tiny_vit(img_size=112), torch.randn(4, 3, 112, 112)
+    set_fused_attn(False)
+    try:
+        counted, analytic = [], []
+        for margin in (0.0, 1.0):
+            fast = fast_of(transition, margin, 0.7, model)
+            fast.game.backbone.attend = written_attention
+            with FlopCounterMode(display=False) as counter:
+                played = fast.play(images)
+            counted.append(counter.get_total_flops() / 2)
+            lines = sum(int(n.sum()) for n in (played.first[0], *(played.kept[:1] if margin else ())))
+            lines *= fast.actor.macs_per_agent()  # multiplied element by element, which the counter does not see
+            analytic.append(float(fast.macs(played)[1].sum()) - lines)
+        assert len(played.again) == 4
+        assert analytic[1] - analytic[0] == pytest.approx(counted[1] - counted[0], rel=0.03)
+    finally:
+        set_fused_attn(True)
+
+
+@torch.no_grad()
+def test_nobody_looks_twice_without_a_doubt_a_dial_or_a_classifier():
+    images = torch.randn(5, 3, 32, 32)
+    assert len(fast_of("merge", 1.0, 0.5).play(images).again) == 5
+    assert len(fast_of("merge", 0.0, 0.5).play(images).again) == 0
+    gentlest = fast_of("merge", 1.0, 0.0)  # nothing was pruned
+    assert len(gentlest.play(images).again) == 0
+    torch.testing.assert_close(gentlest(images), MODEL(images), atol=1e-5, rtol=1e-4)
+    features = tiny_vit(num_classes=0)
+    assert len(fast_of("merge", 1.0, 0.5, features).play(images).again) == 0
+
+
+def test_doubt_by_hand():
+    prediction = torch.tensor([[0.5, 0.3, 0.2], [0.45, 0.4, 0.15], [0.1, 0.1, 0.8]]).log()
+    assert in_doubt(prediction, 0.1).tolist() == [1]
+    assert in_doubt(prediction, 0.25).tolist() == [0, 1]
+    assert in_doubt(prediction, 0.0).tolist() == []
+
+
+@torch.no_grad()
+def test_trace_shows_the_last_look():
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    apart = fast_of("merge", 0.0, 0.9)(images).softmax(1).topk(2).values
+    fast = fast_of("merge", float((apart[:, 0] - apart[:, 1]).median()) + 1e-3, 0.9)
+    played, trace = fast.play(images), fast.trace(images)
+    assert 0 < len(played.again) < 6
+    assert torch.equal(trace.sum(2), torch.stack(played.kept))
+    assert not torch.equal(torch.stack(played.kept), torch.stack(played.first))
+    assert torch.equal(trace[-1].nonzero()[:, 1], played.state.position[played.state.agent_rows])
+
+
+def test_the_default_preset_looks_twice():
+    assert TrainConfig.from_preset("tokengame").game.second_look == 0.1
+    assert TrainConfig.from_preset("rl4evit").game.second_look == 0

@@ -1,0 +1,67 @@
+"""A second look: an image whose prediction is in doubt is played again from the first decision on, more gently.
+
+Where pruning changes a prediction, the pruned prediction was mostly a close call, and that can be seen in it. Nothing
+that is known before the last blocks tells so much (docs/LOG.md). What comes before the first decision is not repeated.
+A cascade within one network, as Wang et al. 2021 (Dynamic Transformer) have it of several.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokengame.game import TokenGame
+from tokengame.state import Decide, State
+
+PATIENCE = 3.0
+"""how much lower the threshold lies at a second look: e^3 = 20 times less likely must a token be to stay, to leave"""
+
+
+@dataclass(frozen=True)
+class Played:
+    """A batch of B images at the end of their games."""
+
+    state: State
+    """of the last game of each image"""
+    prediction: Tensor
+    """[B, classes]"""
+    again: Tensor
+    """[b] images that were looked at twice"""
+    first: tuple[Tensor, ...]
+    """[B] agents alive after each decision of the first games"""
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """[B] agents alive after each decision of the last games"""
+        return self.state.kept
+
+    @property
+    def total(self) -> int:
+        """Agents of each image at the start."""
+        return self.state.total
+
+
+def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> Played:
+    """Whole games on [B, channels, height, width], deterministic; see `TokenGame.play`."""
+    opening, logits = game.turn(game.begin(images), decide)
+    state = game.play_on(opening, logits, decide, threshold)
+    prediction, first = game.logits(state), state.kept
+    doubts = math.isfinite(threshold) and game.backbone.model.num_classes > 1
+    again = in_doubt(prediction, game.config.second_look if doubts else 0.0)
+    if len(again):
+        rows = opening.agents.take(again)[0]
+        second = game.play_on(opening.take(again), logits.index_select(0, rows), decide, threshold - PATIENCE)
+        prediction = prediction.index_copy(0, again, game.logits(second))
+        state = state.replaced(again, second)
+    return Played(state, prediction, again, first)
+
+
+def in_doubt(prediction: Tensor, margin: float) -> Tensor:
+    """[b] indices of the images whose two likeliest classes are less than `margin` apart in probability."""
+    if not margin:
+        return torch.zeros(0, dtype=torch.long, device=prediction.device)
+    likeliest = prediction.detach().float().softmax(1).topk(2, 1).values
+    return (likeliest[:, 0] - likeliest[:, 1] < margin).nonzero().squeeze(1)
