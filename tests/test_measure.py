@@ -36,6 +36,14 @@ def scores(**changes):
     return Scores(**(base | changes))
 
 
+def test_many_second_looks_are_said():
+    few, many = (scores(again=again).summary() for again in ([0, 0], [1, 1]))
+    assert (few["looked_twice"], many["looked_twice"]) == (0, 0.5)
+    assert "twice" not in verdict(few)
+    assert "50% of the images were looked at twice" in verdict(many)
+    assert ("images looked at twice", "50.0%") in table(many)
+
+
 def test_summary_by_hand():
     found = scores().summary()
     assert (found["top1_native"], found["top1_pruned"], found["drop_pp"]) == (0.75, 0.75, 0.0)

@@ -269,6 +269,8 @@ class Calibrate(OnImages):
     """images a batch"""
     holdout: float | None = None
     """calibrate only on the share that `train` held back with the same --holdout and --seed"""
+    second_look: float | None = None
+    """for the card, instead of the policy's own (`train --help`); 0 where the model is unsure of many images"""
 
     def run(self) -> list[dict[str, Any]]:
         """Measure, write."""
@@ -278,6 +280,8 @@ class Calibrate(OnImages):
             source = split_images(source, self.holdout, self.seed)[1]
         path = find_policy(self.policy)
         policy = Policy.load(path)
+        if self.second_look is not None:
+            policy.card["game"] |= {"second_look": self.second_look}
         fast = prune(weights_of(policy, path, model, self.backbone), policy)
         fast.game.backbone.attend = ruled_attention  # the card's figures must not depend on the machine's speed
         tally = BadImages(len(source.names))

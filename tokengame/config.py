@@ -36,7 +36,10 @@ class GameConfig:
     and keeps the greater length of the two, inside the block's attention: it is heard once more, but asks no more"""
     second_look: float = 0.0
     """images whose two likeliest classes are less than this apart in probability are played again, more gently (see
-    `tokengame.looks`); 0: none"""
+    `tokengame.looks`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
+
+    def __post_init__(self) -> None:
+        require(self.second_look >= 0, f"game.second_look must be 0 or more, not {self.second_look:g}")
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.

@@ -46,6 +46,8 @@ class Scores:
     """grid positions alive at the end"""
     macs_native: float = 0.0
     tokens: int = 0
+    again: list[int] = field(default_factory=list)
+    """how many images of each batch were looked at twice"""
     seconds: list[tuple[int, float, float]] = field(default_factory=list)
     """of each batch: size, native, pruned"""
 
@@ -75,6 +77,7 @@ class Scores:
             "gmacs_ratio": float(macs.mean()) / self.macs_native,
             "gmacs_ratio_std": float(macs.std()) / self.macs_native,
             "compute_vs_uncertainty": self._adaptivity(),
+            "looked_twice": sum(self.again) / count,
             "tokens_kept": [float(n) for n in np.mean(self.kept, 0)],
             "tokens": self.tokens,
             **self._speed(),
@@ -120,7 +123,8 @@ class Method(Protocol):
     """Whatever makes predictions with fewer tokens: our pruned model and its peers."""
 
     def play(self, images: Tensor) -> Any:
-        """Run [B, channels, height, width] to the end of the network; the result knows `kept` and `total`."""
+        """Run [B, channels, height, width] to the end of the network; the result knows `kept` and `total`, and `again`
+        of a method that looks twice."""
 
     def logits(self, end: Any) -> Tensor:
         """[B, classes]"""
@@ -205,6 +209,7 @@ def score(scores: Scores, method: Method, batch: Batch, native: Tensor, pruned: 
     scores.confidence += native.softmax(1).amax(1).tolist()
     scores.macs_native, macs = method.macs(end)
     scores.tokens = end.total
+    scores.again.append(len(getattr(end, "again", ())))
     scores.macs += macs.tolist()
     scores.kept += torch.stack(end.kept, 1).tolist() if end.kept else [[] for _ in macs]
 

@@ -49,14 +49,20 @@ def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> P
     opening, logits = game.turn(game.begin(images), decide)
     state = game.play_on(opening, logits, decide, threshold)
     prediction, first = game.logits(state), state.kept
-    doubts = math.isfinite(threshold) and game.backbone.model.num_classes > 1
-    again = in_doubt(prediction, game.config.second_look if doubts else 0.0)
+    again = in_doubt(prediction, margin_at(game, threshold))
     if len(again):
         rows = opening.agents.take(again)[0]
         second = game.play_on(opening.take(again), logits.index_select(0, rows), decide, threshold - PATIENCE)
         prediction = prediction.index_copy(0, again, game.logits(second))
         state = state.replaced(again, second)
     return Played(state, prediction, again, first)
+
+
+def margin_at(game: TokenGame, threshold: float) -> float:
+    """How close a call must be to be looked at again: 2 (1 - dial) times what is configured, so that the dial's hard
+    end, where most calls would be close, is not all second looks. Nobody without anything pruned, or a classifier."""
+    doubts = math.isfinite(threshold) and game.backbone.model.num_classes > 1
+    return 2 * game.config.second_look / (1 + math.exp(threshold)) if doubts else 0.0
 
 
 def in_doubt(prediction: Tensor, margin: float) -> Tensor:

@@ -20,12 +20,17 @@ ROWS = [
     ("gmacs_ratio", "compute, pruned / native", "{:.3f}"),
     ("gmacs_ratio_std", "its spread over images", "{:.3f}"),
     ("compute_vs_uncertainty", "rank correlation of compute with the native model's doubt", "{:+.2f}"),
+    ("looked_twice", "images looked at twice", "{:.1%}"),
     ("images_per_second_native", "images per second, native", "{:.0f}"),
     ("images_per_second_pruned", "images per second, pruned", "{:.0f}"),
     ("speedup", "measured speed-up", "{:.2f}x"),
     ("item_tokens_kept", "item tokens kept to the end", "{:.1%}"),
     ("background_tokens_kept", "background tokens kept to the end", "{:.1%}"),
 ]
+
+
+OFTEN = 0.2
+"""share of second looks from which one had better compare with none"""
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -49,7 +54,13 @@ def verdict(result: dict[str, Any]) -> str:
     price = f"{result['agreement']:.1%} of the predictions unchanged"
     if drop is not None:
         price = f"{abs(drop):.2f} points of top-1 {'lost' if drop >= 0 else 'gained'}, {price}"
-    return f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
+    found = f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
+    if result.get("looked_twice", 0) > OFTEN:
+        found += (
+            f"; {result['looked_twice']:.0%} of the images were looked at twice: where the model is that unsure, looking "
+            "once may do better (`tokengame calibrate --second-look 0`)"
+        )
+    return found
 
 
 PAPER_HEADINGS = ("Method", "Top-1 (%)", "Change", "GMACs", "Images/s", "Change (%)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Session:
                 "format": FORMAT,
                 "game_version": GAME_VERSION,
                 "backbone": {"name": self.name, "shape": backbone.shape(), "fingerprint": fingerprint(backbone)},
-                "game": {"stages": list(self.trainer.game.stages), "transition": self.config.game.transition},
+                "game": asdict(replace(self.config.game, stages=self.trainer.game.stages)),
                 "actor": config["actor"],
                 "agents": backbone.patches,
                 "preprocessing": self.preprocessing,
