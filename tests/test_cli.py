@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from tokengame.cli import main, parse
 from tokengame.models import preprocessing_of
+from tokengame.policy import Policy
 from tokengame.runtime import prune
 
 NAME = "vit_tiny_patch16_224"
@@ -108,6 +109,12 @@ def test_calibrate_writes_what_is_promised(flags, policy, tmp_path, capsys):
     assert "20 calibration images can promise" in " ".join(captured.err.split())
     assert main([*evaluation, "100"]) == 0
     assert document(capsys)["dial"] == rows[-1]["dial"]
+    assert Policy.load(output).game.second_look == 0.1
+    assert main(["calibrate", *flags, "--policy", str(policy), "--output", str(output), "--second-look", "0"]) == 0
+    once = Policy.load(output)
+    assert once.game.second_look == 0
+    pairs = zip(once.card["calibration"], rows, strict=True)
+    assert any(row["gmacs_ratio"] < twice["gmacs_ratio"] for row, twice in pairs), "second looks are work"
 
 
 def test_show_the_easiest_and_the_hardest(flags, policy, tmp_path, capsys):
@@ -245,8 +252,6 @@ def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_the_old_policy_whole(policy, monkeypatch):
-    from tokengame.policy import Policy
-
     before, loaded = policy.read_bytes(), Policy.load(policy)
 
     def fail(*_):

@@ -57,7 +57,7 @@ def verdict(result: dict[str, Any]) -> str:
     found = f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
     if result.get("looked_twice", 0) > OFTEN:
         found += (
-            f"; {result['looked_twice']:.0%} of the images were looked at twice: where the model is that unsure, looking "
+            f"; {result['looked_twice']:.0%} of the images were looked at twice: where a model is that unsure, looking "
             "once may do better (`tokengame calibrate --second-look 0`)"
         )
     return found
