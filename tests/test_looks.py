@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokengame import looks
 from tokengame.attention import written_attention
 from tokengame.backbone import Backbone
-from tokengame.config import TrainConfig
+from tokengame.compare import policy_entries
 from tokengame.game import TokenGame
 from tokengame.looks import PATIENCE, in_doubt
 from tokengame.policy import Policy
@@ -127,6 +127,14 @@ def test_trace_shows_the_last_look():
     assert torch.equal(trace[-1].nonzero()[:, 1], played.state.position[played.state.agent_rows])
 
 
-def test_the_default_preset_looks_twice():
-    assert TrainConfig.from_preset("tokengame").game.second_look == 0.1
-    assert TrainConfig.from_preset("rl4evit").game.second_look == 0
+@torch.no_grad()
+def test_compare_measures_a_policy_that_looks_twice_looking_once_too():
+    fast = fast_of("merge", 1.0, 0.5)
+    entries = policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.5], budgets=True)
+    assert [entry.method for entry in entries] == [
+        "ours", "ours, one look", "attention at the budgets of ours", "random at the budgets of ours"
+    ]  # fmt: skip
+    looks = [len(entry.runs.play(torch.randn(3, 3, 32, 32)).again) for entry in entries]
+    assert looks == [3, 0, 0, 0]
+    fast = fast_of("merge", 0.0, 0.5)
+    assert len(policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.5], budgets=False)) == 1

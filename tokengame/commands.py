@@ -270,7 +270,7 @@ class Calibrate(OnImages):
     holdout: float | None = None
     """calibrate only on the share that `train` held back with the same --holdout and --seed"""
     second_look: float | None = None
-    """for the card, instead of the policy's own (`train --help`); 0 where the model is unsure of many images"""
+    """for the card, instead of the policy's own; 0.1: images whose prediction is in doubt are played again"""
 
     def run(self) -> list[dict[str, Any]]:
         """Measure, write."""

@@ -87,19 +87,19 @@ def dynamic_entries(model: nn.Module, dynamic: DynamicViT) -> list[Entry]:
 
 
 def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[float], budgets: bool) -> list[Entry]:
-    """A policy over its dials; with `budgets`, also without second looks, and attention and chance at the numbers that
-    the policy then has in each image."""
+    """A policy over its dials; one that looks twice also looking once; with `budgets`, also attention and chance at the
+    numbers that the policy, looking once, has in each image."""
     once = Policy(policy.actor, policy.card | {"game": policy.card["game"] | {"second_look": 0.0}})
     entries = []
     for dial in dials:
-        setting = f"dial {dial:g}"
-        entries.append(Entry(name, setting, prune(model, policy, dial), False))
+        fast, single, setting = prune(model, policy, dial), prune(model, once, dial), f"dial {dial:g}"
+        entries.append(Entry(name, setting, fast, False))
+        if policy.game.second_look:
+            entries.append(Entry(f"{name}, one look", setting, single, False))
         if budgets:
-            single = prune(model, once, dial)
-            untimed: dict[str, Method] = {f"{name}, one look": single}
             for rule, scorer in (("attention", attention), ("random", Random())):
-                untimed[f"{rule} at the budgets of {name}"] = AtBudgets(single, scorer)
-            entries += [Entry(method, setting, runs, False, is_timed=False) for method, runs in untimed.items()]
+                method = f"{rule} at the budgets of {name}"
+                entries.append(Entry(method, setting, AtBudgets(single, scorer), False, is_timed=False))
     return entries
 
 

@@ -246,7 +246,7 @@ def _tuples(value: Any) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tokengame": {
-        "game": {"stage_count": 3, "transition": "merge", "second_look": 0.1},
+        "game": {"stage_count": 3, "transition": "merge"},
         "actor": {"observation": "context", "hidden": (32,), "keep": 0.7},
         "reward": {"kind": "fidelity", "temperature": 3.0, "kl_weight": 0.7, "kl_clamp": 3.0},
         # no entropy bonus: one decision among hundreds has a small advantage, and the bonus would outweigh it
