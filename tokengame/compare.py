@@ -109,8 +109,7 @@ def compare(
     batches: Iterable[Batch],
     track: Callable[[list[Entry]], Iterable[Entry]] = iter,
 ) -> list[dict[str, Any]]:
-    """Run all entries on all batches, natively too; then time one entry after the other on the first batches, there and
-    back, so that a machine that slows down meanwhile does so for all.
+    """Run all entries on all batches, natively too; then time one entry after the other on the first batches.
 
     Args:
         model: the native one.
@@ -124,8 +123,8 @@ def compare(
     """
     images = _score(model, entries, batches)
     timed_ones = [entry for entry in entries if entry.is_timed]
-    for entry in track([*timed_ones, *reversed(timed_ones)]) if timed_ones else ():
-        entry.scores.seconds += race(model, entry.runs, images)
+    for entry in track(timed_ones) if timed_ones else ():
+        entry.scores.seconds = race(model, entry.runs, images)
     return [
         {"method": entry.method, "setting": entry.setting, "published": entry.published} | entry.scores.summary()
         for entry in entries

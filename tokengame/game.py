@@ -124,15 +124,11 @@ class TokenGame:
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
-        return self.play_on(*self.turn(self.begin(images), decide), decide, threshold)
-
-    def play_on(self, state: State, logits: Tensor, decide: Decide, threshold: float) -> State:
-        """From a decision, whose keep logits are known, to the end."""
-        while True:
-            state = self.remove(state, logits > threshold, logits)
-            if state.stage == len(self.stages):
-                return self.finish(state)
+        state = self.begin(images)
+        for _ in self.stages:
             state, logits = self.turn(state, decide)
+            state = self.remove(state, logits > threshold, logits)
+        return self.finish(state)
 
     def logits(self, state: State) -> Tensor:
         """[B, classes] the network's prediction at the end of the game."""

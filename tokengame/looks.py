@@ -46,16 +46,30 @@ class Played:
 
 def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> Played:
     """Whole games on [B, channels, height, width], deterministic; see `TokenGame.play`."""
+    margin = margin_at(game, threshold)
+    if not margin:  # and nothing of the beginning needs to be remembered
+        state = game.play(images, decide, threshold)
+        nobody = torch.zeros(0, dtype=torch.long, device=state.x.device)
+        return Played(state, game.logits(state), nobody, state.kept)
     opening, logits = game.turn(game.begin(images), decide)
-    state = game.play_on(opening, logits, decide, threshold)
+    state = _play_on(game, opening, logits, decide, threshold)
     prediction, first = game.logits(state), state.kept
-    again = in_doubt(prediction, margin_at(game, threshold))
+    again = in_doubt(prediction, margin)
     if len(again):
         rows = opening.agents.take(again)[0]
-        second = game.play_on(opening.take(again), logits.index_select(0, rows), decide, threshold - PATIENCE)
+        second = _play_on(game, opening.take(again), logits.index_select(0, rows), decide, threshold - PATIENCE)
         prediction = prediction.index_copy(0, again, game.logits(second))
         state = state.replaced(again, second)
     return Played(state, prediction, again, first)
+
+
+def _play_on(game: TokenGame, state: State, logits: Tensor, decide: Decide, threshold: float) -> State:
+    """From the first decision, whose keep logits are known, to the end."""
+    state = game.remove(state, logits > threshold, logits)
+    while state.stage < len(game.stages):
+        state, logits = game.turn(state, decide)
+        state = game.remove(state, logits > threshold, logits)
+    return game.finish(state)
 
 
 def margin_at(game: TokenGame, threshold: float) -> float:
@@ -67,7 +81,5 @@ def margin_at(game: TokenGame, threshold: float) -> float:
 
 def in_doubt(prediction: Tensor, margin: float) -> Tensor:
     """[b] indices of the images whose two likeliest classes are less than `margin` apart in probability."""
-    if not margin:
-        return torch.zeros(0, dtype=torch.long, device=prediction.device)
     likeliest = prediction.detach().float().softmax(1).topk(2, 1).values
     return (likeliest[:, 0] - likeliest[:, 1] < margin).nonzero().squeeze(1)
