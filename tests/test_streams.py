@@ -141,7 +141,7 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
 
     whole, part = (str(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
     assert main(["train", *common, "--updates", "3", "--output", whole]) == 0
-    record, calls = loop.Loop._save, []
+    record, calls = loop.Loop.save, []
 
     def stop_after_first(self):
         record(self)
@@ -149,9 +149,9 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Loop, "_save", stop_after_first)
+    monkeypatch.setattr(loop.Loop, "save", stop_after_first)
     assert main(["train", *common, "--updates", "3", "--checkpoint-every", "1", "--output", part]) != 0
-    monkeypatch.setattr(loop.Loop, "_save", record)
+    monkeypatch.setattr(loop.Loop, "save", record)
     assert main(["train", *common, "--updates", "3", "--output", part, "--resume"]) == 0
     assert lines("part") == lines("whole")
     assert [line["update"] for line in lines("part")] == [1, 2, 3]
