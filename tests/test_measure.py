@@ -42,6 +42,7 @@ def test_many_second_looks_are_said():
     assert "twice" not in verdict(few)
     assert "50% of the images were looked at twice" in verdict(many)
     assert ("images looked at twice", "50.0%") in table(many)
+    assert "images looked at twice" not in dict(table(few)), "nobody asked for it"
 
 
 def test_summary_by_hand():

@@ -35,7 +35,8 @@ OFTEN = 0.2
 
 def table(result: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, value) of what `result` holds, for people."""
-    rows = [(label, form.format(result[key])) for key, label, form in ROWS if result.get(key) is not None]
+    shown = {key: value for key, value in result.items() if value is not None and (key, value) != ("looked_twice", 0)}
+    rows = [(label, form.format(shown[key])) for key, label, form in ROWS if key in shown]
     if result.get("drop_pp_ci95"):
         low, high = result["drop_pp_ci95"]
         place = next(i for i, (label, _) in enumerate(rows) if label.startswith("drop"))
