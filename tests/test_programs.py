@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import tokengame
 from tokengame.anatomy import PARTS, peak_memory, time_shares
-from tokengame.attention import _cheapest, fastest_attention, measured_cost
+from tokengame.attention import _cheapest, fastest_attention, looped_attention, measured_cost, written_attention
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.forced import forced_model
 from tokengame.networks import build_actor
@@ -137,9 +137,10 @@ def test_two_threads_get_right_answers(fast):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.inference_mode()
-def test_compiled_equals_eager_and_settles(transition):
-    """200 batches of other counts, some looked at twice: a graph for each stretch and attention kernel at most,
-    then none."""
+def test_compiled_equals_eager_and_settles(transition, monkeypatch):
+    """200 batches of other counts, some looked at twice: a graph for each stretch and attention kernel, then none."""
+    kernels = looped_attention, written_attention  # by turns, not as this machine happens to measure them
+    monkeypatch.setattr(tokengame.compiled, "by_cost", lambda layout, shape: kernels[layout.rows % 2])
     fast = fast_model(transition)
     fast.game.config = replace(fast.game.config, second_look=0.2)
     torch.compiler.reset()
@@ -156,9 +157,9 @@ def test_compiled_equals_eager_and_settles(transition):
             half_way = counters["stats"]["unique_graphs"]
     assert len(seen) > 50, "counts change from batch to batch"
     assert 20 < doubts < 280
-    kernels, stretches = 2, 3
-    assert 0 < counters["stats"]["unique_graphs"] <= kernels * stretches
-    assert counters["stats"]["unique_graphs"] - half_way <= 1, "it goes on compiling"
+    stretches = 3
+    assert 0 < counters["stats"]["unique_graphs"] <= len(kernels) * stretches
+    assert counters["stats"]["unique_graphs"] == half_way, "it goes on compiling"
     twin = copy.deepcopy(fast)
     torch.testing.assert_close(twin(images), fast(images))
 
