@@ -140,7 +140,7 @@ def test_two_threads_get_right_answers(fast):
 def test_compiled_equals_eager_and_settles(transition, monkeypatch):
     """200 batches of other counts, some looked at twice: a graph for each stretch and attention kernel, then none."""
     kernels = looped_attention, written_attention  # by turns, not as this machine happens to measure them
-    monkeypatch.setattr(tokengame.compiled, "by_cost", lambda layout, shape: kernels[layout.rows % 2])
+    monkeypatch.setattr(tokengame.compiled, "by_cost", lambda layout, _: kernels[layout.rows % 2])
     fast = fast_model(transition)
     fast.game.config = replace(fast.game.config, second_look=0.2)
     torch.compiler.reset()
