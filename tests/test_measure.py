@@ -167,8 +167,12 @@ def test_json_holds_no_nan():
 
 @pytest.mark.parametrize(("fused", "written", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "written")])
 def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatch):
-    seconds = {True: fused, False: written}
-    monkeypatch.setattr("tokengame.evaluate.timed", lambda _, form, __: (None, seconds[form.blocks[0].attn.fused_attn]))
+    seconds, disturbances = {True: fused, False: written}, iter([3.0, 0.0, 0.0, 3.0] + [0.0] * 6)
+
+    def timed(_, form, __):
+        return None, seconds[form.blocks[0].attn.fused_attn] + next(disturbances)
+
+    monkeypatch.setattr("tokengame.evaluate.timed", timed)
     images = torch.randn(2, 3, 32, 32)
     found = faster_native(model, images)
     assert found.blocks[0].attn.fused_attn == (expected == "fused")
