@@ -78,6 +78,12 @@ def test_train_prints_its_document_alone_on_stdout(trained, capsys):
     assert found["images"] == 4
 
 
+@pytest.mark.parametrize("name", ["drop", "kl"])
+def test_a_target_goes_by_its_short_name(name, capsys):
+    assert main(["train", "--backbone", "fashion", "--images", "fashion", f"--target-{name}", "-1"]) == 2
+    assert f"target_{name} must be above 0" in capsys.readouterr().err
+
+
 def test_eval_at_each_operating_point(flags, policy, capsys):
     points = [[], ["--dial", "0.7"], ["--gmacs-ratio", "0.8"], ["--max-drop", "100"]]
     for point in points:

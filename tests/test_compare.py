@@ -1,6 +1,7 @@
 """Rules, DynamicViT and the harness that sets methods against each other."""
 
 import csv
+import io
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_vit
+from PIL import Image
 
 from tokengame import compare as comparison
 from tokengame import dynamicvit
@@ -17,6 +19,7 @@ from tokengame.compare import Entry, compare, peers, race, speed_at, speeds
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, Predictor, _hiding, _masked, dynamic_loss, pruned_by, train_dynamicvit
+from tokengame.figures import frontier_figure
 from tokengame.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
 from tokengame.ops import Layout
 from tokengame.runtime import by_rule
@@ -210,6 +213,14 @@ def test_speed_at_an_agreement_by_hand():
     assert table[0]["fastest_peer"] == "b"
     assert table[0]["fastest_peer_speedup"] == pytest.approx(1.25)
     assert table[0]["ours"] == pytest.approx(1.6)
+
+
+def test_the_picture_has_panels_over_time_where_that_was_measured():
+    rows = [point("a", 0.9, 1.2) | {"kl": 0.1, "drop_pp": 0.0}, point("ours", 0.9, 1.6) | {"kl": 0.0, "drop_pp": None}]
+    untimed = [{k: v for k, v in row.items() if k != "speedup"} for row in rows]
+    timed, over_compute = (Image.open(io.BytesIO(frontier_figure(r, ["ours"]))) for r in (rows, untimed))
+    assert timed.width == over_compute.width
+    assert timed.height > 1.5 * over_compute.height
 
 
 @pytest.fixture

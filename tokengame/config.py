@@ -16,7 +16,9 @@ rate 3e-4, 2 minibatches, 32 images an update. Where their code and paper differ
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tokengame.errors import TokenGameError
 
@@ -92,9 +94,9 @@ class RewardConfig:
     """share: what one token's staying costs it at each stage"""
     keep_target: float = 0.7
     """target: share of the living kept at each stage"""
-    target_kl: float = 0.06
+    target_kl: Annotated[float, tyro.conf.arg(aliases=("--target-kl",))] = 0.06
     """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
-    target_drop: float | None = None
+    target_drop: Annotated[float | None, tyro.conf.arg(aliases=("--target-drop",))] = None
     """fidelity: instead of target_kl, points of top-1 that the sampled game may lose against the native model; needs
     labels"""
     kl_weight: float = 2.4

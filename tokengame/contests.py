@@ -247,7 +247,7 @@ class Compare(OnImages):
         write_csv(paper, self.output / "table.csv")
         (self.output / "table.md").write_text(markdown(paper))
         write_csv(quality, self.output / "qualities.csv")
-        (self.output / "frontier.png").write_bytes(frontier_figure(rows))
+        (self.output / "frontier.png").write_bytes(frontier_figure(rows, [Path(path).stem for path in self.policies]))
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **AT_RATIOS})

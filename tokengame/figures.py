@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -129,35 +131,45 @@ def _small_png(figure) -> bytes:
     return png(Image.open(buffer).quantize(64))
 
 
-def frontier_figure(rows: list[dict[str, Any]]) -> bytes:
-    """PNG: agreement, points lost and KL over compute, and agreement over measured speed-up; a line a method."""
+def frontier_figure(rows: list[dict[str, Any]], policies: Sequence[str] = ()) -> bytes:
+    """PNG: agreement, KL and points lost over compute and, where that was timed, over measured speed; a line a method.
+
+    Methods of a paper are dashed, those whose names begin with one of `policies` thick.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.6), layout="constrained", dpi=110)
+    across = {"gmacs_ratio": "compute, pruned / native"}
+    if any(row.get("speedup") for row in rows):
+        across["speedup"] = "images a second, pruned / native, measured"
+    upward = {"agreement": "same top-1 as the native model", "kl": "KL(native || pruned), nats",
+              "drop_pp": "points of top-1 lost"}  # fmt: skip
+    figure = Figure(figsize=(14, 1 + 3.6 * len(across)), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
-    panels = [
-        ("gmacs_ratio", "agreement", "same top-1 as the native model", "linear"),
-        ("speedup", "agreement", "same top-1 as the native model", "linear"),
-        ("gmacs_ratio", "kl", "KL(native || pruned), nats", "log"),
-        ("gmacs_ratio", "drop_pp", "points of top-1 lost", "linear"),
-    ]
-    labels = {"gmacs_ratio": "compute, pruned / native", "speedup": "images a second, pruned / native, measured"}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axes, (x, y, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for number, method in enumerate(methods):
-            points = sorted((r[x], r[y]) for r in rows if r["method"] == method and r.get(x) and r[y] is not None)
-            points = [(a, max(b, 1e-5) if scale == "log" else b) for a, b in points]
-            published = any(r["published"] for r in rows if r["method"] == method)
-            style = {"ls": "--" if published else "-", "marker": "os^Dv"[number // 10], "color": f"C{number % 10}"}
-            if points:
-                axes.plot(*zip(*points, strict=True), ms=4, label=method, **style)
-        axes.set_visible(bool(axes.lines))
-        axes.set(xlabel=labels[x], ylabel=label, yscale=scale)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    panels = figure.subplots(len(across), len(upward), squeeze=False)
+    for axes, (x, y) in zip(panels.flat, product(across, upward), strict=True):
+        _frontier(axes, rows, x, y, policies)
+        axes.set(xlabel=across[x], ylabel=upward[y])
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return _small_png(figure)
+
+
+def _frontier(axes: Any, rows: list[dict[str, Any]], x: str, y: str, policies: Sequence[str]) -> None:
+    """One panel of `frontier_figure`; left empty where nothing was measured."""
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        own = [row for row in rows if row["method"] == method]
+        points = sorted((row[x], row[y]) for row in own if row.get(x) and row[y] is not None)
+        points = [(a, max(b, 1e-5) if y == "kl" else b) for a, b in points]
+        thick = method.startswith(tuple(policies))
+        style = {"ls": "--" if own[0]["published"] else "-", "marker": "os^Dv"[number // 10], "ms": 4}
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), label=method, color=f"C{number % 10}", lw=3 if thick else 1.2, **style
+            )
+    axes.set_visible(bool(axes.lines))
+    axes.set_yscale("log" if y == "kl" else "linear")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sweep_figure(rows: list[dict[str, Any]]) -> bytes:
