@@ -1,5 +1,9 @@
 """Measurement and pictures against hand tables."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -179,3 +183,30 @@ def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatc
     torch.testing.assert_close(found(images), model(images), atol=1e-5, rtol=1e-4)
     assert model.blocks[0].attn.fused_attn, "the model itself was changed"
     assert next(found.parameters()).data_ptr() == next(model.parameters()).data_ptr(), "the weights were copied"
+
+
+FAULTS = """
+import resource, torch
+from tokengame.evaluate import keep_heap
+{}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(1 << 24)
+before = faults()
+for _ in range(10):
+    torch.ones(1 << 24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's allocator")
+def test_a_heap_that_is_kept_takes_no_fresh_pages():
+    """Ten times 64 MiB, freed each time, are 160,000 pages of 4 KiB, or none."""
+    fresh, kept = (_faults(call) for call in ("", "assert keep_heap()"))
+    assert fresh > 100, "even if pages are huge"
+    assert kept < fresh / 10
+
+
+def _faults(call):
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(call)], capture_output=True, text=True, check=True)
+    return int(done.stdout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import ctypes
 import itertools
 import json
 import statistics
@@ -215,19 +214,6 @@ def interleave(variants: Variants, device: torch.device, seconds: float) -> dict
         rounds += 1
         stop = time.perf_counter() + seconds if rounds == 0 else stop
     return times
-
-
-def keep_heap() -> bool:
-    """Tell glibc to keep freed memory, for native and pruned alike; whether it does.
-
-    As it is set by default, big tensors come as fresh pages from the kernel again and again.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        mmap_max, trim_threshold = -4, -1  # names of options in malloc.h
-        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
-    except (OSError, AttributeError):
-        return False
 
 
 def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...], device: torch.device) -> Path:

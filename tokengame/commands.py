@@ -18,7 +18,7 @@ from tokengame.config import TrainConfig, require
 from tokengame.console import console, progress, show_rows, show_table
 from tokengame.data import BadImages, checked, plain_views
 from tokengame.errors import TokenGameError, first_line
-from tokengame.evaluate import Scores, calibrate, evaluate
+from tokengame.evaluate import Scores, calibrate, evaluate, keep_heap
 from tokengame.hub import HuggingFaceStream
 from tokengame.images import STREAM, ImageSet, ImageSource, label_images, open_images, split_images
 from tokengame.loop import projection
@@ -112,6 +112,7 @@ class OnImages(Common):
         """Native beside pruned on all images of `source`, each process on its part."""
         own = range(self.ranks.rank, len(source.names), self.ranks.size)
         tally, views = BadImages(len(source.names)), plain_views(source, preprocessing, own)
+        keep_heap()
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
         scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference)

@@ -14,14 +14,14 @@ from torch import nn
 
 from tokengame.ablate import across_seeds, by_rules, quality, variants
 from tokengame.backbone import Backbone
-from tokengame.bench import Plan, bench, csv_path, keep_heap, write_csv
+from tokengame.bench import Plan, bench, csv_path, write_csv
 from tokengame.commands import Common, OnImages, report_bad, weights_of
 from tokengame.compare import compare, dynamic_entries, peers, policy_entries, qualities, speeds
 from tokengame.config import GameConfig, TrainConfig, require
 from tokengame.console import console, named, progress, show_rows, steps
 from tokengame.data import BadImages, Batch, checked, plain_views, transform_for
 from tokengame.dynamicvit import DynamicViT, train_dynamicvit
-from tokengame.evaluate import CALIBRATION_DIALS, RATIOS
+from tokengame.evaluate import CALIBRATION_DIALS, RATIOS, keep_heap
 from tokengame.feed import Feed
 from tokengame.figures import frontier_figure
 from tokengame.images import ImageSource, split_images
@@ -69,8 +69,6 @@ class Bench(Common):
     """also time what torch.compile makes of both models; of each the fastest counts"""
     tome: bool = False
     """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
-    keep_heap: bool = False
-    """tell glibc to keep freed memory: float32 batches get faster, the native model's most"""
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
@@ -83,15 +81,13 @@ class Bench(Common):
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome, self.keep_heap,
+            self.tome, keep_heap(),
         )  # fmt: skip
         model = self.place(model)
         backbone = Backbone(model)
         path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
         require_writable(path)
         rows: list[dict[str, Any]] = []
-        if self.keep_heap:
-            require(keep_heap(), "--keep-heap needs glibc's allocator")
         with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
             for row in bench(model, self.backbone, plan, next_step):
                 rows.append(row)
@@ -222,6 +218,7 @@ class Compare(OnImages):
         for entry in entries:
             entry.is_timed &= self.timing
         tally = BadImages(len(held.names))
+        keep_heap()
         watched = lambda timed: progress(timed, "timing", len(timed))  # noqa: E731
         rows = compare(model, entries, self._batches(model, held, tally), watched)
         report_bad(tally)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -165,6 +166,20 @@ def timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - start
+
+
+def keep_heap() -> bool:
+    """Tell glibc, for the whole process, to keep freed memory; whether it does. For programs that time.
+
+    As it is set by default, big tensors come as fresh pages from the kernel again and again, in one process and not in
+    the next: the same native model is a third slower by chance, and whatever needs less memory looks the faster for it.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_max, trim_threshold = -4, -1  # names of options in malloc.h
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):
+        return False
 
 
 @torch.inference_mode()
