@@ -22,7 +22,7 @@ from tokengame.commands import OnImages, report_bad
 from tokengame.config import GAME_VERSION, FinetuneConfig, RewardConfig, TrainConfig, merge, require
 from tokengame.console import console, named, progress, show_rows, show_table
 from tokengame.data import BadImages, checked, plain_views, transform_for
-from tokengame.evaluate import calibrate, evaluate
+from tokengame.evaluate import calibrate, evaluate, keep_heap
 from tokengame.figures import sweep_figure
 from tokengame.finetune import Tuner
 from tokengame.hub import HuggingFaceStream
@@ -93,6 +93,7 @@ class Sweep(OnImages):
         policy = learned(session, partial(named, name))
         loader = plain_views(held, session.preprocessing).loader(32, 0)
         watched = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))
+        keep_heap()
         scores = evaluate(prune(model, policy), watched)
         return sweep_row(ratio, 1.0, scores, session.log.metrics()[-max(1, config.updates // 10) :])
 

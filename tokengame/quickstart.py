@@ -14,7 +14,7 @@ from tokengame.commands import Common
 from tokengame.config import TrainConfig, merge, require
 from tokengame.console import console, progress, show_table
 from tokengame.data import BadImages, checked, plain_views
-from tokengame.evaluate import Scores, evaluate
+from tokengame.evaluate import Scores, evaluate, keep_heap
 from tokengame.figures import calibration_figure, png, stack, training_figure
 from tokengame.gallery import draw
 from tokengame.images import SceneImages, Subset
@@ -65,6 +65,7 @@ class Quickstart(Common):
         source = SceneImages(fresh)
         views = plain_views(source, session.preprocessing)
         loader = views.loader(32, 0)
+        keep_heap()
         scores = evaluate(fast, progress(checked(loader, BadImages(len(fresh))), "measuring", len(loader)))
         result = session.result() | scores.summary() | item_recall(scores, fresh, fast) | {"dial": fast.dial}
         self._report(page, fast, result, session, source)
