@@ -25,7 +25,7 @@ from tokengame.attention import (
     varlen_attention,
     written_attention,
 )
-from tokengame.ops import TILE, Layout, by_tiles, keep_at_least_one, segment_mean, spare_rows
+from tokengame.ops import PIECE, Layout, add_by_pieces, keep_at_least_one, segment_mean, spare_rows
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=10)
 
@@ -226,18 +226,18 @@ def test_half_precision_batches_are_lengthened(rows):
 
 
 def test_pieces_of_rows_are_the_whole():
-    tile = TILE * torch.get_num_threads()
-    rows, calls = torch.randn(5 * tile + 7, 3), []
+    piece = PIECE // 300
+    rows, calls = torch.randn(5 * piece + 7, 300), []
 
     def double(some):
         calls.append(len(some))
         return 2 * some
 
     with torch.no_grad():
-        assert torch.equal(by_tiles(double, rows), 2 * rows)
-        assert set(calls[:-1]) == {tile}, "few shapes: each costs something once"
+        assert torch.equal(add_by_pieces(double, rows), rows + 2 * rows)
+        assert set(calls[:-1]) == {piece}, "few shapes: each costs something once"
         assert sum(calls) == len(rows)
         calls.clear()
-        by_tiles(double, rows[: 2 * tile - 1])
-    by_tiles(double, rows)
-    assert calls == [2 * tile - 1, len(rows)], "few rows, and rows with gradients, in one piece"
+        add_by_pieces(double, rows[: 2 * piece - 1])
+    add_by_pieces(double, rows)
+    assert calls == [2 * piece - 1, len(rows)], "few rows, and rows with gradients, in one piece"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokengame.attention import asked_attention
-from tokengame.ops import Layout, by_tiles
+from tokengame.ops import Layout, add_by_pieces
 
 
 def lengthen(x: Tensor, spare: int) -> Tensor:
@@ -19,7 +19,7 @@ def lengthen(x: Tensor, spare: int) -> Tensor:
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:
     """A block's MLP with its residual: x [M, C] -> [M, C]."""
-    return by_tiles(lambda rows: rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), x)
+    return add_by_pieces(lambda rows: block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), x)
 
 
 def project(attn: Any, rows: Tensor, first: int = 0, last: int = 3) -> Tensor:

@@ -193,24 +193,25 @@ def ordered_dither(rows: int, columns: int) -> Tensor:
     return torch.from_numpy(_dither_matrix(rows, columns).copy())
 
 
-TILE = 384
-"""rows of a piece of `by_tiles` for each thread; the last has up to twice as many"""
+PIECE = 2**19
+"""numbers in a piece of `add_by_pieces`; the last has up to twice as many"""
 
 
-def by_tiles(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """A row-wise function of [M, C], on a CPU piece by piece where M is large.
+def add_by_pieces(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """rows + function(rows) for a row-wise function of [M, C], on a CPU piece by piece where that is large.
 
-    What it needs in between then stays in the cache, and in memory that the allocator already holds: fresh pages for
-    the wide hidden layer of an MLP cost up to a fifth of its time.
+    What it needs in between then stays in memory that the allocator already holds: fresh pages for the wide hidden
+    layer of an MLP cost time. Small pieces cost more, products like many rows (docs/LOG.md).
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows.device.type != "cpu":
-        return function(rows)
-    tile = TILE * torch.get_num_threads()
-    pieces = len(rows) // tile
-    if pieces < 2:
-        return function(rows)
-    sizes = [tile] * (pieces - 1) + [len(rows) - tile * (pieces - 1)]  # always the same: see `spare_rows`
-    return torch.cat([function(piece) for piece in rows.split(sizes)])
+        return rows + function(rows)
+    piece = max(PIECE // rows.shape[1], 1)
+    pieces = max(len(rows) // piece, 1)
+    sizes = [piece] * (pieces - 1) + [len(rows) - piece * (pieces - 1)]  # always the same: see `spare_rows`
+    out = torch.empty_like(rows)
+    for some, own in zip(rows.split(sizes), out.split(sizes), strict=True):
+        torch.add(some, function(some), out=own)
+    return out
 
 
 def makes_kernels(rows: Tensor) -> bool:
