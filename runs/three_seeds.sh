@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in 0 1 2; do
     folder="${OUTPUT:-build/seeds}/$seed"
-    OUTPUT="$folder/vit_tiny_patch16_224.safetensors" bash runs/vit_tiny_policy.sh --seed "$seed" --game.second-look 0.1
+    OUTPUT="$folder/vit_tiny_patch16_224.safetensors" bash runs/vit_tiny_policy.sh --seed "$seed" --game.second-look 0.15
     POLICY="$folder/vit_tiny_patch16_224.safetensors" OUTPUT="$folder" bash runs/compare_vit_tiny.sh \
         --seed "$seed" --no-timing --dynamicvit-updates 0 "$@"
 done

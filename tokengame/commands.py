@@ -271,7 +271,7 @@ class Calibrate(OnImages):
     holdout: float | None = None
     """calibrate only on the share that `train` held back with the same --holdout and --seed"""
     second_look: float | None = None
-    """for the card, instead of the policy's own; 0.1: images whose prediction is in doubt are played again"""
+    """for the card, instead of the policy's own; 0.15: images whose prediction is in doubt are run with all tokens"""
 
     def run(self) -> list[dict[str, Any]]:
         """Measure, write."""

@@ -57,9 +57,7 @@ class CompiledGame(TokenGame):
     @staticmethod
     def _tensors(state: State) -> tuple[Any, ...]:
         """What a stretch is given; a `Layout` of one image is the number of its rows."""
-        memory = None
-        if state.memory:  # rows of an image of a batch are copies, of an image alone views: a graph for each otherwise
-            memory = state.memory.keys.contiguous(), state.memory.values.contiguous(), state.memory.bias
+        memory = state.memory and (state.memory.keys, state.memory.values, state.memory.bias)
         return state.x, state.position, state.size, memory, state.kept, state.total, state.dither
 
     def _graph(self, state: State) -> Callable:

@@ -37,7 +37,7 @@ class GameConfig:
     """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it
     and keeps the greater length of the two, inside the block's attention: it is heard once more, but asks no more"""
     second_look: float = 0.0
-    """images whose two likeliest classes are less than this apart in probability are played again, more gently (see
+    """images whose two likeliest classes are less than this apart in probability are run on with all tokens (see
     `tokengame.looks`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
 
     def __post_init__(self) -> None:

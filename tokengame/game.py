@@ -114,6 +114,14 @@ class TokenGame:
         """Run a state without decisions left to the end of the game."""
         return self._advance(state, self._starts_at(state.stage))
 
+    def spare(self, state: State, images: Tensor) -> State:
+        """Some images [b] of a state about to decide, run to the end of the game with all their agents."""
+        state = replace(state, heads=None, similarity=None).take(images)
+        x, _ = self.backbone.run(self._decides_before(state.stage), self.end, state.x, state.layout, state.bias)
+        size = torch.ones_like(x[:, 0], dtype=torch.float32) if self.merge and state.size is None else state.size
+        kept = (*state.kept, *[state.agents.count] * (len(self.stages) - state.stage))
+        return replace(state, x=x, size=size, kept=kept)
+
     @staticmethod
     def _with_prefix(state: State, keep: Tensor) -> Tensor:
         """[A] -> [M] bool: prefix tokens always stay."""

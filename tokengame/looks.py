@@ -1,8 +1,9 @@
-"""A second look: an image whose prediction is in doubt is played again from the first decision on, more gently.
+"""A second look: an image whose prediction is in doubt is run on from its first decision with all of its tokens.
 
 Where pruning changes a prediction, the pruned prediction was mostly a close call, and that can be seen in it. Nothing
-that is known before the last blocks tells so much (docs/LOG.md). What comes before the first decision is not repeated.
-A cascade within one network, as Wang et al. 2021 (Dynamic Transformer) have it of several.
+that is known before the last blocks tells so much, and a second game that prunes gently gains less than none at all
+(docs/LOG.md). What comes before the first decision is not repeated. A cascade within one network, as Wang et al. 2021
+(Dynamic Transformer) have it of several.
 """
 
 from __future__ import annotations
@@ -16,26 +17,23 @@ from torch import Tensor
 from tokengame.game import TokenGame
 from tokengame.state import Decide, State
 
-PATIENCE = 3.0
-"""how much lower the threshold lies at a second look: e^3 = 20 times less likely must a token be to stay, to leave"""
-
 
 @dataclass(frozen=True)
 class Played:
     """A batch of B images at the end of their games."""
 
     state: State
-    """of the last game of each image"""
+    """of each image; who was looked at twice has all agents"""
     prediction: Tensor
     """[B, classes]"""
     again: Tensor
     """[b] images that were looked at twice"""
     first: tuple[Tensor, ...]
-    """[B] agents alive after each decision of the first games"""
+    """[B] agents alive after each decision of the games"""
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """[B] agents alive after each decision of the last games"""
+        """[B] agents alive after each decision, at the last look"""
         return self.state.kept
 
     @property
@@ -52,24 +50,18 @@ def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> P
         nobody = torch.zeros(0, dtype=torch.long, device=state.x.device)
         return Played(state, game.logits(state), nobody, state.kept)
     opening, logits = game.turn(game.begin(images), decide)
-    state = _play_on(game, opening, logits, decide, threshold)
-    prediction, first = game.logits(state), state.kept
-    again = in_doubt(prediction, margin)
-    if len(again):
-        rows = opening.agents.take(again)[0]
-        second = _play_on(game, opening.take(again), logits.index_select(0, rows), decide, threshold - PATIENCE)
-        prediction = prediction.index_copy(0, again, game.logits(second))
-        state = state.replaced(again, second)
-    return Played(state, prediction, again, first)
-
-
-def _play_on(game: TokenGame, state: State, logits: Tensor, decide: Decide, threshold: float) -> State:
-    """From the first decision, whose keep logits are known, to the end."""
-    state = game.remove(state, logits > threshold, logits)
+    state = game.remove(opening, logits > threshold, logits)
     while state.stage < len(game.stages):
         state, logits = game.turn(state, decide)
         state = game.remove(state, logits > threshold, logits)
-    return game.finish(state)
+    state = game.finish(state)
+    prediction, first = game.logits(state), state.kept
+    again = in_doubt(prediction, margin)
+    if len(again):
+        whole = game.spare(opening, again)
+        native = game.backbone.predict(game.end, whole.x, whole.layout, whole.size)
+        prediction, state = prediction.index_copy(0, again, native), state.replaced(again, whole)
+    return Played(state, prediction, again, first)
 
 
 def margin_at(game: TokenGame, threshold: float) -> float:

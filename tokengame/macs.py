@@ -51,15 +51,13 @@ def decision_macs(game: TokenGame, actor: Any, deciding: Tensor) -> Tensor:
     return macs + deciding * game.backbone.dim if game.features else macs
 
 
-def opening_macs(game: TokenGame, actor: Any, agents: int) -> float:
-    """MACs of an image up to its first decision and with it, which a second look does not repeat."""
-    backbone, everybody = game.backbone, torch.tensor(float(agents))
-    rows, first = everybody + backbone.prefix, game.stages[0]
-    macs = decision_macs(game, actor, everybody) + agents * backbone.model.patch_embed.proj.weight.numel()
-    for index in range(first):
+def second_look_macs(game: TokenGame, agents: int) -> float:
+    """MACs of an image of `agents` patch tokens from its first decision on, all of which stay (`TokenGame.spare`)."""
+    backbone, first = game.backbone, game.stages[0]
+    rows = torch.tensor(float(agents + backbone.prefix))
+    macs = head_macs(backbone.model, rows - (0 if backbone.model.pool_include_prefix else backbone.prefix))
+    for index in range(first, backbone.depth):
         macs = macs + block_macs(backbone.blocks[index], index, game.end, backbone.prefix, rows, rows, rows)
-    if game.merge:
-        macs = macs + rows * (linear_macs(backbone.blocks[first].attn.qkv) // 3 * 2)
     return float(macs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.grid import Fill, grid_features
 from tokengame.looks import Played
-from tokengame.macs import native_macs, opening_macs, pruned_macs
+from tokengame.macs import native_macs, pruned_macs, second_look_macs
 from tokengame.policy import Policy, check_fits, dial_for, threshold
 from tokengame.state import Decide
 
@@ -125,7 +126,7 @@ class PrunedViT(nn.Module):
         """[T, B, N] bool: which tokens of [B, channels, height, width] images are alive after each stage, at the last
         look."""
         thresholds = torch.full((len(images),), self._threshold, device=self.game.backbone.device)
-        thresholds[self.play(images).again] -= looks.PATIENCE
+        thresholds[self.play(images).again] = -math.inf
         state, alive = self.game.reset(images), []
         for _ in self.game.stages:
             obs = self.game.observe(state)
@@ -138,11 +139,9 @@ class PrunedViT(nn.Module):
 
     def macs(self, played: Played) -> tuple[float, Tensor]:
         """Multiply-accumulates of an image natively, and of each image [B] as it was played, policy included."""
-        first, last = (torch.stack(kept).cpu() for kept in (played.first, played.kept))
-        macs, again = pruned_macs(self.game, self.actor, first, played.total), played.again.cpu()
-        if len(again):
-            second = pruned_macs(self.game, self.actor, last[:, again], played.total)
-            macs = macs.index_add(0, again, second - opening_macs(self.game, self.actor, played.total))
+        first, again = torch.stack(played.first).cpu(), played.again.cpu()
+        macs = pruned_macs(self.game, self.actor, first, played.total)
+        macs[again] += second_look_macs(self.game, played.total)
         return native_macs(self.game.backbone, played.total), macs
 
     def restore(self) -> nn.Module:
