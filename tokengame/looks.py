@@ -1,7 +1,7 @@
 """A second look: an image whose prediction is in doubt is run on from its first decision with all of its tokens.
 
 Where pruning changes a prediction, the pruned prediction was mostly a close call, and that can be seen in it. Nothing
-that is known before the last blocks tells so much, and a second game that prunes gently gains less than none at all
+that is known before the last blocks tells so much, and a second game that prunes gently is no match for all tokens
 (docs/LOG.md). What comes before the first decision is not repeated. A cascade within one network, as Wang et al. 2021
 (Dynamic Transformer) have it of several.
 """
