@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Three policies, each with a seed and held-back images of its own, with second looks and without, against every peer on
+# Three policies, each with a seed and held-back images of its own, looking once and twice, against every peer on
 # those images; the mean over the three. About eighty minutes on one core without bfloat16; "--dtype float32" there (options are those of compare).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in 0 1 2; do
     folder="${OUTPUT:-build/seeds}/$seed"
-    OUTPUT="$folder/vit_tiny_patch16_224.safetensors" bash runs/vit_tiny_policy.sh --seed "$seed" --game.second-look 0.15
+    OUTPUT="$folder/vit_tiny_patch16_224.safetensors" bash runs/vit_tiny_policy.sh --seed "$seed"
     POLICY="$folder/vit_tiny_patch16_224.safetensors" OUTPUT="$folder" bash runs/compare_vit_tiny.sh \
         --seed "$seed" --no-timing --dynamicvit-updates 0 "$@"
 done

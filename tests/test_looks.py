@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokengame import looks
 from tokengame.attention import written_attention
 from tokengame.backbone import Backbone
-from tokengame.compare import policy_entries
+from tokengame.compare import SECOND_LOOK, policy_entries
 from tokengame.game import TokenGame
 from tokengame.looks import in_doubt
 from tokengame.policy import Policy
@@ -127,13 +127,16 @@ def test_trace_shows_the_last_look():
 
 
 @torch.no_grad()
-def test_compare_measures_a_policy_that_looks_twice_looking_once_too():
-    fast = fast_of("merge", 1.0, 0.5)
-    entries = policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.5], budgets=True)
-    assert [entry.method for entry in entries] == [
-        "ours", "ours, one look", "attention at the budgets of ours", "random at the budgets of ours"
-    ]  # fmt: skip
-    looks = [len(entry.runs.play(torch.randn(3, 3, 32, 32)).again) for entry in entries]
-    assert looks == [3, 0, 0, 0]
-    fast = fast_of("merge", 0.0, 0.5)
-    assert len(policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.5], budgets=False)) == 1
+def test_compare_measures_a_policy_with_the_other_number_of_looks_too():
+    images, budgets = torch.randn(8, 3, 32, 32), ["attention at the budgets of ours", "random at the budgets of ours"]
+    likeliest = fast_of("merge", 0.0, 0.3)(images).softmax(1).topk(2).values
+    close = int((likeliest[:, 0] - likeliest[:, 1] < 2 * 0.7 * SECOND_LOOK).sum())
+    assert 0 < close < 8
+    for second_look, names, looks in (
+        (10.0, ["ours", "ours, one look", *budgets], [8, 0, 0, 0]),
+        (0.0, ["ours", "ours, two looks", *budgets], [0, close, 0, 0]),
+    ):
+        fast = fast_of("merge", second_look, 0.3)
+        entries = policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.3], budgets=True)
+        assert [entry.method for entry in entries] == names
+        assert [len(entry.runs.play(images).again) for entry in entries] == looks

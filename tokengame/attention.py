@@ -83,10 +83,12 @@ def written_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -
 def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None, scale: float | None = None
 ) -> Tensor:
+    def each(rows: Tensor, its: Layout) -> Sequence[Tensor]:
+        return rows.transpose(0, 1).split(its.counts, 1)  # [H, n, D]
+
     parts = []
-    images = q.split(asking.counts), k.split(layout.counts), v.split(layout.counts), _split(bias, layout, q.dtype)
-    for *own, own_bias in zip(*images, strict=True):
-        query, key, value = (rows.transpose(0, 1) for rows in own)  # [H, n, D]
+    images = each(q, asking), each(k, layout), each(v, layout), _split(bias, layout, q.dtype)
+    for query, key, value, own_bias in zip(*images, strict=True):
         if q.dtype != torch.float32:  # products of half precision copy strided operands, and slower than this
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         key_bias = None if own_bias is None else own_bias.expand(q.shape[1], 1, -1)

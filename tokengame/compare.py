@@ -31,6 +31,8 @@ TOME = (2, 4, 6, 8, 10, 13, 16)
 """r for 196 tokens and 12 blocks; scaled to others"""
 ATS_SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
 """points at which ATS inverts the distribution, relative to the number of tokens"""
+SECOND_LOOK = 0.15
+"""margin with which a policy that looks once is also shown looking twice (chosen in docs/LOG.md)"""
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
 TIMED_BATCHES = 3
@@ -87,20 +89,26 @@ def dynamic_entries(model: nn.Module, dynamic: DynamicViT) -> list[Entry]:
 
 
 def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[float], budgets: bool) -> list[Entry]:
-    """A policy over its dials; one that looks twice also looking once; with `budgets`, also attention and chance at the
-    numbers that the policy, looking once, has in each image."""
-    once = Policy(policy.actor, policy.card | {"game": policy.card["game"] | {"second_look": 0.0}})
+    """A policy over its dials as its card has it, and with the other number of looks; with `budgets`, also attention
+    and chance at the numbers that the policy, looking once, has in each image."""
+    once, twice = looking(policy, 0.0), looking(policy, SECOND_LOOK)
+    other = (f"{name}, one look", once) if policy.game.second_look else (f"{name}, two looks", twice)
     entries = []
     for dial in dials:
-        fast, single, setting = prune(model, policy, dial), prune(model, once, dial), f"dial {dial:g}"
-        entries.append(Entry(name, setting, fast, False))
-        if policy.game.second_look:
-            entries.append(Entry(f"{name}, one look", setting, single, False))
+        setting = f"dial {dial:g}"
+        for method, its in ((name, policy), other):
+            entries.append(Entry(method, setting, prune(model, its, dial), False))
         if budgets:
+            single = prune(model, once, dial)
             for rule, scorer in (("attention", attention), ("random", Random())):
                 method = f"{rule} at the budgets of {name}"
                 entries.append(Entry(method, setting, AtBudgets(single, scorer), False, is_timed=False))
     return entries
+
+
+def looking(policy: Policy, margin: float) -> Policy:
+    """The same policy with another `second_look`."""
+    return Policy(policy.actor, policy.card | {"game": policy.card["game"] | {"second_look": margin}})
 
 
 def compare(

@@ -132,8 +132,12 @@ class TokenGame:
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
-        state = self.begin(images)
-        for _ in self.stages:
+        return self.play_on(*self.turn(self.begin(images), decide), decide, threshold)
+
+    def play_on(self, state: State, logits: Tensor, decide: Decide, threshold: float = 0.0) -> State:
+        """The rest of a game that is at a decision, about which agents have the keep logits [A]."""
+        state = self.remove(state, logits > threshold, logits)
+        while state.stage < len(self.stages):
             state, logits = self.turn(state, decide)
             state = self.remove(state, logits > threshold, logits)
         return self.finish(state)

@@ -50,11 +50,7 @@ def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> P
         nobody = torch.zeros(0, dtype=torch.long, device=state.x.device)
         return Played(state, game.logits(state), nobody, state.kept)
     opening, logits = game.turn(game.begin(images), decide)
-    state = game.remove(opening, logits > threshold, logits)
-    while state.stage < len(game.stages):
-        state, logits = game.turn(state, decide)
-        state = game.remove(state, logits > threshold, logits)
-    state = game.finish(state)
+    state = game.play_on(opening, logits, decide, threshold)
     prediction, first = game.logits(state), state.kept
     again = in_doubt(prediction, margin)
     if len(again):
