@@ -132,11 +132,11 @@ def test_compare_measures_a_policy_with_the_other_number_of_looks_too():
     likeliest = fast_of("merge", 0.0, 0.3)(images).softmax(1).topk(2).values
     close = int((likeliest[:, 0] - likeliest[:, 1] < 2 * 0.7 * SECOND_LOOK).sum())
     assert 0 < close < 8
-    for second_look, names, looks in (
+    for second_look, names, again in (
         (10.0, ["ours", "ours, one look", *budgets], [8, 0, 0, 0]),
         (0.0, ["ours", "ours, two looks", *budgets], [0, close, 0, 0]),
     ):
         fast = fast_of("merge", second_look, 0.3)
         entries = policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.3], budgets=True)
         assert [entry.method for entry in entries] == names
-        assert [len(entry.runs.play(images).again) for entry in entries] == looks
+        assert [len(entry.runs.play(images).again) for entry in entries] == again
