@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	BIN=$(BIN) scripts/check
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@

@@ -55,7 +55,6 @@ def _watching(fast: PrunedViT, watch: Stopwatch) -> Iterator[None]:
     shadows: list[tuple[Any, str, Callable]] = [
         (game, "observe", watch.timed("policy", game.observe)),
         (game, "remove", watch.timed("packing", game.remove)),
-        (game, "_similarity", watch.timed("packing", game._similarity)),
         (game, "logits", watch.timed("embedding and head", game.logits)),
         (backbone, "embed", watch.timed("embedding and head", backbone.embed)),
         (backbone, "close", watch.timed("projections and MLP", backbone.close)),

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokengame import kernels
 from tokengame.ops import Layout, makes_kernels
 
 Kernel = Callable[[Tensor, Layout, Tensor | None], Tensor]
@@ -139,6 +140,8 @@ def asked_attention(
     Returns:
         [Q, H, D]
     """
+    if takes(q):
+        return kernels.attention(q, k, v, asking, layout, bias, scale)
     half = q.dtype in (torch.float16, torch.bfloat16)
     if half and scale is None and not asking.uniform and has_varlen(q.device, q.shape[2]):
         return _varlen(q, k, v, asking, layout, bias)
@@ -200,13 +203,27 @@ def has_varlen(device: torch.device, head_dim: int) -> bool:
     return known and head_dim % 8 == 0 and head_dim + 8 <= 256  # `bias_column` adds 8
 
 
+def tiled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """Our own kernel, see `kernels`: nothing padded beyond 32 rows. bfloat16 on CPUs that compute in it only."""
+    return kernels.attention(*qkv.unbind(1), layout, layout, bias).flatten(1)
+
+
+def takes(heads: Tensor) -> bool:
+    """Whether `tiled_attention` runs on [..., D] here."""
+    return heads.shape[-1] % kernels.SIDE == 0 and kernels.take(heads)
+
+
 def ruled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """A kernel chosen without measuring: bitwise the same on every run."""
+    if takes(qkv):
+        return tiled_attention(qkv, layout, bias)
     return by_rule(layout, Shape.of(qkv), qkv.requires_grad)(qkv, layout, bias)
 
 
 def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """The kernel measured to be fastest on batches like this one."""
+    if takes(qkv):
+        return tiled_attention(qkv, layout, bias)
     return by_cost(layout, Shape.of(qkv))(qkv, layout, bias)
 
 

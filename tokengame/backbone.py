@@ -17,9 +17,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokengame.attention import Kernel, asked_attention, ruled_attention
-from tokengame.blocks import feed_forward, folded_attention, folds, join, lengthen, project
+from tokengame.blocks import feed_forward, folded_attention, folds, heads_of, join, lengthen, project, spare_for
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, segment_mean, spare_rows
+from tokengame.ops import Layout, segment_mean
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -111,31 +111,33 @@ class Backbone:
             where there was no attention.
         """
         rows, qkv = len(x), None
-        spare = spare_rows(x) if layout.images > 1 else 0
+        spare = spare_for(self.blocks[first // 2], x, layout) if first < last else 0
         x = lengthen(x, spare)
         for half in range(first, last):
             block = self.blocks[half // 2]
             if half % 2:
                 x = feed_forward(block, x)
             else:
-                qkv = project(block.attn, block.norm1(x))[:rows]
+                qkv = heads_of(block, x)[:rows]
                 x = join(block, x, lengthen(self.attend(qkv, layout, bias), spare))
         return x[:rows], qkv
 
     def look(self, block: int, x: Tensor, layout: Layout) -> Heads:
         """Keys and values of rows x [M, C] in an attention that nobody has asked yet."""
-        spare = spare_rows(x) if layout.images > 1 else 0
-        attn, rows = self.blocks[block].attn, self.blocks[block].norm1(lengthen(x, spare))
-        keys, values = project(attn, rows, 1, 3)[: layout.rows].unbind(1)
-        rows = rows[: layout.rows]
-        asking = layout.first(rows) if self.model.has_class_token else segment_mean(rows, layout)
-        return Heads(project(attn, asking, 0, 1)[:, 0], keys, values, attn.scale)
+        module = self.blocks[block]
+        found = heads_of(module, lengthen(x, spare_for(module, x, layout)), 1, 3)[: layout.rows]
+        if self.model.has_class_token:
+            query = heads_of(module, layout.first(x), 0, 1)
+        else:
+            query = project(module.attn, segment_mean(module.norm1(x), layout), 0, 1)
+        return Heads(query[:, 0], *found.unbind(1), module.attn.scale)
 
     def ask(self, block: int, x: Tensor, layout: Layout, memory: Memory) -> Tensor:
         """The attention of a block over `memory`, for rows x [Q, C] of `layout` that are left of it."""
-        spare, module = spare_rows(x) if layout.images > 1 else 0, self.blocks[block]
+        module = self.blocks[block]
+        spare = spare_for(module, x, layout)
         x = lengthen(x, spare)
-        query = project(module.attn, module.norm1(x), 0, 1)[: layout.rows, 0]
+        query = heads_of(module, x, 0, 1)[: layout.rows, 0]
         out = self.answer(query, memory, layout).flatten(1)
         return join(module, x, lengthen(out, spare))[: layout.rows]
 
@@ -155,12 +157,11 @@ class Backbone:
         """
         block, own = self.blocks[-1], x.index_select(0, layout.first_rows(self.prefix))
         if half % 2 == 0:
-            rows, asking = block.norm1(x), Layout([self.prefix] * layout.images, x.device)
-            query = project(block.attn, rows.index_select(0, layout.first_rows(self.prefix)), 0, 1)[:, 0]
+            asking, query = Layout([self.prefix] * layout.images, x.device), heads_of(block, own, 0, 1)[:, 0]
             if folds(block.attn):
-                out = folded_attention(block.attn, query, rows, asking, layout, bias)
+                out = folded_attention(block.attn, query, block.norm1(x), asking, layout, bias)
             else:
-                keys, values = project(block.attn, rows, 1, 3).unbind(1)
+                keys, values = heads_of(block, x, 1, 3).unbind(1)
                 out = self.answer(query, Memory(keys, values, layout, bias), asking)
             own = join(block, own, out.flatten(1))
         return feed_forward(block, own)

@@ -184,7 +184,7 @@ def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 
 
 def everybody(obs: Observation) -> Tensor:
     """[A] keep logits of a game without losers."""
-    return obs.token.new_ones(len(obs.token))
+    return torch.ones(len(obs.agent), device=obs.agent.device)
 
 
 def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

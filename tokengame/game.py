@@ -17,11 +17,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tokengame.backbone import Backbone, Heads, Memory
+from tokengame.backbone import Backbone, Memory
 from tokengame.config import GameConfig
+from tokengame.decisions import absorb, drop, features_of, similarity_of
 from tokengame.ops import Layout, keep_at_least_one, ordered_dither, segment_mean
 from tokengame.state import EXTRAS, Decide, Observation, State
 
@@ -70,12 +70,12 @@ class TokenGame:
         has_cls = self.backbone.model.has_class_token
         cls = state.layout.first(state.x) if has_cls else segment_mean(state.x, state.layout)
         if self.features and state.heads is not None:
-            features = self._features(state, state.heads)
+            features = features_of(state, state.heads, self.merge)
         else:
             features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
         stage = torch.full((agents.images,), state.stage, device=device)
-        position = state.of_agents(state.position)
-        return Observation(state.of_agents(state.x), cls, features, agents.image, position, stage, agents, state.total)
+        position, rows = state.of_agents(state.position), state.agent_rows
+        return Observation(state.x, cls, features, agents.image, position, stage, agents, state.total, rows)
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
@@ -97,14 +97,14 @@ class TokenGame:
             counts = [max(n, 1) for n in counts]
         agents = Layout(counts, keep.device)
         layout = Layout([n + state.prefix for n in counts], keep.device)
-        stays = self._with_prefix(state, keep)
-        rows = torch.nonzero_static(stays, size=layout.rows).squeeze(1)
-        x, size = self._absorb(state, keep, stays, rows) if self.merge else (state.x.index_select(0, rows), None)
-        position, kept, memory = state.position.index_select(0, rows), (*state.kept, agents.count), None
+        rest, memory = (absorb if self.merge else drop)(state, keep, layout), None
         if self.merge:
             assert state.heads is not None
             memory = Memory(state.heads.keys, state.heads.values, state.layout, state.bias)
-        return State(x, position, layout, agents, state.total, state.dither, size, memory=memory, kept=kept)
+        return State(
+            rest.x, rest.position, layout, agents, state.total, state.dither, rest.size, memory=memory,
+            absorber=rest.absorber, kept=(*state.kept, agents.count),
+        )  # fmt: skip
 
     def step(self, state: State, keep: Tensor, logits: Tensor) -> State:
         """`remove`, then play on to the next decision or the end."""
@@ -121,14 +121,6 @@ class TokenGame:
         size = torch.ones_like(x[:, 0], dtype=torch.float32) if self.merge and state.size is None else state.size
         kept = (*state.kept, *[state.agents.count] * (len(self.stages) - state.stage))
         return replace(state, x=x, size=size, kept=kept)
-
-    @staticmethod
-    def _with_prefix(state: State, keep: Tensor) -> Tensor:
-        """[A] -> [M] bool: prefix tokens always stay."""
-        if state.layout.uniform:
-            return F.pad(state.agents.pad(keep), (state.prefix, 0), value=True).flatten()
-        stays = torch.ones(state.layout.rows, dtype=torch.bool, device=keep.device)
-        return stays.index_copy_(0, state.agent_rows, keep)
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""
@@ -166,87 +158,5 @@ class TokenGame:
         if self.merge:
             heads = self.backbone.look(stop // 2, x, state.layout)
             with torch.no_grad():
-                return replace(state, heads=heads, similarity=self._similarity(state, heads))
+                return replace(state, heads=heads, similarity=similarity_of(state, heads))
         return state if qkv is None else replace(state, heads=self.backbone.read_heads(qkv, state.layout))
-
-    @staticmethod
-    def _similarity(state: State, heads: Heads) -> Tensor:
-        """Cosine of values; -1 to oneself, less to padding, who cannot absorb anybody.
-
-        Half of the numbers of each head, which have no order: as good as all of them (docs/LOG.md), at half the cost.
-        """
-        agents, half = state.agents, (heads.values.shape[2] + 1) // 2
-        metric = F.normalize(heads.values[..., :half].flatten(1), dim=1)
-        metric = agents.pad(state.of_agents(metric))  # [B, L, H * D / 2]
-        if agents.uniform:
-            similarity = metric @ metric.transpose(1, 2)
-        else:
-            padding = (agents.mask[:, None].to(metric.dtype) - 1).mul_(2)
-            similarity = torch.baddbmm(padding, metric, metric.transpose(1, 2))
-        similarity.flatten(1)[:, :: metric.shape[1] + 1].fill_(-1)  # the diagonal
-        return similarity
-
-    @staticmethod
-    def _features(state: State, heads: Heads) -> Tensor:
-        """See `Observation.features`; computed on the padded batch, [B, heads or 1, L]."""
-        layout, agents, prefix = state.layout, state.agents, state.prefix
-        attention = heads.log_attention(layout, state.bias)[..., prefix:]
-        log_size = zero = torch.zeros_like(attention[:, :1])
-        if state.bias is not None:
-            log_size = layout.pad(state.bias)[:, None, prefix:]
-        rows: Tensor
-        count: Tensor | int
-        if layout.uniform:  # numbers instead of small tensors
-            rows, count = torch.full((), layout.longest, device=attention.device), agents.longest
-        else:
-            rows, count = layout.count[:, None, None], agents.count[:, None, None]
-        attention = attention + rows.log()  # [B, H, L]
-        mean = attention.exp().sum(1, keepdim=True).clamp_(min=1e-30).log_()  # but for a constant
-        known = mean if layout.uniform else mean.masked_fill(~agents.mask[:, None], 0.0)
-        centred = mean - known.sum(2, keepdim=True) / count
-        similarity = leader = zero
-        if state.similarity is not None:
-            alike = state.similarity.float()  # [B, L, L]; the maximum of half precision is slow on CPUs
-            similarity = alike.amax(2)[:, None]
-            # 1 where the second is paid more attention, otherwise -1; in place, many times faster than a mask
-            ahead = (centred - centred.transpose(1, 2)).sub_(1e-30).sign_()
-            leader = ahead.clamp_(max=alike).amax(2)[:, None]
-        alive = zero + count / state.total
-        features = torch.cat([attention, centred, log_size, similarity, alive, leader], 1)
-        dither = state.dither.index_select(0, state.of_agents(state.position))
-        return torch.cat([agents.unpad(features.transpose(1, 2)), dither[:, None]], 1)
-
-    def _absorb(self, state: State, keep: Tensor, stays: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and sizes of the survivors `rows`, every leaving agent's row added to its most similar survivor's.
-
-        A sum is then given the length of the longest row in it. In at least float32 whatever the network computes in:
-        many small rows may meet in one.
-        """
-        leaving, target = self._pair(state, keep, state.layout.rows - len(rows))
-        leaving_rows, target_rows = state.agent_rows.index_select(0, leaving), state.agent_rows.index_select(0, target)
-        survivor = (stays.cumsum(0) - 1).index_select(0, target_rows)  # index among the survivors
-        dtype = torch.promote_types(state.x.dtype, torch.float32)
-        x, absorbed = (state.x.index_select(0, some).to(dtype) for some in (rows, leaving_rows))
-        size, gone = torch.ones_like(x[:, 0]), torch.ones_like(absorbed[:, 0])
-        length = torch.linalg.vector_norm(state.x, dim=1, dtype=dtype)
-        longest, others = length.index_select(0, rows), length.index_select(0, leaving_rows)
-        longest = longest.scatter_reduce(0, survivor, others, "amax")
-        if state.size is not None:
-            size, gone = state.size.index_select(0, rows), state.size.index_select(0, leaving_rows)
-            x, absorbed = x.mul_(size[:, None]), absorbed.mul_(gone[:, None])
-        x = x.index_add_(0, survivor, absorbed)
-        x = x * (longest / x.norm(dim=1).clamp(min=1e-12))[:, None]
-        return x.to(state.x.dtype), size.index_add(0, survivor, gone)
-
-    @staticmethod
-    def _pair(state: State, keep: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """[number] each: the agents who leave, and for each the most similar one of its image who stays."""
-        agents = state.agents
-        assert state.similarity is not None
-        leaving = torch.nonzero_static(~keep, size=number).squeeze(1)
-        image = agents.image.index_select(0, leaving)
-        slot = agents.slot.index_select(0, leaving)
-        similarity = state.similarity.flatten(0, 1).index_select(0, slot)  # [number, L]
-        keepers = agents.pad(keep).index_select(0, image)
-        target = similarity.masked_fill_(~keepers, float("-inf")).max(1).indices  # much faster than argmax
-        return leaving, target + agents.start.index_select(0, image)

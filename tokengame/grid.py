@@ -43,18 +43,12 @@ class RecordingBackbone(Backbone):
         return x, qkv
 
 
-class RecordingGame(TokenGame):
-    """A game that remembers who absorbed whom in the latest decision, and in which all patches play to the end."""
-
-    pairs: tuple[Tensor, Tensor] | None = None
+class WholeGame(TokenGame):
+    """A game in which all patches play to the end."""
 
     @property
     def end(self) -> int:
         return 2 * self.backbone.depth
-
-    def _pair(self, state: State, keep: Tensor, number: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        self.pairs = super()._pair(state, keep, number)
-        return self.pairs
 
 
 class Grid:
@@ -82,11 +76,11 @@ class Grid:
         filled = self.latest[self.owner.to(x.device)] if self.fill == "absorber" else self.latest
         return filled.view(*self.shape, -1)
 
-    def absorb(self, state: State, leaving: Tensor, target: Tensor) -> None:
-        """Agents `leaving` of `state`, and all they stood for, are from now on stood for by `target`."""
+    def absorb(self, state: State, absorber: Tensor) -> None:
+        """Each agent of `state`, and all it stood for, is from now on stood for by the agent `absorber` [A]."""
         rows = self.place(state)[state.agent_rows].cpu()
         stands = torch.arange(len(self.owner))
-        stands[rows[leaving.cpu()]] = rows[target.cpu()]
+        stands[rows] = rows[absorber.cpu()]
         self.owner = stands[self.owner]
 
 
@@ -116,7 +110,7 @@ def grid_features(
     if fill == "absorber" and config.transition != "merge":
         raise TokenGameError('fill="absorber" needs a policy of a merge game; here pruned tokens leave: use "exit"')
     backbone = RecordingBackbone(model, blocks)
-    game = RecordingGame(backbone, config)
+    game = WholeGame(backbone, config)
     state, found = game.reset(images), {}
     grid = Grid(len(images), backbone.prefix, state.total, fill, model.norm if norm else lambda x: x)
     for stage in range(len(game.stages) + 1):
@@ -126,6 +120,6 @@ def grid_features(
             grid.write(state, state.x)
             logits = decide(game.observe(state))
             before, state = state, game.step(state, logits > threshold, logits)
-            if game.pairs is not None:
-                grid.absorb(before, *game.pairs)
+            if state.absorber is not None:
+                grid.absorb(before, state.absorber)
     return [found[block] for block in blocks]

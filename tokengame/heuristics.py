@@ -30,7 +30,7 @@ class Random:
 
     def __call__(self, obs: Observation) -> Tensor:
         """[A] uniform numbers"""
-        return torch.rand(len(obs.token), generator=self.generator).to(obs.token.device)
+        return torch.rand(len(obs.agent), generator=self.generator).to(obs.agent.device)
 
 
 def keep_best(score: Tensor, number: Tensor, layout: Layout) -> Tensor:

@@ -108,13 +108,13 @@ class ContextActor(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        line = self.line.index_select(0, obs.stage)  # [S, F]
-        if len(line) > 1:  # one scene alone is broadcast
-            line = line.index_select(0, obs.scene)
-        features = obs.features.to(line.dtype)
-        heads, others = features[:, : self.heads], features[:, self.heads :]
-        features = torch.cat([heads - obs.attention[:, None].to(line.dtype), others, torch.ones_like(others[:, :1])], 1)
-        return ((features - self.centre) * self.factor * line).sum(1)
+        one = obs.layout is not None  # all scenes are at the same stage
+        line = self.line.index_select(0, obs.stage[:1] if one else obs.stage) * self.factor  # [1 or S, F]
+        heads, bias = line[:, : self.heads], (line[:, -1] - (line * self.centre).sum(1))
+        weight = torch.cat([heads, line[:, self.heads : self.heads + 1] - heads.sum(1, keepdim=True), line[:, self.heads + 1 : -1]], 1)
+        if not one:
+            weight, bias = weight.index_select(0, obs.scene), bias.index_select(0, obs.scene)
+        return (obs.features.to(weight.dtype) * weight).sum(1) + bias
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""

@@ -43,6 +43,11 @@ class Layout:
         return self._once("start", lambda: torch.tensor(starts(), device=self.device))
 
     @property
+    def bounds(self) -> Tensor:
+        """[B + 1] first row of each image, and the number of rows"""
+        return self._once("bounds", lambda: torch.tensor(list(accumulate(self.counts, initial=0)), device=self.device))
+
+    @property
     def image(self) -> Tensor:
         """[M] image of each row"""
         return self._once("image", self._image)

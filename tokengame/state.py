@@ -19,8 +19,8 @@ EXTRAS = ("attention", "log size", "similarity", "alive", "leader", "dither")
 class Observation:
     """What A living agents of S scenes (an image at a stage) see. Rows of one scene lie together."""
 
-    token: Tensor
-    """[A, C] the agent's own row"""
+    x: Tensor
+    """[A, C] the agents' own rows; or [M, C] rows, of which those of the agents are `row`"""
     cls: Tensor
     """[S, C] class token of the scene; without one, the mean of its rows"""
     features: Tensor
@@ -38,6 +38,13 @@ class Observation:
     """of the A agents over the S scenes; None for an arbitrary selection of agents"""
     total: int = 0
     """agents of an image at the start"""
+    row: Tensor | None = None
+    """[A] index into x, where not all rows are agents'"""
+
+    @property
+    def token(self) -> Tensor:
+        """[A, C] the agent's own row; gathered when asked for, which few policies do"""
+        return self.x if self.row is None else self.x.index_select(0, self.row)
 
     @property
     def attention(self) -> Tensor:
@@ -48,7 +55,8 @@ class Observation:
         """The same for some of the agents."""
         return replace(
             self,
-            token=self.token[rows],
+            x=self.token[rows],
+            row=None,
             features=self.features[rows],
             scene=self.scene[rows],
             agent=self.agent[rows],
@@ -62,7 +70,7 @@ class Observation:
         for part in parts[:-1]:
             offsets.append(offsets[-1] + len(part.cls))
         return Observation(
-            token=torch.cat([p.token for p in parts]),
+            x=torch.cat([p.token for p in parts]),
             cls=torch.cat([p.cls for p in parts]),
             features=torch.cat([p.features for p in parts]),
             scene=torch.cat([p.scene + offset for p, offset in zip(parts, offsets, strict=True)]),
@@ -94,7 +102,9 @@ class State:
     memory: Memory | None = None
     """in merge games after a decision: what the survivors have yet to look at"""
     similarity: Tensor | None = None
-    """[B, L, L] cosine of the agents' values, in merge games"""
+    """[B, L, L] cosine of the agents' values, in merge games; None where our own kernels compare them"""
+    absorber: Tensor | None = None
+    """[A] in merge games, for each agent before the latest decision the one that stands for it now"""
     kept: tuple[Tensor, ...] = ()
     """[B] agents alive after each decision so far"""
 
@@ -141,6 +151,7 @@ class State:
             size=None if self.size is None else self.size.index_select(0, rows),
             heads=heads,
             similarity=None if self.similarity is None else self.similarity.index_select(0, images),
+            absorber=None,
             kept=tuple(number.index_select(0, images) for number in self.kept),
         )
 

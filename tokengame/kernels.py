@@ -1,0 +1,201 @@
+"""Kernels of our own for packed rows in bfloat16, on x86 processors that compute in it (see csrc/).
+
+What PyTorch does between its matrix products costs more than they do where a processor multiplies matrices in tiles
+(AMX), and it makes a new kernel for every new number of rows, which packed batches have every time. Here a norm, the
+product that follows, its bias, activation and residual are one pass over rows that stay in the cache, attention never
+leaves it, and no length is special. Sums are float32; what PyTorch rounds in between is not rounded, so results are
+nearer to float32's than its own (tests/test_kernels.py).
+
+The library is compiled when the package is installed. Without a compiler, or on another processor, everything runs on
+PyTorch's kernels as in other number formats.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokengame.ops import Layout
+
+SIDE = 32
+"""what widths must be multiples of"""
+LEVELS = {"none": 0, "avx512": 1, "amx": 2}
+"""instructions to use at most, by the environment variable TOKENGAME_KERNELS"""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, ready for use; None where they do not exist or cannot run."""
+    found = importlib.util.find_spec("tokengame._kernels")
+    if found is None or found.origin is None:
+        return None
+    try:  # threads are those of PyTorch: its OpenMP is in the process already
+        kernels = ctypes.CDLL(found.origin)
+    except OSError:
+        return None
+    return kernels if kernels.set_up(LEVELS.get(os.environ.get("TOKENGAME_KERNELS", "amx"), 2)) else None
+
+
+def take(rows: Tensor) -> bool:
+    """Whether these kernels run on such rows: bfloat16 on a CPU that has it, and nobody wants gradients."""
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    wanted = rows.requires_grad or torch.is_grad_enabled()
+    return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's parameters in float32."""
+
+    weight: Tensor
+    """[C]"""
+    bias: Tensor
+    """[C]"""
+    eps: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer's parameters as `pack` arranges them."""
+
+    packed: Tensor
+    """[outputs * inputs] bfloat16"""
+    bias: Tensor
+    """[outputs] float32"""
+    scale: Tensor | None
+    """[outputs] float32, a LayerScale that follows, or None"""
+    inputs: int
+    outputs: int
+
+    def part(self, first: int, last: int) -> Linear:
+        """Outputs `first` to `last` - 1 alone; both multiples of 32."""
+        scale = None if self.scale is None else self.scale[first:last]
+        packed = self.packed[first * self.inputs : last * self.inputs]
+        return Linear(packed, self.bias[first:last], scale, self.inputs, last - first)
+
+
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Linear:
+    """Arrange weight [outputs, inputs] so that a tile of the processor is in a row; both are multiples of 32."""
+    outputs, inputs = weight.shape
+    packed = torch.empty(weight.numel(), dtype=torch.bfloat16)
+    _call("pack_weight", weight.detach().contiguous(), outputs, inputs, packed)
+    bias = torch.zeros(outputs) if bias is None else bias.detach().float()
+    return Linear(packed, bias, None if scale is None else scale.detach().float(), inputs, outputs)
+
+
+def normed_linear(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
+    """linear(norm(x)): [M, inputs] -> [M, outputs]"""
+    out = x.new_empty(len(x), linear.outputs)
+    _call("normed_linear", x.contiguous(), len(x), linear.inputs, norm.weight, norm.bias, norm.eps, linear.packed,
+          linear.bias, linear.outputs, out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def residual_linear(x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
+    """residual + linear(x): [M, inputs], [M, outputs] -> [M, outputs]"""
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    _call("residual_linear", x.contiguous(), len(x), linear.inputs, linear.packed, linear.bias, linear.scale,
+          linear.outputs, residual.contiguous(), out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def residual_mlp(x: Tensor, norm: Norm, first: Linear, second: Linear) -> Tensor:
+    """x + second(gelu(first(norm(x)))): [M, C] -> [M, C]"""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _call("residual_mlp", x.contiguous(), len(x), first.inputs, norm.weight, norm.bias, norm.eps, first.packed,
+          first.bias, first.outputs, second.packed, second.bias, second.scale, out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """As `attention.asked_attention`; D is a multiple of 32."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _call("attention", *_strided(q), *_strided(k), *_strided(v), asking.bounds, layout.bounds, asking.images,
+          q.shape[1], q.shape[2], _floats(bias), float(q.shape[2] ** -0.5 if scale is None else scale), out,
+          torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def observe(
+    keys: Tensor, values: Tensor, query: Tensor, scale: float, layout: Layout, prefix: int, bias: Tensor | None,
+    position: Tensor, dither: Tensor, total: int, compare: bool,
+) -> Tensor:  # fmt: skip
+    """[A, heads + 6] features of the agents, see `Observation.features`, D a multiple of 32.
+
+    Args:
+        keys, values: [M, H, D].
+        query: [B, H, D] of the class token.
+        scale: factor on q.k.
+        layout: of the M rows, the first `prefix` of each image no agents.
+        bias: [M] log sizes, or None.
+        position: [M] place in the grid.
+        dither: [N].
+        total: agents of an image at the start.
+        compare: whether values are compared.
+    """
+    heads, width = keys.shape[1:]
+    features = torch.empty(layout.rows - prefix * layout.images, heads + 6)
+    _call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale), layout.bounds,
+          layout.images, prefix, _floats(bias), position, dither.float(), total, int(compare), features,
+          torch.get_num_threads())  # fmt: skip
+    return features
+
+
+def absorb(
+    values: Tensor, x: Tensor, size: Tensor | None, position: Tensor, keep: Tensor, layout: Layout, left: Layout,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `decisions.absorb`; D and C are multiples of 32.
+
+    Args:
+        values: [M, H, D].
+        x, size, position: [M, C], [M] or None, [M].
+        keep: [A] bool, at least one of each image.
+        layout: of the M rows, the first `prefix` of each image no agents.
+        left: of the M' rows that stay.
+
+    Returns:
+        [M', C], sizes [M'], positions [M'], absorbers [A]
+    """
+    rest, sizes, positions = x.new_empty(left.rows, x.shape[1]), torch.empty(left.rows), position.new_empty(left.rows)
+    absorber = position.new_empty(len(keep))
+    _call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
+          keep.contiguous(), layout.bounds, left.bounds, layout.images, prefix, rest, sizes, positions, absorber,
+          torch.get_num_threads())  # fmt: skip
+    return rest, sizes, positions, absorber
+
+
+def _strided(heads: Tensor) -> tuple[Tensor, int, int]:
+    """[M, H, D] as where it begins and how far apart rows and heads are."""
+    heads = heads if heads.stride(2) == 1 else heads.contiguous()
+    return heads, heads.stride(0), heads.stride(1)
+
+
+def _floats(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.float().contiguous()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A kernel of the library: tensors as pointers, None as a null pointer, numbers as long or float."""
+    kernels = library()
+    assert kernels is not None
+    getattr(kernels, name)(*[_converted(argument) for argument in arguments])
+
+
+def _converted(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(0)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)
