@@ -97,6 +97,25 @@ static void linear_rows(const bf16* x, long rows, const Norm* norm, Linear linea
     }
 }
 
+struct Grid {  // of an image
+    long channels, height, width, patch;
+
+    long columns() const { return width / patch; }
+    long patches() const { return height / patch * columns(); }
+    long inputs() const { return channels * patch * patch; }
+
+    // One patch as a row of a staged block; `patch` is 8, 16 or 32.
+    void stage(const bf16* image, long index, bf16* to) const {
+        const bf16* corner = image + index / columns() * patch * width + index % columns() * patch;
+        long k = 0;
+        for (long c = 0; c < channels; c++)
+            for (long y = 0; y < patch; y++)
+                for (long x = 0; x < patch; x += 8, k += 8)
+                    _mm_storeu_si128((__m128i*)(to + k / SIDE * BLOCK + k % SIDE),
+                                     _mm_loadu_si128((const __m128i*)(corner + (c * height + y) * width + x)));
+    }
+};
+
 }  // namespace tokengame
 
 using namespace tokengame;
@@ -139,6 +158,36 @@ void residual_mlp(const bf16* x, long rows, long width, const float* weight, con
             products(h, blocks, hidden, packed2, width, [&](long block, long column, const float* c) {
                 long at = (start + block * SIDE) * width;
                 second.write(c, column, std::min(SIDE, some - block * SIDE), x + at, out + at);
+            });
+        }
+    }
+}
+
+// out [images, prefix + patches, outputs] = start [prefix + patches, outputs], to patches their convolution added
+void embed(const bf16* images, long number, long channels, long height, long width, long patch, const bf16* packed,
+           const float* bias, long outputs, const bf16* start, long prefix, bf16* out, long threads) {
+    const Grid grid{channels, height, width, patch};
+    const Linear linear{packed, bias, nullptr, grid.inputs(), outputs};
+    const long patches = grid.patches(), rows = number * patches, size = rows_at_once(rows, grid.inputs(), threads);
+    for (long image = 0; image < number; image++)
+        std::memcpy(out + image * (prefix + patches) * outputs, start, prefix * outputs * sizeof(bf16));
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        bf16* a = scratch(staged_memory, size * grid.inputs());
+#pragma omp for schedule(dynamic)
+        for (long first = 0; first < rows; first += size) {
+            const long some = std::min(size, rows - first);
+            for (long r = 0; r < some; r++) {
+                const long image = (first + r) / patches;
+                grid.stage(images + image * channels * height * width, (first + r) % patches,
+                           a + r / SIDE * SIDE * grid.inputs() + r % SIDE * SIDE);
+            }
+            products(a, up(some, SIDE) / SIDE, grid.inputs(), packed, outputs, [&](long block, long column, const float* c) {
+                for (long r = 0; r < std::min(SIDE, some - block * SIDE); r++) {
+                    const long row = first + block * SIDE + r, image = row / patches, own = prefix + row % patches;
+                    linear.write(c + r * SIDE, column, 1, start + own * outputs, out + (image * (prefix + patches) + own) * outputs);
+                }
             });
         }
     }

@@ -16,10 +16,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.attention import Kernel, asked_attention, ruled_attention
+from tokengame import kernels
+from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention
 from tokengame.blocks import feed_forward, folded_attention, folds, heads_of, join, lengthen, project, spare_for
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, segment_mean
+from tokengame.weights import all_weights, patch_weights
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -92,8 +94,15 @@ class Backbone:
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
-        x = self.model._pos_embed(self.model.patch_embed(images))
-        return self.model.norm_pre(self.model.patch_drop(x))
+        model, patches = self.model, self.model.patch_embed
+        own = patch_weights(patches) if kernels.take(images) and images.shape[2:] == patches.img_size else None
+        if own is None:
+            x = model._pos_embed(patches(images))
+        else:  # what a patch adds to is what timm makes of patches that are zero
+            grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
+            start = model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]
+            x = kernels.embed(images, own, self.patch_size[0], start, self.prefix)
+        return model.norm_pre(model.patch_drop(x))
 
     def run(
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
@@ -110,8 +119,15 @@ class Backbone:
             x [M, C], and the last attention's queries, keys and values [M, 3, H, D], which `read_heads` reads; None
             where there was no attention.
         """
+        if first >= last:
+            return x, None
+        if kernels.take(x) and self.attend in (fastest_attention, ruled_attention):
+            own = all_weights(self.blocks[first // 2 : (last + 1) // 2])
+            if own is not None:
+                start = first // 2 * 2
+                return kernels.halves(own, first - start, last - start, x, layout, bias)
         rows, qkv = len(x), None
-        spare = spare_for(self.blocks[first // 2], x, layout) if first < last else 0
+        spare = spare_for(self.blocks[first // 2], x, layout)
         x = lengthen(x, spare)
         for half in range(first, last):
             block = self.blocks[half // 2]

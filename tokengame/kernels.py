@@ -51,6 +51,29 @@ def take(rows: Tensor) -> bool:
     return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None
 
 
+class NormStruct(ctypes.Structure):
+    """As in csrc/blocks.cpp."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
+
+
+class LinearStruct(ctypes.Structure):
+    """As in csrc/blocks.cpp."""
+
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+
+
+class BlockStruct(ctypes.Structure):
+    """As in csrc/blocks.cpp."""
+
+    _fields_ = (
+        *[(name, NormStruct) for name in ("norm1", "norm2")],
+        *[(name, LinearStruct) for name in ("qkv", "proj", "fc1", "fc2")],
+        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden")],
+        ("scale", ctypes.c_double),
+    )
+
+
 @dataclass(frozen=True)
 class Norm:
     """A LayerNorm's parameters in float32."""
@@ -60,6 +83,11 @@ class Norm:
     bias: Tensor
     """[C]"""
     eps: float
+
+    @property
+    def struct(self) -> NormStruct:
+        """Pointers for the kernels."""
+        return NormStruct(self.weight.data_ptr(), self.bias.data_ptr(), self.eps)
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,12 @@ class Linear:
     """[outputs] float32, a LayerScale that follows, or None"""
     inputs: int
     outputs: int
+
+    @property
+    def struct(self) -> LinearStruct:
+        """Pointers for the kernels."""
+        scale = None if self.scale is None else self.scale.data_ptr()
+        return LinearStruct(self.packed.data_ptr(), self.bias.data_ptr(), scale)
 
     def part(self, first: int, last: int) -> Linear:
         """Outputs `first` to `last` - 1 alone; both multiples of 32."""
@@ -115,6 +149,19 @@ def residual_mlp(x: Tensor, norm: Norm, first: Linear, second: Linear) -> Tensor
     return out
 
 
+def halves(
+    blocks: Any, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Half-blocks `first` to `last` - 1 of `blocks`, an array of `BlockStruct`; see `Backbone.run`."""
+    shape, threads = blocks[0], torch.get_num_threads()
+    out, qkv = x.new_empty(x.shape), x.new_empty(len(x), 3, shape.heads, shape.width)
+    heard = x.new_empty(len(x), shape.heads * shape.width)
+    _call("halves", blocks, first, last, x.contiguous(), len(x), layout.bounds, layout.images, _floats(bias), qkv,
+          heard, out, threads)  # fmt: skip
+    attended = any(half % 2 == 0 for half in range(first, last))
+    return out, qkv if attended else None
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None = None,
     scale: float | None = None,
@@ -124,6 +171,25 @@ def attention(
     _call("attention", *_strided(q), *_strided(k), *_strided(v), asking.bounds, layout.bounds, asking.images,
           q.shape[1], q.shape[2], _floats(bias), float(q.shape[2] ** -0.5 if scale is None else scale), out,
           torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def embed(images: Tensor, linear: Linear, patch: int, start: Tensor, prefix: int) -> Tensor:
+    """Patches through a convolution that is `linear`, added to what each token starts with.
+
+    Args:
+        images: [B, channels, height, width].
+        linear: channels * patch^2 inputs.
+        patch: side of a patch: 8, 16 or 32.
+        start: [prefix + N, C] prefix tokens, positions of the patches.
+        prefix: rows of `start` that are no patches.
+
+    Returns:
+        [B, prefix + N, C]
+    """
+    out = images.new_empty(len(images), *start.shape)
+    _call("embed", images.contiguous(), *images.shape, patch, linear.packed, linear.bias, linear.outputs,
+          start.contiguous(), prefix, out, torch.get_num_threads())  # fmt: skip
     return out
 
 
@@ -198,4 +264,6 @@ def _converted(argument: Any) -> Any:
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p(0)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_long(argument) if isinstance(argument, int) else argument

@@ -1,16 +1,18 @@
-"""A timm block's weights as `kernels` wants them: packed once, and again whenever the block has changed."""
+"""A timm model's weights as `kernels` wants them: packed once, and again whenever the model has changed."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from tokengame.kernels import SIDE, Linear, Norm, pack
+from tokengame.kernels import SIDE, BlockStruct, Linear, Norm, pack
 
 
 @dataclass(frozen=True)
@@ -18,62 +20,95 @@ class BlockWeights:
     """What the kernels need of one block."""
 
     norm1: Norm
+    norm2: Norm
     qkv: Linear
     proj: Linear
-    norm2: Norm
     fc1: Linear
     fc2: Linear
+    struct: BlockStruct
+    """pointers to all of them"""
 
 
-class Packed:
-    """The weights of one block, and how to see that they are still the block's."""
+Weights = TypeVar("Weights")
 
-    def __init__(self, block: Any):
-        self.weights = _packed(block) if _plain(block) else None
-        self.modules = [(m._modules, name, part) for m in block.modules() for name, part in m._modules.items()]
-        self.tensors = [(m._parameters, name, p, _state(p)) for m in block.modules() for name, p in m._parameters.items()]
-        self.hooks = [hooks for m in block.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+class Packed(Generic[Weights]):
+    """What `build` makes of a module's weights, and how to see that they are still the module's."""
+
+    def __init__(self, module: Any, build: Callable[[Any], Weights]):
+        self.weights = build(module)
+        self.parts, self.tensors, self.hooks = [], [], []
+        for own in module.modules():
+            self.parts += [(held, name, part) for held in (own._modules, own._parameters) for name, part in held.items()]
+            self.tensors += [(p, *_state(p)) for p in own._parameters.values() if p is not None]
+            self.hooks += [own._forward_hooks, own._forward_pre_hooks]
 
     @property
     def holds(self) -> bool:
         """Whether nothing was replaced or written to since."""
-        return all(held.get(name) is part for held, name, part in self.modules) and all(
-            held.get(name) is p and _state(p) == state for held, name, p, state in self.tensors
-        )
+        for held, name, part in self.parts:  # plain loops: this is asked for every block of every batch
+            if held.get(name) is not part:
+                return False
+        for parameter, where, version in self.tensors:
+            if _state(parameter) != (where, version):
+                return False
+        return True
 
 
 _PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 
 def block_weights(block: Any) -> BlockWeights | None:
-    """Packed weights of a timm `Block` in bfloat16; None where it does what the kernels do not, or is watched by hooks."""
-    packed = _PACKED.get(block)
+    """Weights of a timm `Block` in bfloat16; None where it does what the kernels do not, or is watched by hooks."""
+    return _weights(block, _of_block)
+
+
+def patch_weights(patch_embed: Any) -> Linear | None:
+    """Weights of a timm `PatchEmbed` in bfloat16, likewise."""
+    return _weights(patch_embed, _of_patches)
+
+
+def all_weights(blocks: Sequence[Any]) -> Any | None:
+    """Array of the structs of all `blocks`; None where one of them is not for the kernels."""
+    found = [block_weights(block) for block in blocks]
+    known = [weights.struct for weights in found if weights is not None]
+    return (BlockStruct * len(known))(*known) if len(known) == len(found) else None
+
+
+def _weights(module: Any, build: Callable[[Any], Weights]) -> Weights | None:
+    packed = _PACKED.get(module)
     if packed is None or not packed.holds:
-        packed = _PACKED[block] = Packed(block)
-    return None if block.training or any(packed.hooks) else packed.weights
+        packed = _PACKED[module] = Packed(module, build)
+    return None if module.training or any(packed.hooks) else packed.weights
 
 
-def _state(parameter: Tensor | None) -> tuple[int, int] | None:
-    if parameter is None:
-        return None
+def _state(parameter: Tensor) -> tuple[int, int]:
+    """Where a parameter lies, and how often it was written to."""
     return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
-def _packed(block: Any) -> BlockWeights:
+def _of_patches(patch_embed: Any) -> Linear | None:
+    proj = patch_embed.proj
+    plain = type(proj) is nn.Conv2d and type(patch_embed.norm) is nn.Identity and not patch_embed.dynamic_img_pad
+    if not plain or proj.weight.dtype != torch.bfloat16 or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
+        return None
+    weight = proj.weight.flatten(1)
+    return pack(weight, proj.bias) if _fits(*weight.shape) else None
+
+
+def _of_block(block: Any) -> BlockWeights | None:
+    if not _plain(block):
+        return None
     attn, mlp = block.attn, block.mlp
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
-    return BlockWeights(
-        norm1=_norm(block.norm1),
-        qkv=pack(attn.qkv.weight, attn.qkv.bias),
-        proj=pack(attn.proj.weight, attn.proj.bias, scales[0]),
-        norm2=_norm(block.norm2),
-        fc1=pack(mlp.fc1.weight, mlp.fc1.bias),
-        fc2=pack(mlp.fc2.weight, mlp.fc2.bias, scales[1]),
-    )
-
-
-def _norm(norm: Any) -> Norm:
-    return Norm(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
+    norms = [Norm(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps) for norm in (block.norm1, block.norm2)]
+    linears = [
+        pack(layer.weight, layer.bias, scale)
+        for layer, scale in zip((attn.qkv, attn.proj, mlp.fc1, mlp.fc2), (None, scales[0], None, scales[1]), strict=True)
+    ]
+    pointers = [p.struct for p in (*norms, *linears)]
+    struct = BlockStruct(*pointers, attn.qkv.in_features, attn.num_heads, attn.head_dim, mlp.fc1.out_features, attn.scale)
+    return BlockWeights(*norms, *linears, struct)
 
 
 def _plain(block: Any) -> bool:
