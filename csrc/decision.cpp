@@ -4,7 +4,7 @@
 namespace tokengame {
 
 static thread_local std::vector<bf16> metric_memory, staged_memory, packed_memory;
-static thread_local std::vector<float> number_memory, row_memory;
+static thread_local std::vector<float> number_memory, row_memory, cosine_memory;
 static thread_local std::vector<int> index_memory;
 
 struct Heads {  // of all rows: [M, heads, width]; only the first half of each head's values is compared
@@ -21,62 +21,74 @@ static float total(__m512 x) { return _mm512_reduce_add_ps(x); }
 static bf16* metric(const Heads& h, long first, long n) {
     const long width = h.compared(), half = h.half();
     bf16* rows = scratch(metric_memory, n * width);
-    std::vector<float> one(width + 32, 0.f);
+    float* one = scratch(row_memory, width);
+    std::fill(one, one + width, 0.f);
     for (long i = 0; i < n; i++) {
         __m512 squares = _mm512_setzero_ps();
         for (long head = 0; head < h.heads; head++)
             for (long d = 0; d < half; d += 16) {
                 __m512 x = load(h.values + (first + i) * h.value_row + head * h.value_head + d);
                 squares = _mm512_fmadd_ps(x, x, squares);
-                _mm512_storeu_ps(one.data() + head * half + d, x);
+                _mm512_storeu_ps(one + head * half + d, x);
             }
-        const __m512 scale = _mm512_set1_ps(1 / std::max(std::sqrt(total(squares)), 1e-12f));
+        const __m512 scale = _mm512_rsqrt14_ps(_mm512_set1_ps(std::max(total(squares), 1e-24f)));
         for (long d = 0; d < width; d += SIDE)
-            store(rows + i * width + d, _mm512_mul_ps(_mm512_loadu_ps(one.data() + d), scale),
-                  _mm512_mul_ps(_mm512_loadu_ps(one.data() + d + 16), scale));
+            store(rows + i * width + d, _mm512_mul_ps(_mm512_loadu_ps(one + d), scale),
+                  _mm512_mul_ps(_mm512_loadu_ps(one + d + 16), scale));
     }
     return rows;
 }
 
-// Calls with(row, column, c [32, 32]) for every block of cosines of rows `left` and `right` of the metric.
+// Calls with(i, c) for every row left[i] of the metric, c [columns] its cosines to the rows `right`, in pieces of 16:
+// piece p is at c[p / 2 * BLOCK + p % 2 * 16].
 template <class With>
 static void cosines(const bf16* metric, long width, const int* left, long rows, const int* right, long columns, With with) {
     bf16 *packed = scratch(packed_memory, up(columns, SIDE) * width), *staged = scratch(staged_memory, SIDE * width);
-    alignas(64) float c[BLOCK];
+    float* c = scratch(cosine_memory, up(columns, SIDE) * SIDE);
     pack_rows(metric, width, right, columns, width, packed);
     for (long row = 0; row < rows; row += SIDE) {
+        const long some = std::min(SIDE, rows - row);
         for (long k = 0; k < width; k += SIDE)
-            for (long r = 0; r < SIDE; r++) {
-                const bf16* from = metric + left[std::min(row + r, rows - 1)] * width + k;
-                _mm512_storeu_si512(staged + k * SIDE + r * SIDE, _mm512_loadu_si512(from));
-            }
-        for (long column = 0; column < columns; column += SIDE) {
-            product(staged, packed + column * width, width / SIDE, c);
-            with(row, column, c);
-        }
+            for (long r = 0; r < some; r++)
+                _mm512_storeu_si512(staged + k * SIDE + r * SIDE, _mm512_loadu_si512(metric + left[row + r] * width + k));
+        for (long column = 0; column < columns; column += SIDE) product(staged, packed + column * width, width / SIDE, c + column * SIDE);
+        for (long r = 0; r < some; r++) with(row + r, c + r * SIDE);
     }
 }
 
-// Attention of the class token, see `State.features`: features[:, :heads], and centred in the image in `mean`.
-static void class_attention(const Heads& h, const bf16* query, float scale, long first, long rows, long prefix,
-                            const float* bias, long columns, float* features, float* mean) {
+static __mmask16 first_of(long n) { return n >= 16 ? 0xffff : (1 << n) - 1; }
+
+// Logits of one head of the class token for all rows of an image; returns the log of the sum of their exponentials.
+static float class_logits(const Heads& h, const bf16* query, float scale, long first, long rows, long head, const float* bias, float* logit) {
+    float most = -1e30f, sum = 0;
+    for (long i = 0; i < rows; i++) {
+        __m512 products = _mm512_setzero_ps();
+        const bf16* key = h.keys + (first + i) * h.key_row + head * h.key_head;
+        for (long d = 0; d < h.width; d += 16) products = _mm512_fmadd_ps(load(key + d), load(query + head * h.width + d), products);
+        logit[i] = total(products) * scale + (bias ? bias[first + i] : 0);
+        most = std::max(most, logit[i]);
+    }
+    for (long i = 0; i < rows; i += 16) {
+        const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-1e30f), first_of(rows - i), logit + i);
+        sum += total(exp(_mm512_sub_ps(x, _mm512_set1_ps(most))));
+    }
+    return most + std::log(sum);
+}
+
+// Attention of the class token as agents observe it: features[:, :heads], and centred in the image in `mean`.
+static void observe_attention(const Heads& h, const bf16* query, float scale, long first, long rows, long prefix,
+                              const float* bias, long columns, float* features, float* mean) {
     const long agents = rows - prefix;
-    std::vector<float> logit(rows);
-    for (long a = 0; a < agents; a++) mean[a] = 0;
+    float* logit = scratch(row_memory, rows);
+    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(columns));
+    std::fill(mean, mean + agents, 0.f);
     for (long head = 0; head < h.heads; head++) {
-        float most = -1e30f, sum = 0;
-        for (long i = 0; i < rows; i++) {
-            __m512 products = _mm512_setzero_ps();
-            const bf16* key = h.keys + (first + i) * h.key_row + head * h.key_head;
-            for (long d = 0; d < h.width; d += 16) products = _mm512_fmadd_ps(load(key + d), load(query + head * h.width + d), products);
-            logit[i] = total(products) * scale + (bias ? bias[first + i] : 0);
-            most = std::max(most, logit[i]);
-        }
-        for (long i = 0; i < rows; i++) sum += std::exp(logit[i] - most);
-        const float all = most + std::log(sum) - std::log(float(rows));
-        for (long a = 0; a < agents; a++) {
-            features[a * columns + head] = logit[prefix + a] - all;
-            mean[a] += std::exp(logit[prefix + a] - all);
+        const float all = class_logits(h, query, scale, first, rows, head, bias, logit) - std::log(float(rows));
+        for (long a = 0; a < agents; a += 16) {
+            const __mmask16 there = first_of(agents - a);
+            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, logit + prefix + a), _mm512_set1_ps(all));
+            _mm512_mask_storeu_ps(mean + a, there, _mm512_add_ps(_mm512_maskz_loadu_ps(there, mean + a), exp(x)));
+            _mm512_mask_i32scatter_ps(features + a * columns + head, there, places, x, 4);
         }
     }
     float average = 0;
@@ -88,22 +100,19 @@ static void class_attention(const Heads& h, const bf16* query, float scale, long
 static void likeness(const Heads& h, long first, long n, const float* attention, long columns, float* similarity, float* leader) {
     int* all = scratch(index_memory, n);
     for (long i = 0; i < n; i++) all[i] = i;
-    for (long i = 0; i < n; i++) similarity[i * columns] = leader[i * columns] = -1;
-    cosines(metric(h, first, n), h.compared(), all, n, all, n, [&](long row, long column, const float* c) {
-        for (long i = row; i < std::min(n, row + SIDE); i++) {
-            const __m512 own = _mm512_set1_ps(attention[i]), none = _mm512_set1_ps(-1);
-            __m512 alike = none, lead = none;
-            for (long k = column; k < std::min(n, column + SIDE); k += 16) {
-                __mmask16 there = n - k >= 16 ? 0xffff : (1 << (n - k)) - 1;
-                if (i >= k && i < k + 16) there &= ~(1 << (i - k));  // not oneself
-                const __m512 x = _mm512_loadu_ps(c + (i - row) * SIDE + k - column);
-                const __mmask16 ahead = _mm512_mask_cmp_ps_mask(there, _mm512_maskz_loadu_ps(there, attention + k), own, _CMP_GT_OQ);
-                alike = _mm512_mask_max_ps(alike, there, alike, x);
-                lead = _mm512_mask_max_ps(lead, ahead, lead, x);
-            }
-            similarity[i * columns] = std::max(similarity[i * columns], _mm512_reduce_max_ps(alike));
-            leader[i * columns] = std::max(leader[i * columns], _mm512_reduce_max_ps(lead));
+    cosines(metric(h, first, n), h.compared(), all, n, all, n, [&](long i, const float* c) {
+        const __m512 own = _mm512_set1_ps(attention[i]);
+        __m512 alike = _mm512_set1_ps(-1), lead = alike;
+        for (long k = 0; k < n; k += 16, c += k % SIDE ? 16 : BLOCK - 16) {
+            __mmask16 there = first_of(n - k);
+            if (i / 16 == k / 16) there &= ~(1 << i % 16);  // not oneself
+            const __m512 x = _mm512_loadu_ps(c);
+            const __mmask16 ahead = _mm512_mask_cmp_ps_mask(there, _mm512_maskz_loadu_ps(there, attention + k), own, _CMP_GT_OQ);
+            alike = _mm512_mask_max_ps(alike, there, alike, x);
+            lead = _mm512_mask_max_ps(lead, ahead, lead, x);
         }
+        similarity[i * columns] = _mm512_reduce_max_ps(alike);
+        leader[i * columns] = _mm512_reduce_max_ps(lead);
     });
 }
 
@@ -113,30 +122,34 @@ struct Rows {  // of an image, before somebody leaves
     long width;
 
     float weight(long row) const { return size ? size[row] : 1; }
-    float length(long row) const {
+    // to += weight * x; returns the squared length of x
+    float add(long row, float* to) const {
+        const __m512 w = _mm512_set1_ps(weight(row));
         __m512 squares = _mm512_setzero_ps();
         for (long d = 0; d < width; d += 16) {
-            __m512 y = load(x + row * width + d);
+            const __m512 y = load(x + row * width + d);
             squares = _mm512_fmadd_ps(y, y, squares);
+            _mm512_storeu_ps(to + d, _mm512_fmadd_ps(w, y, _mm512_loadu_ps(to + d)));
         }
-        return std::sqrt(total(squares));
-    }
-    void add(long row, float* to) const {  // to += weight * x
-        const __m512 w = _mm512_set1_ps(weight(row));
-        for (long d = 0; d < width; d += 16)
-            _mm512_storeu_ps(to + d, _mm512_fmadd_ps(w, load(x + row * width + d), _mm512_loadu_ps(to + d)));
+        return total(squares);
     }
 };
 
 // For each of the leaving agents the index among the `keepers` of the most similar one.
 static void absorbers(const Heads& h, long first, long n, const int* leaving, long gone, const int* keepers, long kept, int* target) {
-    std::vector<float> best(gone, -1e30f);
-    cosines(metric(h, first, n), h.compared(), leaving, gone, keepers, kept, [&](long row, long column, const float* c) {
-        for (long i = row; i < std::min(gone, row + SIDE); i++)
-            for (long k = column; k < std::min(kept, column + SIDE); k++) {
-                const float x = c[(i - row) * SIDE + k - column];
-                if (x > best[i]) best[i] = x, target[i] = k;
-            }
+    cosines(metric(h, first, n), h.compared(), leaving, gone, keepers, kept, [&](long i, const float* c) {
+        __m512 best = _mm512_set1_ps(-2);
+        __m512i whose = _mm512_setzero_si512();
+        for (long k = 0; k < kept; k += 16, c += k % SIDE ? 16 : BLOCK - 16) {
+            const __m512 x = _mm512_loadu_ps(c);
+            const __mmask16 better = _mm512_mask_cmp_ps_mask(first_of(kept - k), x, best, _CMP_GT_OQ);
+            best = _mm512_mask_mov_ps(best, better, x);
+            whose = _mm512_mask_set1_epi32(whose, better, k);
+        }
+        const int lane = __builtin_ctz(_mm512_cmp_ps_mask(best, _mm512_set1_ps(_mm512_reduce_max_ps(best)), _CMP_EQ_OQ));
+        alignas(64) int pieces[16];
+        _mm512_store_si512(pieces, whose);
+        target[i] = pieces[lane] + lane;
     });
 }
 
@@ -147,17 +160,16 @@ static void merge(const Rows& rows, long row, const std::vector<int>& absorbed, 
         *size = rows.weight(row);
         return;
     }
-    float *sum = scratch(row_memory, rows.width), longest = rows.length(row), all = rows.weight(row);
+    float *sum = scratch(row_memory, rows.width), all = rows.weight(row);
     std::fill(sum, sum + rows.width, 0.f);
-    rows.add(row, sum);
+    float longest = rows.add(row, sum);
     for (int other : absorbed) {
-        rows.add(other, sum);
-        longest = std::max(longest, rows.length(other));
+        longest = std::max(longest, rows.add(other, sum));
         all += rows.weight(other);
     }
     __m512 squares = _mm512_setzero_ps();
     for (long d = 0; d < rows.width; d += 16) squares = _mm512_fmadd_ps(_mm512_loadu_ps(sum + d), _mm512_loadu_ps(sum + d), squares);
-    const __m512 scale = _mm512_set1_ps(longest / std::max(std::sqrt(total(squares)), 1e-12f));
+    const __m512 scale = _mm512_set1_ps(std::sqrt(longest / std::max(total(squares), 1e-24f)));
     for (long d = 0; d < rows.width; d += SIDE)
         store(x + d, _mm512_mul_ps(_mm512_loadu_ps(sum + d), scale), _mm512_mul_ps(_mm512_loadu_ps(sum + d + 16), scale));
     *size = all;
@@ -168,6 +180,21 @@ static void merge(const Rows& rows, long row, const std::vector<int>& absorbed, 
 using namespace tokengame;
 
 extern "C" {
+
+// out [rows, heads]: log of the attention that the class token, query [images, heads * width], pays to each row of its image
+void class_attention(const bf16* keys, long key_row, long key_head, long heads, long width, const bf16* query, float scale,
+                     const int64_t* bounds, long images, const float* bias, float* out, long threads) {
+    const Heads h{keys, nullptr, key_row, key_head, 0, 0, heads, width};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long image = 0; image < images; image++) {
+        const long first = bounds[image], rows = bounds[image + 1] - first;
+        float* logit = scratch(row_memory, rows);
+        for (long head = 0; head < heads; head++) {
+            const float all = class_logits(h, query + image * heads * width, scale, first, rows, head, bias, logit);
+            for (long i = 0; i < rows; i++) out[(first + i) * heads + head] = logit[i] - all;
+        }
+    }
+}
 
 // features [agents, heads + 6], see `Observation.features`. bounds [images + 1] of rows, of which `prefix` do not play;
 // query [images, heads * width]; bias [rows] or null; position [rows]; compare: whether likeness is asked for.
@@ -183,7 +210,7 @@ void observe(const bf16* keys, long key_row, long key_head, const bf16* values, 
         for (long image = 0; image < images; image++) {
             const long first = bounds[image], rows = bounds[image + 1] - first, agents = rows - prefix;
             float *out = features + (first - image * prefix) * columns, *mean = scratch(number_memory, agents);
-            class_attention(h, query + image * heads * width, scale, first, rows, prefix, bias, columns, out, mean);
+            observe_attention(h, query + image * heads * width, scale, first, rows, prefix, bias, columns, out, mean);
             for (long a = 0; a < agents; a++) {
                 const long row = first + prefix + a;
                 float* rest = out + a * columns + heads;
@@ -206,6 +233,7 @@ void absorb(const bf16* values, long value_row, long value_head, long heads, lon
         Tiles tiles;
         std::vector<int> keepers, leaving, target;
         std::vector<std::vector<int>> absorbed;
+        const std::vector<int> nobody;
 #pragma omp for schedule(dynamic)
         for (long image = 0; image < images; image++) {
             const long first = bounds[image], agents = bounds[image + 1] - first - prefix;
@@ -224,7 +252,7 @@ void absorb(const bf16* values, long value_row, long value_head, long heads, lon
             const Rows rows{x + first * columns, size ? size + first : nullptr, columns};
             for (long i = 0; i < prefix + long(keepers.size()); i++) {
                 const long from = i < prefix ? i : prefix + keepers[i - prefix], to = kept[image] + i;
-                merge(rows, from, i < prefix ? std::vector<int>{} : absorbed[i - prefix], x_out + to * columns, size_out + to);
+                merge(rows, from, i < prefix ? nobody : absorbed[i - prefix], x_out + to * columns, size_out + to);
                 position_out[to] = position[first + from];
             }
         }

@@ -197,6 +197,8 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.99995125f)), whole);
 }
 
+inline __m512 exp(__m512 x) { return exp2(_mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-1e5f))); }
+
 // x Phi(x) to 4e-5: Phi(x) - 1/2 = x P(x^2), fitted on [-4.25, 4.25], beyond which Phi is 0 or 1.
 inline __m512 gelu(__m512 x) {
     const __m512 edge = _mm512_set1_ps(4.25f);

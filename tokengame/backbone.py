@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokengame import kernels
-from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention
+from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention, takes
 from tokengame.blocks import feed_forward, folded_attention, folds, heads_of, join, lengthen, project, spare_for
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, segment_mean
@@ -41,6 +41,9 @@ class Heads:
 
     def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
         """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""
+        if takes(self.keys):
+            own = kernels.class_attention(self.keys, self.query, self.scale, layout, bias)
+            return layout.pad(own, float("-inf")).transpose(1, 2)
         query = (self.query * self.scale).index_select(0, layout.image)  # [M, H, D]
         scores = (self.keys * query).sum(2, dtype=torch.float32)
         if bias is not None:

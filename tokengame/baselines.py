@@ -228,15 +228,15 @@ class EViT(Reducer):
         number = math.ceil(self.keep * attention.shape[1])
         if number == attention.shape[1]:
             return rows
-        order = attention.argsort(1, descending=True)
-        stay, gone = order[:, :number].sort(1).values, order[:, number:]
-        patches = x[:, prefix:]
-        parts = [x[:, :prefix], patches.gather(1, stay[..., None].expand(-1, -1, x.shape[2]))]
+        stay = attention.topk(number, 1, sorted=False).indices  # [B, number]
+        flags = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, stay, True)
+        stays = F.pad(flags, (prefix, 0), value=True).flatten()
+        rest = layout.images * (prefix + number)
+        kept = rows.x.index_select(0, torch.nonzero_static(stays, size=rest).squeeze(1)).view(layout.images, -1, x.shape[2])
         if self.fuse:
-            weight = attention.gather(1, gone).to(x.dtype)[:, None]  # [B, 1, n - number]
-            parts.append(weight @ patches.gather(1, gone[..., None].expand(-1, -1, x.shape[2])))
-        x = torch.cat(parts, 1)
-        return Rows(x.flatten(0, 1), Layout([x.shape[1]] * len(x), x.device))
+            weight = F.pad(attention.masked_fill(flags, 0.0), (prefix, 0)).to(x.dtype)  # [B, prefix + n]
+            kept = torch.cat([kept, weight[:, None] @ x], 1)
+        return Rows(kept.flatten(0, 1), Layout([kept.shape[1]] * len(kept), x.device))
 
     def cost(self, rows: Tensor) -> Tensor:
         """The class token's attention once more, and the fusing."""

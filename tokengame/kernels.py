@@ -193,6 +193,14 @@ def embed(images: Tensor, linear: Linear, patch: int, start: Tensor, prefix: int
     return out
 
 
+def class_attention(keys: Tensor, query: Tensor, scale: float, layout: Layout, bias: Tensor | None) -> Tensor:
+    """Log of the attention that queries [B, H, D] pay to each row [M, H, D] of their image: [M, H]."""
+    out = torch.empty(keys.shape[:2])
+    _call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.bounds,
+          layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
 def observe(
     keys: Tensor, values: Tensor, query: Tensor, scale: float, layout: Layout, prefix: int, bias: Tensor | None,
     position: Tensor, dither: Tensor, total: int, compare: bool,
