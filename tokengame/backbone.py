@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tokengame import kernels
 from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention, takes
-from tokengame.blocks import feed_forward, folded_attention, folds, heads_of, join, lengthen, project, spare_for
+from tokengame.blocks import feed_forward, folded_attention, folds, join, lengthen, project
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, segment_mean
-from tokengame.weights import all_weights, patch_weights
+from tokengame.ops import Layout, Memory, segment_mean, spare_rows
+from tokengame.weights import Weights, weights_of
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -51,17 +51,15 @@ class Heads:
         return layout.pad(scores, float("-inf")).transpose(1, 2).log_softmax(2)
 
 
-class Memory(NamedTuple):
-    """Rows that an attention is about to look at, some of which are gone and can be heard only this once."""
+class Ran(NamedTuple):
+    """What `Backbone.run` returns."""
 
-    keys: Tensor
-    """[M, H, D]"""
-    values: Tensor
-    """[M, H, D]"""
-    layout: Layout
-    """of the M rows"""
-    bias: Tensor | None
-    """[M] added to the attention logits of each key, or None"""
+    x: Tensor
+    """[M, C]"""
+    qkv: Tensor | None
+    """[M, 3, H, D] queries, keys and values of the last attention among the rows, for `read_heads`; None without one"""
+    heads: Heads | None = None
+    """of an attention that comes next, where it was wanted"""
 
 
 class Backbone:
@@ -86,6 +84,15 @@ class Backbone:
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.patches: int = self.model.patch_embed.num_patches
         """patch tokens of an image of the model's own input size"""
+        self._weights: Weights | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles pack their weights anew."""
+        return self.__dict__ | {"_weights": None}
+
+    def tiled(self, x: Tensor) -> Weights | None:
+        """Packed weights where our own kernels (see `kernels`) run the blocks on rows x [M, C]."""
+        return self._weights if kernels.take(x) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,20 +103,25 @@ class Backbone:
         return self.model.patch_embed.proj.weight.device
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
+        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added.
+
+        Every forward pass begins here, and here our own kernels look whether the weights are still those they know.
+        """
         model, patches = self.model, self.model.patch_embed
-        own = patch_weights(patches) if kernels.take(images) and images.shape[2:] == patches.img_size else None
-        if own is None:
+        measured = self.attend in (fastest_attention, ruled_attention)
+        self._weights = own = weights_of(model) if measured and kernels.take(images) else None
+        if own is None or own.patches is None or images.shape[2:] != patches.img_size:
             x = model._pos_embed(patches(images))
         else:  # what a patch adds to is what timm makes of patches that are zero
             grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
             start = model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]
-            x = kernels.embed(images, own, self.patch_size[0], start, self.prefix)
+            x = kernels.embed(images, own.patches, self.patch_size[0], start, self.prefix)
         return model.norm_pre(model.patch_drop(x))
 
     def run(
-        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,
+        memory: Memory | None = None, look: bool = False,
+    ) -> Ran:  # fmt: skip
         """Half-blocks `first` to `last` - 1 on packed rows; 2 i is the attention of block i, 2 i + 1 its MLP.
 
         Args:
@@ -117,48 +129,45 @@ class Backbone:
             x: [M, C].
             layout: of the M rows.
             bias: [M] added to the attention logits of each key, or None.
-
-        Returns:
-            x [M, C], and the last attention's queries, keys and values [M, 3, H, D], which `read_heads` reads; None
-            where there was no attention.
+            memory: what the first half, an attention, looks at in place of the rows themselves.
+            look: whether keys and values are wanted of half `last`, an attention that nobody has asked yet.
         """
-        if first >= last:
-            return x, None
-        if kernels.take(x) and self.attend in (fastest_attention, ruled_attention):
-            own = all_weights(self.blocks[first // 2 : (last + 1) // 2])
-            if own is not None:
-                start = first // 2 * 2
-                return kernels.halves(own, first - start, last - start, x, layout, bias)
+        if own := self.tiled(x):
+            query = look and self.model.has_class_token
+            found = kernels.stretch(own.blocks, first, last, x, layout, bias, memory, look, query)
+            heads = self._looked(last // 2, found.x, layout, found.next, found.query) if found.next is not None else None
+            return Ran(found.x, found.qkv, heads)
         rows, qkv = len(x), None
-        spare = spare_for(self.blocks[first // 2], x, layout)
+        spare = spare_rows(x) if layout.images > 1 else 0
         x = lengthen(x, spare)
         for half in range(first, last):
             block = self.blocks[half // 2]
             if half % 2:
                 x = feed_forward(block, x)
+            elif half == first and memory is not None:
+                query = project(block.attn, block.norm1(x), 0, 1)[:rows, 0]
+                x = join(block, x, lengthen(self.answer(query, memory, layout).flatten(1), spare))
             else:
-                qkv = heads_of(block, x)[:rows]
+                qkv = project(block.attn, block.norm1(x))[:rows]
                 x = join(block, x, lengthen(self.attend(qkv, layout, bias), spare))
-        return x[:rows], qkv
+        heads = self._look(last // 2, x, layout) if look else None
+        return Ran(x[:rows], qkv, heads)
 
-    def look(self, block: int, x: Tensor, layout: Layout) -> Heads:
-        """Keys and values of rows x [M, C] in an attention that nobody has asked yet."""
+    def _look(self, block: int, x: Tensor, layout: Layout) -> Heads:
+        """Keys and values of rows x [M + spare, C] in an attention."""
         module = self.blocks[block]
-        found = heads_of(module, lengthen(x, spare_for(module, x, layout)), 1, 3)[: layout.rows]
-        if self.model.has_class_token:
-            query = heads_of(module, layout.first(x), 0, 1)
-        else:
-            query = project(module.attn, segment_mean(module.norm1(x), layout), 0, 1)
-        return Heads(query[:, 0], *found.unbind(1), module.attn.scale)
+        rows = module.norm1(x)
+        return self._looked(block, x[: layout.rows], layout, project(module.attn, rows, 1, 3)[: layout.rows], None)
 
-    def ask(self, block: int, x: Tensor, layout: Layout, memory: Memory) -> Tensor:
-        """The attention of a block over `memory`, for rows x [Q, C] of `layout` that are left of it."""
+    def _looked(self, block: int, x: Tensor, layout: Layout, keys_values: Tensor, query: Tensor | None) -> Heads:
         module = self.blocks[block]
-        spare = spare_for(module, x, layout)
-        x = lengthen(x, spare)
-        query = heads_of(module, x, 0, 1)[: layout.rows, 0]
-        out = self.answer(query, memory, layout).flatten(1)
-        return join(module, x, lengthen(out, spare))[: layout.rows]
+        if query is None:
+            if self.model.has_class_token:
+                asking = module.norm1(layout.first(x))
+            else:
+                asking = segment_mean(module.norm1(x), layout)
+            query = project(module.attn, asking, 0, 1)[:, 0]
+        return Heads(query, *keys_values.unbind(1), module.attn.scale)
 
     def answer(self, query: Tensor, memory: Memory, asking: Layout) -> Tensor:
         """[Q, H, D] what queries [Q, H, D] of the images of `asking` hear from `memory`."""
@@ -176,11 +185,12 @@ class Backbone:
         """
         block, own = self.blocks[-1], x.index_select(0, layout.first_rows(self.prefix))
         if half % 2 == 0:
-            asking, query = Layout([self.prefix] * layout.images, x.device), heads_of(block, own, 0, 1)[:, 0]
+            rows, asking = block.norm1(x), Layout([self.prefix] * layout.images, x.device)
+            query = project(block.attn, rows.index_select(0, layout.first_rows(self.prefix)), 0, 1)[:, 0]
             if folds(block.attn):
-                out = folded_attention(block.attn, query, block.norm1(x), asking, layout, bias)
+                out = folded_attention(block.attn, query, rows, asking, layout, bias)
             else:
-                keys, values = heads_of(block, x, 1, 3).unbind(1)
+                keys, values = project(block.attn, rows, 1, 3).unbind(1)
                 out = self.answer(query, Memory(keys, values, layout, bias), asking)
             own = join(block, own, out.flatten(1))
         return feed_forward(block, own)

@@ -81,11 +81,11 @@ class Reducer(nn.Module):
         rows = Rows(tokens.flatten(0, 1), Layout([tokens.shape[1]] * len(tokens), tokens.device))
         half, counts = 0, [rows.layout.count]
         for stage, block in enumerate(self.blocks):
-            x, qkv = backbone.run(half, 2 * block + 1, rows.x, rows.layout, _bias(rows))
+            x, qkv, _ = backbone.run(half, 2 * block + 1, rows.x, rows.layout, _bias(rows))
             assert qkv is not None
             rows, half = self.reduce(Rows(x, rows.layout, rows.size, stage), qkv), 2 * block + 1
             counts.append(rows.layout.count)
-        x, _ = backbone.run(half, self.end, rows.x, rows.layout, _bias(rows))
+        x = backbone.run(half, self.end, rows.x, rows.layout, _bias(rows)).x
         return Reduced(Rows(x, rows.layout, rows.size), tuple(counts), backbone.prefix)
 
     def logits(self, end: Reduced) -> Tensor:

@@ -8,20 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokengame import kernels
 from tokengame.attention import asked_attention
-from tokengame.ops import Layout, add_by_pieces, spare_rows
-from tokengame.weights import BlockWeights, block_weights
-
-
-def tiled(block: Any, x: Tensor) -> BlockWeights | None:
-    """The block's weights for our own kernels (see `kernels`), where these can do its work on rows x [M, C]."""
-    return block_weights(block) if kernels.take(x) else None
-
-
-def spare_for(block: Any, x: Tensor, layout: Layout) -> int:
-    """How many rows to add to [M, C] before they go through blocks, see `spare_rows`; our own kernels need none."""
-    return 0 if layout.images == 1 or tiled(block, x) else spare_rows(x)
+from tokengame.ops import Layout, add_by_pieces
 
 
 def lengthen(x: Tensor, spare: int) -> Tensor:
@@ -31,23 +19,11 @@ def lengthen(x: Tensor, spare: int) -> Tensor:
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:
     """A block's MLP with its residual: x [M, C] -> [M, C]."""
-    if own := tiled(block, x):
-        return kernels.residual_mlp(x, own.norm2, own.fc1, own.fc2)
     return add_by_pieces(lambda rows: block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), x)
 
 
-def heads_of(block: Any, x: Tensor, first: int = 0, last: int = 3) -> Tensor:
-    """Queries (0), keys (1) and values (2) from `first` to `last` - 1 of rows: [M, C] -> [M, parts, H, D]."""
-    own, attn = tiled(block, x), block.attn
-    if own is None:
-        return project(attn, block.norm1(x), first, last)
-    width = attn.num_heads * attn.head_dim
-    found = kernels.normed_linear(x, own.norm1, own.qkv.part(first * width, last * width))
-    return found.unflatten(1, (last - first, attn.num_heads, attn.head_dim))
-
-
 def project(attn: Any, rows: Tensor, first: int = 0, last: int = 3) -> Tensor:
-    """`heads_of` rows that are normed."""
+    """Queries (0), keys (1) and values (2) from `first` to `last` - 1 of normed rows: [M, C] -> [M, parts, H, D]."""
     parts, norms = last - first, (attn.q_norm, attn.k_norm)[first:last]
     width = attn.num_heads * attn.head_dim
     some = slice(first * width, last * width)
@@ -86,8 +62,6 @@ def folded_attention(
 
 def join(block: Any, x: Tensor, out: Tensor) -> Tensor:
     """Residual of attention: x [M, C] and what the heads found, out [M, H * D] -> [M, C]."""
-    if own := tiled(block, x):
-        return kernels.residual_linear(out, own.proj, x)
     attn, out = block.attn, block.attn.norm(out)
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(block.norm1(x)).sigmoid()

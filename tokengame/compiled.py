@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tokengame.attention import Kernel, Shape, by_cost
-from tokengame.backbone import Backbone, Heads, Memory
+from tokengame.backbone import Backbone, Heads
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
-from tokengame.ops import Layout
+from tokengame.ops import Layout, Memory
 from tokengame.state import Decide, State
 
 

@@ -19,10 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokengame.backbone import Backbone, Memory
+from tokengame.backbone import Backbone
 from tokengame.config import GameConfig
 from tokengame.decisions import absorb, drop, features_of, similarity_of
-from tokengame.ops import Layout, keep_at_least_one, ordered_dither, segment_mean
+from tokengame.ops import Layout, Memory, keep_at_least_one, ordered_dither, segment_mean
 from tokengame.state import EXTRAS, Decide, Observation, State
 
 
@@ -117,7 +117,7 @@ class TokenGame:
     def spare(self, state: State, images: Tensor) -> State:
         """Some images [b] of a state about to decide, run to the end of the game with all their agents."""
         state = replace(state, heads=None, similarity=None).take(images)
-        x, _ = self.backbone.run(self._decides_before(state.stage), self.end, state.x, state.layout, state.bias)
+        x = self.backbone.run(self._decides_before(state.stage), self.end, state.x, state.layout, state.bias).x
         size = torch.ones_like(x[:, 0], dtype=torch.float32) if self.merge and state.size is None else state.size
         kept = (*state.kept, *[state.agents.count] * (len(self.stages) - state.stage))
         return replace(state, x=x, size=size, kept=kept)
@@ -148,15 +148,13 @@ class TokenGame:
 
     def _advance(self, state: State, half: int) -> State:
         """Run from half-block `half` to the next decision, or to the end."""
-        stop, x = self._decides_before(state.stage), state.x
-        if state.memory is not None:
-            x, half = self.backbone.ask(half // 2, x, state.layout, state.memory), half + 1
-        x, qkv = self.backbone.run(half, stop, x, state.layout, state.bias)
-        state = replace(state, x=x, memory=None)
-        if state.stage == len(self.stages):
-            return state
-        if self.merge:
-            heads = self.backbone.look(stop // 2, x, state.layout)
+        stop, decides = self._decides_before(state.stage), state.stage < len(self.stages)
+        look = self.merge and decides
+        ran = self.backbone.run(half, stop, state.x, state.layout, state.bias, state.memory, look)
+        state = replace(state, x=ran.x, memory=None)
+        if ran.heads is not None:
             with torch.no_grad():
-                return replace(state, heads=heads, similarity=similarity_of(state, heads))
-        return state if qkv is None else replace(state, heads=self.backbone.read_heads(qkv, state.layout))
+                return replace(state, heads=ran.heads, similarity=similarity_of(state, ran.heads))
+        if decides and ran.qkv is not None:
+            return replace(state, heads=self.backbone.read_heads(ran.qkv, state.layout))
+        return state

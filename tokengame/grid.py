@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tokengame.attention import Kernel, fastest_attention
-from tokengame.backbone import Backbone
+from tokengame.backbone import Backbone, Ran
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
-from tokengame.ops import Layout
+from tokengame.ops import Layout, Memory
 from tokengame.state import Decide, State
 
 Fill = Literal["exit", "absorber", "zero"]
@@ -31,16 +31,17 @@ class RecordingBackbone(Backbone):
         """block -> [M, C], since last emptied"""
 
     def run(
-        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,
+        memory: Memory | None = None, look: bool = False,
+    ) -> Ran:  # fmt: skip
         """As `Backbone.run`, in pieces."""
-        qkv = None
+        ran = Ran(x, None)
         for edge in sorted({e for e in self.edges if first < e < last} | {last}):
-            x, found = super().run(first, edge, x, layout, bias)
-            qkv, first = qkv if found is None else found, edge
+            found = super().run(first, edge, ran.x, layout, bias, memory, look and edge == last)
+            ran, first, memory = found._replace(qkv=ran.qkv if found.qkv is None else found.qkv), edge, None
             if edge in self.edges:
-                self.seen[edge // 2 - 1] = x
-        return x, qkv
+                self.seen[edge // 2 - 1] = ran.x
+        return ran
 
 
 class WholeGame(TokenGame):

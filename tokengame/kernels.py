@@ -17,12 +17,12 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokengame.ops import Layout
+from tokengame.ops import Layout, Memory
 
 SIDE = 32
 """what widths must be multiples of"""
@@ -56,6 +56,12 @@ class NormStruct(ctypes.Structure):
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
 
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor, eps: float, keep: list[Tensor]) -> NormStruct:
+        """Of a LayerNorm; what it points at is added to `keep`."""
+        keep += [weight.detach().float(), bias.detach().float()]
+        return NormStruct(keep[-2].data_ptr(), keep[-1].data_ptr(), eps)
+
 
 class LinearStruct(ctypes.Structure):
     """As in csrc/blocks.cpp."""
@@ -72,22 +78,6 @@ class BlockStruct(ctypes.Structure):
         *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden")],
         ("scale", ctypes.c_double),
     )
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A LayerNorm's parameters in float32."""
-
-    weight: Tensor
-    """[C]"""
-    bias: Tensor
-    """[C]"""
-    eps: float
-
-    @property
-    def struct(self) -> NormStruct:
-        """Pointers for the kernels."""
-        return NormStruct(self.weight.data_ptr(), self.bias.data_ptr(), self.eps)
 
 
 @dataclass(frozen=True)
@@ -109,12 +99,6 @@ class Linear:
         scale = None if self.scale is None else self.scale.data_ptr()
         return LinearStruct(self.packed.data_ptr(), self.bias.data_ptr(), scale)
 
-    def part(self, first: int, last: int) -> Linear:
-        """Outputs `first` to `last` - 1 alone; both multiples of 32."""
-        scale = None if self.scale is None else self.scale[first:last]
-        packed = self.packed[first * self.inputs : last * self.inputs]
-        return Linear(packed, self.bias[first:last], scale, self.inputs, last - first)
-
 
 def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Linear:
     """Arrange weight [outputs, inputs] so that a tile of the processor is in a row; both are multiples of 32."""
@@ -125,41 +109,55 @@ def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Li
     return Linear(packed, bias, None if scale is None else scale.detach().float(), inputs, outputs)
 
 
-def normed_linear(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
-    """linear(norm(x)): [M, inputs] -> [M, outputs]"""
-    out = x.new_empty(len(x), linear.outputs)
-    _call("normed_linear", x.contiguous(), len(x), linear.inputs, norm.weight, norm.bias, norm.eps, linear.packed,
-          linear.bias, linear.outputs, out, torch.get_num_threads())  # fmt: skip
-    return out
+class MemoryStruct(ctypes.Structure):
+    """As in csrc/blocks.cpp."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_long) for name in ("key_row", "key_head", "value_row", "value_head")],
+        *[(name, ctypes.c_void_p) for name in ("bounds", "bias")],
+    )
 
 
-def residual_linear(x: Tensor, linear: Linear, residual: Tensor) -> Tensor:
-    """residual + linear(x): [M, inputs], [M, outputs] -> [M, outputs]"""
-    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    _call("residual_linear", x.contiguous(), len(x), linear.inputs, linear.packed, linear.bias, linear.scale,
-          linear.outputs, residual.contiguous(), out, torch.get_num_threads())  # fmt: skip
-    return out
+class Stretch(NamedTuple):
+    """What a stretch of half-blocks makes of rows."""
+
+    x: Tensor
+    """[M, C]"""
+    qkv: Tensor | None
+    """[M, 3, H, D] of the last attention among the rows themselves"""
+    next: Tensor | None
+    """[M, 2, H, D] keys and values of the attention that would come next"""
+    query: Tensor | None
+    """[B, H, D] and the queries of each image's first row"""
 
 
-def residual_mlp(x: Tensor, norm: Norm, first: Linear, second: Linear) -> Tensor:
-    """x + second(gelu(first(norm(x)))): [M, C] -> [M, C]"""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _call("residual_mlp", x.contiguous(), len(x), first.inputs, norm.weight, norm.bias, norm.eps, first.packed,
-          first.bias, first.outputs, second.packed, second.bias, second.scale, out, torch.get_num_threads())  # fmt: skip
-    return out
+def stretch(
+    blocks: Any, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None,
+    memory: Memory | None = None, look: bool = False, query: bool = False,
+) -> Stretch:  # fmt: skip
+    """Half-blocks `first` to `last` - 1 of `blocks`, an array of `BlockStruct`; see `Backbone.run`.
 
-
-def halves(
-    blocks: Any, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Half-blocks `first` to `last` - 1 of `blocks`, an array of `BlockStruct`; see `Backbone.run`."""
-    shape, threads = blocks[0], torch.get_num_threads()
-    out, qkv = x.new_empty(x.shape), x.new_empty(len(x), 3, shape.heads, shape.width)
-    heard = x.new_empty(len(x), shape.heads * shape.width)
-    _call("halves", blocks, first, last, x.contiguous(), len(x), layout.bounds, layout.images, _floats(bias), qkv,
-          heard, out, threads)  # fmt: skip
-    attended = any(half % 2 == 0 for half in range(first, last))
-    return out, qkv if attended else None
+    Args:
+        memory: what the first half, an attention, looks at in place of the rows.
+        look: whether keys and values of the next attention are wanted.
+        query: and queries of each image's first row.
+    """
+    heads, width = blocks[0].heads, blocks[0].width
+    x, rows = x.contiguous(), len(x)
+    out = x.new_empty(x.shape) if first < last else x
+    qkv, heard = x.new_empty(rows, 3, heads, width), x.new_empty(rows, max(heads * width, x.shape[1]))
+    following = x.new_empty(rows, 2, heads, width) if look else None
+    asking = x.new_empty(layout.images, heads, width) if query else None
+    seen = MemoryStruct()
+    if memory is not None:
+        keys, values, its_bias = _strided(memory.keys), _strided(memory.values), _floats(memory.bias)
+        pointers = (keys[0], values[0], memory.layout.bounds, its_bias)
+        where = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
+        seen = MemoryStruct(*where[:2], *keys[1:], *values[1:], *where[2:])
+    _call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(seen),
+          qkv, heard, out, following, asking, torch.get_num_threads())  # fmt: skip
+    return Stretch(out, qkv, following, asking)
 
 
 def attention(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,6 +179,19 @@ def _plan_groups(layout: Layout, size: int, heads: int, multiple: int) -> Groups
         gather=cell_row * (3 * heads) + head,
         scatter=((first_slot[layout.image] * heads + own)[:, None] + every_head).flatten(),
     )
+
+
+class Memory(NamedTuple):
+    """Rows that an attention is about to look at, some of which are gone and can be heard only this once."""
+
+    keys: Tensor
+    """[M, H, D]"""
+    values: Tensor
+    """[M, H, D]"""
+    layout: Layout
+    """of the M rows"""
+    bias: Tensor | None
+    """[M] added to the attention logits of each key, or None"""
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokengame.backbone import Heads, Memory
-from tokengame.ops import Layout
+from tokengame.backbone import Heads
+from tokengame.ops import Layout, Memory
 
 EXTRAS = ("attention", "log size", "similarity", "alive", "leader", "dither")
 """the features that follow the attention of each head"""

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from tokengame.kernels import SIDE, BlockStruct, Linear, Norm, pack
+from tokengame.kernels import SIDE, BlockStruct, Linear, NormStruct, pack
 
 
 @dataclass(frozen=True)
-class BlockWeights:
-    """What the kernels need of one block."""
+class Weights:
+    """What the kernels need of a model."""
 
-    norm1: Norm
-    norm2: Norm
-    qkv: Linear
-    proj: Linear
-    fc1: Linear
-    fc2: Linear
-    struct: BlockStruct
-    """pointers to all of them"""
+    patches: Linear | None
+    """None where timm embeds better"""
+    blocks: Any
+    """array of `BlockStruct`"""
+    tensors: list[Tensor]
+    """what the structs point at"""
 
 
-Weights = TypeVar("Weights")
+class Packed:
+    """Weights of a model, None where one of its blocks does what the kernels do not, and how to see that they hold."""
 
-
-class Packed(Generic[Weights]):
-    """What `build` makes of a module's weights, and how to see that they are still the module's."""
-
-    def __init__(self, module: Any, build: Callable[[Any], Weights]):
-        self.weights = build(module)
+    def __init__(self, model: Any):
+        self.weights = _of_model(model)
         self.parts, self.tensors, self.hooks = [], [], []
-        for own in module.modules():
+        for own in (*model.patch_embed.modules(), *model.blocks.modules()):
             self.parts += [(held, name, part) for held in (own._modules, own._parameters) for name, part in held.items()]
             self.tensors += [(p, *_state(p)) for p in own._parameters.values() if p is not None]
             self.hooks += [own._forward_hooks, own._forward_pre_hooks]
@@ -46,7 +39,7 @@ class Packed(Generic[Weights]):
     @property
     def holds(self) -> bool:
         """Whether nothing was replaced or written to since."""
-        for held, name, part in self.parts:  # plain loops: this is asked for every block of every batch
+        for held, name, part in self.parts:  # plain loops: this is asked for every batch
             if held.get(name) is not part:
                 return False
         for parameter, where, version in self.tensors:
@@ -58,28 +51,20 @@ class Packed(Generic[Weights]):
 _PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 
-def block_weights(block: Any) -> BlockWeights | None:
-    """Weights of a timm `Block` in bfloat16; None where it does what the kernels do not, or is watched by hooks."""
-    return _weights(block, _of_block)
-
-
-def patch_weights(patch_embed: Any) -> Linear | None:
-    """Weights of a timm `PatchEmbed` in bfloat16, likewise."""
-    return _weights(patch_embed, _of_patches)
-
-
-def all_weights(blocks: Sequence[Any]) -> Any | None:
-    """Array of the structs of all `blocks`; None where one of them is not for the kernels."""
-    found = [block_weights(block) for block in blocks]
-    known = [weights.struct for weights in found if weights is not None]
-    return (BlockStruct * len(known))(*known) if len(known) == len(found) else None
-
-
-def _weights(module: Any, build: Callable[[Any], Weights]) -> Weights | None:
-    packed = _PACKED.get(module)
+def weights_of(model: Any) -> Weights | None:
+    """Weights of a timm VisionTransformer in bfloat16; None where the kernels cannot do its work, or hooks watch it."""
+    packed = _PACKED.get(model)
     if packed is None or not packed.holds:
-        packed = _PACKED[module] = Packed(module, build)
-    return None if module.training or any(packed.hooks) else packed.weights
+        packed = _PACKED[model] = Packed(model)
+    return None if model.training or any(packed.hooks) else packed.weights
+
+
+def _of_model(model: Any) -> Weights | None:
+    if not all(_plain(block) for block in model.blocks):
+        return None
+    tensors: list[Tensor] = []
+    structs = [_of_block(block, tensors) for block in model.blocks]
+    return Weights(_of_patches(model.patch_embed), (BlockStruct * len(structs))(*structs), tensors)
 
 
 def _state(parameter: Tensor) -> tuple[int, int]:
@@ -96,19 +81,17 @@ def _of_patches(patch_embed: Any) -> Linear | None:
     return pack(weight, proj.bias) if _fits(*weight.shape) else None
 
 
-def _of_block(block: Any) -> BlockWeights | None:
-    if not _plain(block):
-        return None
+def _of_block(block: Any, tensors: list[Tensor]) -> BlockStruct:
     attn, mlp = block.attn, block.mlp
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
-    norms = [Norm(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps) for norm in (block.norm1, block.norm2)]
-    linears = [
-        pack(layer.weight, layer.bias, scale)
-        for layer, scale in zip((attn.qkv, attn.proj, mlp.fc1, mlp.fc2), (None, scales[0], None, scales[1]), strict=True)
-    ]
-    pointers = [p.struct for p in (*norms, *linears)]
-    struct = BlockStruct(*pointers, attn.qkv.in_features, attn.num_heads, attn.head_dim, mlp.fc1.out_features, attn.scale)
-    return BlockWeights(*norms, *linears, struct)
+    norms = [NormStruct.of(norm.weight, norm.bias, norm.eps, tensors) for norm in (block.norm1, block.norm2)]
+    linears = []
+    for layer, scale in ((attn.qkv, None), (attn.proj, scales[0]), (mlp.fc1, None), (mlp.fc2, scales[1])):
+        linear = pack(layer.weight, layer.bias, scale)
+        tensors += [linear.packed, linear.bias] + ([] if linear.scale is None else [linear.scale])
+        linears.append(linear.struct)
+    sizes = attn.qkv.in_features, attn.num_heads, attn.head_dim, mlp.fc1.out_features
+    return BlockStruct(*norms, *linears, *sizes, attn.scale)
 
 
 def _plain(block: Any) -> bool:
