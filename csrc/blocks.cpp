@@ -1,6 +1,7 @@
 // Several halves of blocks in one call: what lies between two decisions, without the way back to Python.
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 using bf16 = uint16_t;
 
@@ -12,6 +13,10 @@ void residual_mlp(const bf16*, long, long, const float*, const float*, float, co
                   const float*, const float*, bf16*, long);
 void attention(const bf16*, long, long, const bf16*, long, long, const bf16*, long, long, const int64_t*, const int64_t*,
                long, long, long, const float*, float, bf16*, long);
+
+void norm_rows(const bf16*, long, long, const float*, const float*, float, bf16*, long);
+void each_head(const bf16*, long, long, long, const bf16*, long, bf16*);
+void each_head_linear(const bf16*, long, long, long, const bf16*, const float*, long, bf16*);
 
 struct Norm {
     const float *weight, *bias;
@@ -75,5 +80,27 @@ void stretch(const Block* blocks, long first, long last, const bf16* x, long row
             std::memcpy(heard + image * b.dim, x + bounds[image] * b.dim, b.dim * sizeof(bf16));
         linear_of(b, heard, images, 0, 1, query, threads);
     }
+}
+
+// The last block for the first `prefix` rows of each image alone: out [images * prefix, dim]. Keys and values are never
+// computed: queries go through the key matrix, what they hear through the value matrix. qkv: the layer's own weight.
+void close_block(const Block* block, const bf16* qkv, const bf16* x, long rows, const int64_t* bounds, long images, long prefix,
+                 const float* bias, bf16* normed, bf16* out, long threads) {
+    const Block& b = *block;
+    const long few = images * prefix, inner = b.heads * b.width;
+    std::vector<bf16> query(few * inner), asked(few * b.heads * b.dim), heard(asked.size()), spoken(few * inner);
+    std::vector<int64_t> asking(images + 1);
+    for (long image = 0; image <= images; image++) asking[image] = image * prefix * b.heads;
+    for (long image = 0; image < images; image++)
+        std::memcpy(out + image * prefix * b.dim, x + bounds[image] * b.dim, prefix * b.dim * sizeof(bf16));
+    linear_of(b, out, few, 0, 1, query.data(), threads);
+    norm_rows(x, rows, b.dim, b.norm1.weight, b.norm1.bias, b.norm1.eps, normed, threads);
+    each_head(query.data(), few, b.heads, b.width, qkv + inner * b.dim, b.dim, asked.data());
+    attention(asked.data(), b.dim, 0, normed, b.dim, 0, normed, b.dim, 0, asking.data(), bounds, images, 1, b.dim, bias, b.scale,
+              heard.data(), threads);
+    each_head_linear(heard.data(), few, b.heads, b.dim, b.qkv.packed + 2 * inner * b.dim, b.qkv.bias + 2 * inner, b.width, spoken.data());
+    residual_linear(spoken.data(), few, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, out, out, threads);
+    residual_mlp(out, few, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden, b.fc2.packed,
+                 b.fc2.bias, b.fc2.scale, out, threads);
 }
 }

@@ -10,33 +10,35 @@ struct Norm {
     float eps;
 };
 
-// 32 staged rows, normed as LayerNorm does.
-static void stage_normed(const bf16* from, long rows, long width, Norm norm, bf16* to) {
-    for (long r = 0; r < SIDE; r++) {
-        if (r >= rows) {
-            for (long k = 0; k < width; k += SIDE) _mm512_storeu_si512(to + k * SIDE + r * SIDE, _mm512_setzero_si512());
-            continue;
-        }
-        const bf16* x = from + r * width;
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (long k = 0; k < width; k += 16) sum = _mm512_add_ps(sum, load(x + k));
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-        for (long k = 0; k < width; k += 16) {
-            __m512 apart = _mm512_sub_ps(load(x + k), mean);
-            squares = _mm512_fmadd_ps(apart, apart, squares);
-        }
-        const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
-        auto normed = [&](long k) {
-            __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(x + k), mean), scale);
-            return _mm512_fmadd_ps(y, _mm512_loadu_ps(norm.weight + k), _mm512_loadu_ps(norm.bias + k));
-        };
-        for (long k = 0; k < width; k += SIDE) store(to + k * SIDE + r * SIDE, normed(k), normed(k + 16));
+// x [width] normed as LayerNorm does; 32 numbers each `apart` from the last 32.
+static void normed_row(const bf16* x, long width, Norm norm, bf16* to, long apart) {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (long k = 0; k < width; k += 16) sum = _mm512_add_ps(sum, load(x + k));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (long k = 0; k < width; k += 16) {
+        __m512 off = _mm512_sub_ps(load(x + k), mean);
+        squares = _mm512_fmadd_ps(off, off, squares);
     }
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
+    auto normed = [&](long k) {
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(x + k), mean), scale);
+        return _mm512_fmadd_ps(y, _mm512_loadu_ps(norm.weight + k), _mm512_loadu_ps(norm.bias + k));
+    };
+    for (long k = 0; k < width; k += SIDE) store(to + k / SIDE * apart, normed(k), normed(k + 16));
 }
 
-// Rows that a thread takes at a time: they stay in its cache while it goes through the weights.
-static long rows_at_once(long rows, long width, long threads) {
-    long fits = std::max(SIDE, (256 * 1024) / (2 * width) / SIDE * SIDE);
+// 32 staged rows, normed.
+static void stage_normed(const bf16* from, long rows, long width, Norm norm, bf16* to) {
+    for (long r = 0; r < SIDE; r++)
+        if (r < rows) normed_row(from + r * width, width, norm, to + r * SIDE, BLOCK);
+        else for (long k = 0; k < width; k += SIDE) _mm512_storeu_si512(to + k * SIDE + r * SIDE, _mm512_setzero_si512());
+}
+
+// Rows that a thread takes at a time, of `width` numbers at their widest: they stay in its cache while it goes through
+// `weights` numbers, and the more weights there are the more rows shall go through them at once.
+static long rows_at_once(long rows, long width, long weights, long threads) {
+    const long cache = std::clamp(weights, 128 * 1024L, 512 * 1024L);  // numbers of 2 bytes
+    const long fits = std::max(SIDE, cache / width / SIDE * SIDE);
     return std::min(fits, up((rows + threads - 1) / threads, SIDE));
 }
 
@@ -75,7 +77,7 @@ struct Linear {
 
 // out [M, outputs] = [residual +] linear([norm] x [M, inputs])
 static void linear_rows(const bf16* x, long rows, const Norm* norm, Linear linear, const bf16* residual, bf16* out, long threads) {
-    const long size = rows_at_once(rows, linear.inputs, threads);
+    const long size = rows_at_once(rows, linear.inputs, linear.inputs * linear.outputs, threads);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -104,15 +106,17 @@ struct Grid {  // of an image
     long patches() const { return height / patch * columns(); }
     long inputs() const { return channels * patch * patch; }
 
-    // One patch as a row of a staged block; `patch` is 8, 16 or 32.
-    void stage(const bf16* image, long index, bf16* to) const {
+    // Patches `index` to `index` + `some` - 1, all in one row of the grid, as rows of staged blocks from row `first` on.
+    void stage(const bf16* image, long index, long some, long first, bf16* to) const {
         const bf16* corner = image + index / columns() * patch * width + index % columns() * patch;
-        long k = 0;
-        for (long c = 0; c < channels; c++)
-            for (long y = 0; y < patch; y++)
-                for (long x = 0; x < patch; x += 8, k += 8)
-                    _mm_storeu_si128((__m128i*)(to + k / SIDE * BLOCK + k % SIDE),
-                                     _mm_loadu_si128((const __m128i*)(corner + (c * height + y) * width + x)));
+        for (long k = 0; k < inputs(); k += patch) {
+            const bf16* line = corner + (k / patch / patch * height + k / patch % patch) * width;
+            for (long p = 0; p < some; p++) {
+                bf16* at = to + (first + p) / SIDE * SIDE * inputs() + k / SIDE * BLOCK + (first + p) % SIDE * SIDE + k % SIDE;
+                for (long x = 0; x < patch; x += 8)
+                    _mm_storeu_si128((__m128i*)(at + x), _mm_loadu_si128((const __m128i*)(line + p * patch + x)));
+            }
+        }
     }
 };
 
@@ -141,7 +145,7 @@ void residual_mlp(const bf16* x, long rows, long width, const float* weight, con
          const float* bias1, long hidden, const bf16* packed2, const float* bias2, const float* scale, bf16* out, long threads) {
     Norm norm{weight, shift, eps};
     Linear first{packed1, bias1, nullptr, width, hidden}, second{packed2, bias2, scale, hidden, width};
-    const long size = rows_at_once(rows, hidden, threads);
+    const long size = rows_at_once(rows, hidden, 2 * width * hidden, threads);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -168,7 +172,7 @@ void embed(const bf16* images, long number, long channels, long height, long wid
            const float* bias, long outputs, const bf16* start, long prefix, bf16* out, long threads) {
     const Grid grid{channels, height, width, patch};
     const Linear linear{packed, bias, nullptr, grid.inputs(), outputs};
-    const long patches = grid.patches(), rows = number * patches, size = rows_at_once(rows, grid.inputs(), threads);
+    const long patches = grid.patches(), rows = number * patches, size = rows_at_once(rows, grid.inputs(), 0, threads);
     for (long image = 0; image < number; image++)
         std::memcpy(out + image * (prefix + patches) * outputs, start, prefix * outputs * sizeof(bf16));
 #pragma omp parallel num_threads(threads)
@@ -178,16 +182,58 @@ void embed(const bf16* images, long number, long channels, long height, long wid
 #pragma omp for schedule(dynamic)
         for (long first = 0; first < rows; first += size) {
             const long some = std::min(size, rows - first);
-            for (long r = 0; r < some; r++) {
-                const long image = (first + r) / patches;
-                grid.stage(images + image * channels * height * width, (first + r) % patches,
-                           a + r / SIDE * SIDE * grid.inputs() + r % SIDE * SIDE);
+            for (long r = 0, count; r < some; r += count) {
+                const long image = (first + r) / patches, index = (first + r) % patches;
+                count = std::min(some - r, grid.columns() - index % grid.columns());
+                grid.stage(images + image * channels * height * width, index, count, r, a);
             }
             products(a, up(some, SIDE) / SIDE, grid.inputs(), packed, outputs, [&](long block, long column, const float* c) {
                 for (long r = 0; r < std::min(SIDE, some - block * SIDE); r++) {
                     const long row = first + block * SIDE + r, image = row / patches, own = prefix + row % patches;
                     linear.write(c + r * SIDE, column, 1, start + own * outputs, out + (image * (prefix + patches) + own) * outputs);
                 }
+            });
+        }
+    }
+}
+
+// out [rows, width] = norm(x)
+void norm_rows(const bf16* x, long rows, long width, const float* weight, const float* shift, float eps, bf16* out, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < rows; r++) normed_row(x + r * width, width, {weight, shift, eps}, out + r * width, SIDE);
+}
+
+// out [rows, heads, outer] = x [rows, heads, inner] times a matrix [inner, outer] of each head, rows of weights [heads * inner, outer]
+void each_head(const bf16* x, long rows, long heads, long inner, const bf16* weights, long outer, bf16* out) {
+    Tiles tiles;
+    bf16 *packed = scratch(hidden_memory, inner * outer), *a = scratch(staged_memory, SIDE * inner);
+    alignas(64) float c[BLOCK];
+    for (long head = 0; head < heads; head++) {
+        pack_columns(weights + head * inner * outer, outer, inner, outer, packed);
+        for (long first = 0; first < rows; first += SIDE) {
+            const long some = std::min(SIDE, rows - first);
+            stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
+            for (long column = 0; column < outer; column += SIDE) {
+                product(a, packed + column * inner, inner / SIDE, c);
+                for (long r = 0; r < some; r++)
+                    store(out + ((first + r) * heads + head) * outer + column, _mm512_load_ps(c + r * SIDE), _mm512_load_ps(c + r * SIDE + 16));
+            }
+        }
+    }
+}
+
+// out [rows, heads, outer] = x [rows, heads, inner] times each head's outputs of a packed layer [inner, heads * outer], its bias added
+void each_head_linear(const bf16* x, long rows, long heads, long inner, const bf16* packed, const float* bias, long outer, bf16* out) {
+    Tiles tiles;
+    bf16* a = scratch(staged_memory, SIDE * inner);
+    for (long head = 0; head < heads; head++) {
+        const Linear linear{packed + head * outer * inner, bias + head * outer, nullptr, inner, outer};
+        for (long first = 0; first < rows; first += SIDE) {
+            const long some = std::min(SIDE, rows - first);
+            stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
+            products(a, 1, inner, linear.packed, outer, [&](long, long column, const float* c) {
+                for (long r = 0; r < some; r++)
+                    store(out + ((first + r) * heads + head) * outer + column, linear.of(c + r * SIDE, column), linear.of(c + r * SIDE + 16, column + 16));
             });
         }
     }

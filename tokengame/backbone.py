@@ -183,6 +183,10 @@ class Backbone:
 
         Exact where `reads_prefix_only`: nobody looks at what the last block makes of the patches.
         """
+        tiles = self.tiled(x)
+        if tiles and half % 2 == 0:
+            qkv = self.blocks[-1].attn.qkv.weight
+            return kernels.close(tiles.blocks[self.depth - 1], qkv, x, layout, self.prefix, bias)
         block, own = self.blocks[-1], x.index_select(0, layout.first_rows(self.prefix))
         if half % 2 == 0:
             rows, asking = block.norm1(x), Layout([self.prefix] * layout.images, x.device)

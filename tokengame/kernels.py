@@ -160,6 +160,17 @@ def stretch(
     return Stretch(out, qkv, following, asking)
 
 
+def close(block: Any, qkv: Tensor, x: Tensor, layout: Layout, prefix: int, bias: Tensor | None) -> Tensor:
+    """The last block, from its attention on, for the first `prefix` rows of each image: [M, C] -> [B * prefix, C].
+
+    As `blocks.folded_attention`; `block` a `BlockStruct`, qkv [3 * H * D, C] the weight of its first layer.
+    """
+    normed, out = torch.empty_like(x), x.new_empty(layout.images * prefix, x.shape[1])
+    _call("close_block", ctypes.byref(block), qkv.detach().contiguous(), x.contiguous(), len(x), layout.bounds,
+          layout.images, prefix, _floats(bias), normed, out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bias: Tensor | None = None,
     scale: float | None = None,

@@ -94,27 +94,28 @@ class ContextActor(nn.Module):
         start: weights of features before anything is learned.
     """
 
-    centre: Tensor
-    factor: Tensor
+    fold: Tensor
+    """[F, F] from a line in scaled features and a bias to one in the features as they are"""
 
     def __init__(self, heads: int, stages: int, start: dict[str, float]):
         super().__init__()
         self.heads = heads
         scales = [Scale()] * heads + [SCALES[name] for name in EXTRAS] + [Scale()]  # the last of a bias
-        self.register_buffer("centre", torch.tensor([scale.centre for scale in scales]), persistent=False)
-        self.register_buffer("factor", torch.tensor([scale.factor for scale in scales]), persistent=False)
+        fold = torch.diag(torch.tensor([scale.factor for scale in scales]))
+        fold[-1, :-1] = -torch.tensor([scale.centre * scale.factor for scale in scales[:-1]])
+        fold[heads, :heads] = -1.0  # attention of a head is taken relative to the mean
+        self.register_buffer("fold", fold, persistent=False)
         line = torch.tensor([0.0] * heads + [start.get(name, 0.0) for name in EXTRAS] + [0.0])
         self.line = nn.Parameter(line.repeat(stages, 1))  # [T, heads + features + bias]
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        one = obs.layout is not None  # all scenes are at the same stage
-        line = self.line.index_select(0, obs.stage[:1] if one else obs.stage) * self.factor  # [1 or S, F]
-        heads, bias = line[:, : self.heads], (line[:, -1] - (line * self.centre).sum(1))
-        weight = torch.cat([heads, line[:, self.heads : self.heads + 1] - heads.sum(1, keepdim=True), line[:, self.heads + 1 : -1]], 1)
-        if not one:
-            weight, bias = weight.index_select(0, obs.scene), bias.index_select(0, obs.scene)
-        return (obs.features.to(weight.dtype) * weight).sum(1) + bias
+        features = obs.features.to(self.line.dtype)
+        if obs.layout is not None:  # all scenes are at the same stage
+            line = torch.mv(self.fold, self.line.index_select(0, obs.stage[:1])[0])
+            return torch.addmv(line[-1:].expand(len(features)), features, line[:-1])
+        line = (self.line @ self.fold.T).index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F]
+        return (features * line[:, :-1]).sum(1) + line[:, -1]
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""
