@@ -1,4 +1,5 @@
 // Several halves of blocks in one call: what lies between two decisions, without the way back to Python.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -17,6 +18,8 @@ void attention(const bf16*, long, long, const bf16*, long, long, const bf16*, lo
 void norm_rows(const bf16*, long, long, const float*, const float*, float, bf16*, long);
 void each_head(const bf16*, long, long, long, const bf16*, long, bf16*);
 void each_head_linear(const bf16*, long, long, long, const bf16*, const float*, long, bf16*);
+
+constexpr long CACHE = 512 * 1024;  // numbers that a thread's cache holds beside what streams through it
 
 struct Norm {
     const float *weight, *bias;
@@ -48,37 +51,64 @@ static void linear_of(const Block& b, const bf16* x, long rows, long first, long
                   b.qkv.bias + first * inner, (last - first) * inner, out, threads);
 }
 
+// The halves of a stretch for some images, see `stretch`.
+static void run(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
+                const float* bias, const Memory& memory, bf16* qkv, bf16* heard, bf16* out, bf16* next, bf16* query, long threads) {
+    const long start = bounds[0];  // attention is given whole arrays, what concerns single rows only its own
+    for (long half = first; half < last; half++, x = out) {
+        const Block& b = blocks[half / 2];
+        const long inner = b.heads * b.width, own = start * b.dim;
+        if (half % 2) {
+            residual_mlp(x + own, rows, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden,
+                         b.fc2.packed, b.fc2.bias, b.fc2.scale, out + own, threads);
+            continue;
+        }
+        if (half == first && memory.keys) {
+            linear_of(b, x + own, rows, 0, 1, qkv + start * inner, threads);
+            attention(qkv, inner, b.width, memory.keys, memory.key_row, memory.key_head, memory.values, memory.value_row,
+                      memory.value_head, bounds, memory.bounds, images, b.heads, b.width, memory.bias, b.scale, heard, threads);
+        } else {
+            linear_of(b, x + own, rows, 0, 3, qkv + start * 3 * inner, threads);
+            attention(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width, bounds,
+                      bounds, images, b.heads, b.width, bias, b.scale, heard, threads);
+        }
+        residual_linear(heard + start * inner, rows, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, x + own, out + own, threads);
+    }
+    const Block& b = blocks[last / 2];
+    const long inner = b.heads * b.width;
+    if (next) linear_of(b, x + start * b.dim, rows, 1, 3, next + start * 2 * inner, threads);
+    if (query) {
+        std::vector<bf16> firsts(images * b.dim);
+        for (long image = 0; image < images; image++)
+            std::memcpy(firsts.data() + image * b.dim, x + bounds[image] * b.dim, b.dim * sizeof(bf16));
+        linear_of(b, firsts.data(), images, 0, 1, query, threads);
+    }
+}
+
 // Halves first..last - 1 of `blocks` (2 i is the attention of block i, 2 i + 1 its MLP) on x [rows, dim], to `out`; the
 // first attention looks at `memory` where there is one. qkv [rows, 3, heads, width] holds the last other attention's
 // afterwards; heard [rows, heads * width] is for us to write in. Where they are wanted, keys and values
 // [rows, 2, heads, width] of an attention that comes next, and queries [images, heads, width] of each image's first row.
+//
+// A thread takes a few images through the whole stretch where their rows fit its cache together with a block's weights.
 void stretch(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
              const float* bias, const Memory* memory, bf16* qkv, bf16* heard, bf16* out, bf16* next, bf16* query, long threads) {
-    for (long half = first; half < last; half++, x = out) {
-        const Block& b = blocks[half / 2];
-        const long inner = b.heads * b.width;
-        if (half % 2) {
-            residual_mlp(x, rows, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden,
-                         b.fc2.packed, b.fc2.bias, b.fc2.scale, out, threads);
-            continue;
-        }
-        if (half == first && memory->keys) {
-            linear_of(b, x, rows, 0, 1, qkv, threads);
-            attention(qkv, inner, b.width, memory->keys, memory->key_row, memory->key_head, memory->values, memory->value_row,
-                      memory->value_head, bounds, memory->bounds, images, b.heads, b.width, memory->bias, b.scale, heard, threads);
-        } else {
-            linear_of(b, x, rows, 0, 3, qkv, threads);
-            attention(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width, bounds,
-                      bounds, images, b.heads, b.width, bias, b.scale, heard, threads);
-        }
-        residual_linear(heard, rows, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, x, out, threads);
+    const Block& b = blocks[first / 2];
+    const long inner = b.heads * b.width, weights = b.dim * (4 * inner + 2 * b.hidden);
+    const long row = 2 * b.dim + 4 * inner, fits = CACHE * images / (rows * row);  // images
+    const long rounds = std::max(1L, (images + threads * fits / 2) / (threads * std::max(1L, fits)));
+    const long some = (images + rounds * threads - 1) / (rounds * threads);
+    if (images < 2 * threads || fits < 1 || weights > CACHE) {
+        run(blocks, first, last, x, rows, bounds, images, bias, *memory, qkv, heard, out, next, query, threads);
+        return;
     }
-    const Block& b = blocks[last / 2];
-    if (next) linear_of(b, x, rows, 1, 3, next, threads);
-    if (query) {
-        for (long image = 0; image < images; image++)
-            std::memcpy(heard + image * b.dim, x + bounds[image] * b.dim, b.dim * sizeof(bf16));
-        linear_of(b, heard, images, 0, 1, query, threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long image = 0; image < images; image += some) {
+        const long end = std::min(images, image + some);
+        Memory own = *memory;
+        if (own.keys) own.bounds += image;
+        run(blocks, first, last, x, bounds[end] - bounds[image], bounds + image, end - image, bias, own, qkv, heard, out, next,
+            query ? query + image * inner : nullptr, 1);
     }
 }
 

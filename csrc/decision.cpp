@@ -4,7 +4,7 @@
 namespace tokengame {
 
 static thread_local std::vector<bf16> metric_memory, staged_memory, packed_memory;
-static thread_local std::vector<float> number_memory, row_memory, cosine_memory;
+static thread_local std::vector<float> number_memory, row_memory, logit_memory, cosine_memory;
 static thread_local std::vector<int> index_memory;
 
 struct Heads {  // of all rows: [M, heads, width]; only the first half of each head's values is compared
@@ -17,25 +17,31 @@ struct Heads {  // of all rows: [M, heads, width]; only the first half of each h
 
 static float total(__m512 x) { return _mm512_reduce_add_ps(x); }
 
-// Rows of length 1 that say what the tokens first..first + n - 1 tell the others: [n, compared].
+static __mmask16 first_of(long n) { return n >= 16 ? 0xffff : (1 << n) - 1; }
+
+// What a token tells the others, as a row of length 1: [compared]; `one` [compared] is zero beyond the values.
+static void metric_row(const Heads& h, long row, float* one, bf16* to) {
+    const long half = h.half();
+    __m512 squares = _mm512_setzero_ps();
+    for (long head = 0; head < h.heads; head++)
+        for (long d = 0; d < half; d += 16) {
+            const bf16* value = h.values + row * h.value_row + head * h.value_head + d;
+            _mm_prefetch((const char*)(value + 8 * h.value_row), _MM_HINT_T0);
+            __m512 x = load(value);
+            squares = _mm512_fmadd_ps(x, x, squares);
+            _mm512_storeu_ps(one + head * half + d, x);
+        }
+    const __m512 scale = _mm512_rsqrt14_ps(_mm512_set1_ps(std::max(total(squares), 1e-24f)));
+    for (long d = 0; d < h.compared(); d += SIDE)
+        store(to + d, _mm512_mul_ps(_mm512_loadu_ps(one + d), scale), _mm512_mul_ps(_mm512_loadu_ps(one + d + 16), scale));
+}
+
+// Of the tokens first..first + n - 1: [n, compared].
 static bf16* metric(const Heads& h, long first, long n) {
-    const long width = h.compared(), half = h.half();
-    bf16* rows = scratch(metric_memory, n * width);
-    float* one = scratch(row_memory, width);
-    std::fill(one, one + width, 0.f);
-    for (long i = 0; i < n; i++) {
-        __m512 squares = _mm512_setzero_ps();
-        for (long head = 0; head < h.heads; head++)
-            for (long d = 0; d < half; d += 16) {
-                __m512 x = load(h.values + (first + i) * h.value_row + head * h.value_head + d);
-                squares = _mm512_fmadd_ps(x, x, squares);
-                _mm512_storeu_ps(one + head * half + d, x);
-            }
-        const __m512 scale = _mm512_rsqrt14_ps(_mm512_set1_ps(std::max(total(squares), 1e-24f)));
-        for (long d = 0; d < width; d += SIDE)
-            store(rows + i * width + d, _mm512_mul_ps(_mm512_loadu_ps(one + d), scale),
-                  _mm512_mul_ps(_mm512_loadu_ps(one + d + 16), scale));
-    }
+    bf16* rows = scratch(metric_memory, n * h.compared());
+    float* one = scratch(row_memory, h.compared());
+    std::fill(one, one + h.compared(), 0.f);
+    for (long i = 0; i < n; i++) metric_row(h, first + i, one, rows + i * h.compared());
     return rows;
 }
 
@@ -56,37 +62,42 @@ static void cosines(const bf16* metric, long width, const int* left, long rows, 
     }
 }
 
-static __mmask16 first_of(long n) { return n >= 16 ? 0xffff : (1 << n) - 1; }
+// Logits [heads, rows] of the class token for all rows of an image.
+static float* class_logits(const Heads& h, const bf16* query, float scale, long first, long rows, const float* bias) {
+    float* logits = scratch(logit_memory, h.heads * rows);
+    for (long head = 0; head < h.heads; head++)  // in even steps through memory, which processors foresee
+        for (long i = 0; i < rows; i++) {
+            __m512 products = _mm512_setzero_ps();
+            const bf16* key = h.keys + (first + i) * h.key_row + head * h.key_head;
+            for (long d = 0; d < h.width; d += 16) products = _mm512_fmadd_ps(load(key + d), load(query + head * h.width + d), products);
+            logits[head * rows + i] = total(products) * scale + (bias ? bias[first + i] : 0);
+        }
+    return logits;
+}
 
-// Logits of one head of the class token for all rows of an image; returns the log of the sum of their exponentials.
-static float class_logits(const Heads& h, const bf16* query, float scale, long first, long rows, long head, const float* bias, float* logit) {
-    float most = -1e30f, sum = 0;
-    for (long i = 0; i < rows; i++) {
-        __m512 products = _mm512_setzero_ps();
-        const bf16* key = h.keys + (first + i) * h.key_row + head * h.key_head;
-        for (long d = 0; d < h.width; d += 16) products = _mm512_fmadd_ps(load(key + d), load(query + head * h.width + d), products);
-        logit[i] = total(products) * scale + (bias ? bias[first + i] : 0);
-        most = std::max(most, logit[i]);
-    }
+static float log_of_sum(const float* logit, long rows) {  // of exponentials
+    const float most = *std::max_element(logit, logit + rows);
+    __m512 sum = _mm512_setzero_ps();
     for (long i = 0; i < rows; i += 16) {
         const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-1e30f), first_of(rows - i), logit + i);
-        sum += total(exp(_mm512_sub_ps(x, _mm512_set1_ps(most))));
+        sum = _mm512_add_ps(sum, exp(_mm512_sub_ps(x, _mm512_set1_ps(most))));
     }
-    return most + std::log(sum);
+    return most + std::log(total(sum));
 }
 
 // Attention of the class token as agents observe it: features[:, :heads], and centred in the image in `mean`.
 static void observe_attention(const Heads& h, const bf16* query, float scale, long first, long rows, long prefix,
                               const float* bias, long columns, float* features, float* mean) {
     const long agents = rows - prefix;
-    float* logit = scratch(row_memory, rows);
+    const float* logits = class_logits(h, query, scale, first, rows, bias);
     const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(columns));
     std::fill(mean, mean + agents, 0.f);
     for (long head = 0; head < h.heads; head++) {
-        const float all = class_logits(h, query, scale, first, rows, head, bias, logit) - std::log(float(rows));
+        const float* logit = logits + head * rows;
+        const __m512 all = _mm512_set1_ps(log_of_sum(logit, rows) - std::log(float(rows)));
         for (long a = 0; a < agents; a += 16) {
             const __mmask16 there = first_of(agents - a);
-            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, logit + prefix + a), _mm512_set1_ps(all));
+            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, logit + prefix + a), all);
             _mm512_mask_storeu_ps(mean + a, there, _mm512_add_ps(_mm512_maskz_loadu_ps(there, mean + a), exp(x)));
             _mm512_mask_i32scatter_ps(features + a * columns + head, there, places, x, 4);
         }
@@ -188,10 +199,10 @@ void class_attention(const bf16* keys, long key_row, long key_head, long heads, 
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long image = 0; image < images; image++) {
         const long first = bounds[image], rows = bounds[image + 1] - first;
-        float* logit = scratch(row_memory, rows);
+        const float* logits = class_logits(h, query + image * heads * width, scale, first, rows, bias);
         for (long head = 0; head < heads; head++) {
-            const float all = class_logits(h, query + image * heads * width, scale, first, rows, head, bias, logit);
-            for (long i = 0; i < rows; i++) out[(first + i) * heads + head] = logit[i] - all;
+            const float all = log_of_sum(logits + head * rows, rows);
+            for (long i = 0; i < rows; i++) out[(first + i) * heads + head] = logits[head * rows + i] - all;
         }
     }
 }

@@ -39,7 +39,8 @@ static void stage_normed(const bf16* from, long rows, long width, Norm norm, bf1
 static long rows_at_once(long rows, long width, long weights, long threads) {
     const long cache = std::clamp(weights, 128 * 1024L, 512 * 1024L);  // numbers of 2 bytes
     const long fits = std::max(SIDE, cache / width / SIDE * SIDE);
-    return std::min(fits, up((rows + threads - 1) / threads, SIDE));
+    const long rounds = std::max(1L, std::lround(double(rows) / (fits * threads)));  // so that no thread waits long
+    return up((rows + rounds * threads - 1) / (rounds * threads), SIDE);
 }
 
 // Calls with(block, column, c [32, 32]) for every product of staged blocks and packed weights [inputs, outputs].
