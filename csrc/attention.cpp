@@ -11,32 +11,27 @@ struct Operand {  // [rows, heads, width]
     long row, head;  // strides
 };
 
-// Scores of 32 queries [32, padded] to shares [staged] that want dividing by `sums`.
-static void softmax(float* scores, long rows, long padded, float factor, const float* bias, bf16* shares, float* sums) {
-    const __m512 scale = _mm512_set1_ps(factor);
-    for (long r = 0; r < SIDE; r++) {
-        if (r >= rows) {
-            for (long k = 0; k < padded; k += SIDE) _mm512_storeu_si512(shares + k * SIDE + r * SIDE, _mm512_setzero_si512());
-            continue;
+// Scores of up to 32 queries over n keys, blocks of [32, 32], to shares [staged] that want dividing by `sums`.
+static void softmax(float* scores, long rows, long n, float factor, const float* bias, bf16* shares, float* sums) {
+    const __m512 scale = _mm512_set1_ps(factor), nothing = _mm512_setzero_ps();
+    for (long r = 0; r < rows; r++) {
+        float* row = scores + r * SIDE;
+        auto piece = [&](long k) { return row + k / SIDE * BLOCK + k % SIDE; };  // of 16 keys
+        __m512 most = _mm512_set1_ps(-1e30f), sum = nothing;
+        for (long k = 0; k < n; k += 16) {
+            const __m512 logit = _mm512_fmadd_ps(_mm512_loadu_ps(piece(k)), scale, _mm512_loadu_ps(bias + k));
+            _mm512_storeu_ps(piece(k), logit);
+            most = _mm512_max_ps(most, logit);
         }
-        float* row = scores + r * SIDE;  // blocks of [32, 32]
-        __m512 most[2] = {_mm512_set1_ps(-1e30f), _mm512_set1_ps(-1e30f)};
-        for (long k = 0; k < padded; k += SIDE)
-            for (int half = 0; half < 2; half++) {
-                float* at = row + k * SIDE + half * 16;
-                __m512 logit = _mm512_fmadd_ps(_mm512_loadu_ps(at), scale, _mm512_loadu_ps(bias + k + half * 16));
-                _mm512_storeu_ps(at, logit);
-                most[half] = _mm512_max_ps(most[half], logit);
-            }
-        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1])));
-        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (long k = 0; k < padded; k += SIDE) {
-            const float* at = row + k * SIDE;
-            __m512 low = exp2(_mm512_sub_ps(_mm512_loadu_ps(at), top)), high = exp2(_mm512_sub_ps(_mm512_loadu_ps(at + 16), top));
-            sum[0] = _mm512_add_ps(sum[0], low), sum[1] = _mm512_add_ps(sum[1], high);
+        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        for (long k = 0; k < n; k += SIDE) {
+            const bool both = k + 16 < n;
+            const __m512 low = exp2(_mm512_sub_ps(_mm512_loadu_ps(piece(k)), top));
+            const __m512 high = both ? exp2(_mm512_sub_ps(_mm512_loadu_ps(piece(k + 16)), top)) : nothing;
+            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
             store(shares + k * SIDE + r * SIDE, low, high);
         }
-        sums[r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+        sums[r] = _mm512_reduce_add_ps(sum);
     }
 }
 
@@ -51,12 +46,12 @@ static void head(Operand q, Operand k, Operand v, long asking, long n, long widt
     for (long first = 0; first < asking; first += SIDE) {
         const long rows = std::min(SIDE, asking - first);
         stage(q.at + first * q.row, q.row, rows, width, query);
-        for (long key = 0; key < padded; key += SIDE) product(query, keys + key * width, steps, scores + key * SIDE);
+        for (long key = 0; key < padded; key += SIDE) product(query, keys + key * width, steps, rows, scores + key * SIDE);
         float sums[SIDE];
-        softmax(scores, rows, padded, factor, bias, shares, sums);
+        softmax(scores, rows, n, factor, bias, shares, sums);
         alignas(64) float c[BLOCK];
         for (long column = 0; column < width; column += SIDE) {
-            product(shares, values + column * padded, padded / SIDE, c);
+            product(shares, values + column * padded, padded / SIDE, rows, c);
             for (long r = 0; r < rows; r++) {
                 const __m512 share = _mm512_set1_ps(1 / sums[r]);
                 store(out + (first + r) * out_row + column, _mm512_mul_ps(_mm512_loadu_ps(c + r * SIDE), share),

@@ -57,7 +57,7 @@ static void cosines(const bf16* metric, long width, const int* left, long rows, 
         for (long k = 0; k < width; k += SIDE)
             for (long r = 0; r < some; r++)
                 _mm512_storeu_si512(staged + k * SIDE + r * SIDE, _mm512_loadu_si512(metric + left[row + r] * width + k));
-        for (long column = 0; column < columns; column += SIDE) product(staged, packed + column * width, width / SIDE, c + column * SIDE);
+        for (long column = 0; column < columns; column += SIDE) product(staged, packed + column * width, width / SIDE, some, c + column * SIDE);
         for (long r = 0; r < some; r++) with(row + r, c + r * SIDE);
     }
 }

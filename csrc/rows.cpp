@@ -27,11 +27,10 @@ static void normed_row(const bf16* x, long width, Norm norm, bf16* to, long apar
     for (long k = 0; k < width; k += SIDE) store(to + k / SIDE * apart, normed(k), normed(k + 16));
 }
 
-// 32 staged rows, normed.
+// Staged rows [rows, width], normed.
 static void stage_normed(const bf16* from, long rows, long width, Norm norm, bf16* to) {
-    for (long r = 0; r < SIDE; r++)
-        if (r < rows) normed_row(from + r * width, width, norm, to + r * SIDE, BLOCK);
-        else for (long k = 0; k < width; k += SIDE) _mm512_storeu_si512(to + k * SIDE + r * SIDE, _mm512_setzero_si512());
+    for (long r = 0; r < rows; r++)
+        normed_row(from + r * width, width, norm, to + r / SIDE * SIDE * width + r % SIDE * SIDE, BLOCK);
 }
 
 // Rows that a thread takes at a time, of `width` numbers at their widest: they stay in its cache while it goes through
@@ -43,15 +42,26 @@ static long rows_at_once(long rows, long width, long weights, long threads) {
     return up((rows + rounds * threads - 1) / (rounds * threads), SIDE);
 }
 
-// Calls with(block, column, c [32, 32]) for every product of staged blocks and packed weights [inputs, outputs].
+// Calls with(row, column, c [32]) for 32 columns of each row of the product of staged rows and packed weights
+// [inputs, outputs]: while the tiles work on one block, of the block before.
 template <class With>
-static void products(const bf16* a, long blocks, long inputs, const bf16* packed, long outputs, With with) {
-    alignas(64) float c[BLOCK];
-    for (long column = 0; column < outputs; column += SIDE)
-        for (long block = 0; block < blocks; block++) {
-            product(a + block * SIDE * inputs, packed + column * inputs, inputs / SIDE, c);
-            with(block, column, c);
+static void products(const bf16* a, long rows, long inputs, const bf16* packed, long outputs, With with) {
+    alignas(64) float memory[2][BLOCK];
+    const long steps = inputs / SIDE;
+    long row = 0, column = 0, count = 0;  // the block before
+    float *now = memory[0], *before = memory[1];
+    auto finish = [&](long from, long to) {
+        for (long r = from; r < to; r++) with(row + r, column, before + r * SIDE);
+    };
+    for (long next = 0; next < outputs; next += SIDE)
+        for (long first = 0; first < rows; first += SIDE) {
+            const long some = std::min(SIDE, rows - first);
+            product(a + first * inputs, packed + next * inputs, steps, some, now,
+                    [&](long s) { finish(count * s / steps, count * (s + 1) / steps); });
+            std::swap(now, before);
+            row = first, column = next, count = some;
         }
+    finish(0, count);
 }
 
 static thread_local std::vector<bf16> staged_memory, hidden_memory;
@@ -65,14 +75,11 @@ struct Linear {
         __m512 y = _mm512_add_ps(_mm512_loadu_ps(c), _mm512_loadu_ps(bias + column));
         return scale ? _mm512_mul_ps(y, _mm512_loadu_ps(scale + column)) : y;
     }
-    // out = [residual +] (c + bias) * scale, for the rows that are there
-    void write(const float* c, long column, long rows, const bf16* residual, bf16* out) const {
-        for (long r = 0; r < rows; r++) {
-            __m512 low = of(c + r * SIDE, column), high = of(c + r * SIDE + 16, column + 16);
-            long at = r * outputs + column;
-            if (residual) low = _mm512_add_ps(low, load(residual + at)), high = _mm512_add_ps(high, load(residual + at + 16));
-            store(out + at, low, high);
-        }
+    // 32 columns of a row: out = [residual +] (c + bias) * scale
+    void write(const float* c, long column, const bf16* residual, bf16* out) const {
+        __m512 low = of(c, column), high = of(c + 16, column + 16);
+        if (residual) low = _mm512_add_ps(low, load(residual + column)), high = _mm512_add_ps(high, load(residual + column + 16));
+        store(out + column, low, high);
     }
 };
 
@@ -86,16 +93,14 @@ static void linear_rows(const bf16* x, long rows, const Norm* norm, Linear linea
 #pragma omp for schedule(dynamic)
         for (long first = 0; first < rows; first += size) {
             const long some = std::min(size, rows - first);
-            for (long b = 0; b < some; b += SIDE) {
-                const bf16* from = x + (first + b) * linear.inputs;
-                if (norm) stage_normed(from, some - b, linear.inputs, *norm, a + b * linear.inputs);
-                else stage(from, linear.inputs, some - b, linear.inputs, a + b * linear.inputs);
-            }
-            products(a, up(some, SIDE) / SIDE, linear.inputs, linear.packed, linear.outputs,
-                     [&](long block, long column, const float* c) {
-                         long at = (first + block * SIDE) * linear.outputs;
-                         linear.write(c, column, std::min(SIDE, some - block * SIDE), residual ? residual + at : nullptr, out + at);
-                     });
+            const bf16* from = x + first * linear.inputs;
+            if (norm) stage_normed(from, some, linear.inputs, *norm, a);
+            else for (long r = 0; r < some; r += SIDE)
+                stage(from + r * linear.inputs, linear.inputs, std::min(SIDE, some - r), linear.inputs, a + r * linear.inputs);
+            products(a, some, linear.inputs, linear.packed, linear.outputs, [&](long row, long column, const float* c) {
+                const long at = (first + row) * linear.outputs;
+                linear.write(c, column, residual ? residual + at : nullptr, out + at);
+            });
         }
     }
 }
@@ -127,7 +132,7 @@ using namespace tokengame;
 
 extern "C" {
 
-// weight [outputs, inputs] as a packed right operand
+// weight [outputs, inputs] as a packed right operand; outputs are filled up to a multiple of 32 with zeros
 void pack_weight(const bf16* weight, long outputs, long inputs, bf16* packed) { pack_rows(weight, inputs, nullptr, outputs, inputs, packed); }
 
 void normed_linear(const bf16* x, long rows, long inputs, const float* weight, const float* shift, float eps,
@@ -153,16 +158,15 @@ void residual_mlp(const bf16* x, long rows, long width, const float* weight, con
         bf16 *a = scratch(staged_memory, size * width), *h = scratch(hidden_memory, size * hidden);
 #pragma omp for schedule(dynamic)
         for (long start = 0; start < rows; start += size) {
-            const long some = std::min(size, rows - start), blocks = up(some, SIDE) / SIDE;
-            for (long b = 0; b < some; b += SIDE) stage_normed(x + (start + b) * width, some - b, width, norm, a + b * width);
-            products(a, blocks, width, packed1, hidden, [&](long block, long column, const float* c) {
-                bf16* to = h + block * SIDE * hidden + column * SIDE;
-                for (long r = 0; r < SIDE; r++)
-                    store(to + r * SIDE, gelu(first.of(c + r * SIDE, column)), gelu(first.of(c + r * SIDE + 16, column + 16)));
+            const long some = std::min(size, rows - start);
+            stage_normed(x + start * width, some, width, norm, a);
+            products(a, some, width, packed1, hidden, [&](long row, long column, const float* c) {
+                bf16* to = h + row / SIDE * SIDE * hidden + column * SIDE + row % SIDE * SIDE;
+                store(to, gelu(first.of(c, column)), gelu(first.of(c + 16, column + 16)));
             });
-            products(h, blocks, hidden, packed2, width, [&](long block, long column, const float* c) {
-                long at = (start + block * SIDE) * width;
-                second.write(c, column, std::min(SIDE, some - block * SIDE), x + at, out + at);
+            products(h, some, hidden, packed2, width, [&](long row, long column, const float* c) {
+                const long at = (start + row) * width;
+                second.write(c, column, x + at, out + at);
             });
         }
     }
@@ -188,11 +192,9 @@ void embed(const bf16* images, long number, long channels, long height, long wid
                 count = std::min(some - r, grid.columns() - index % grid.columns());
                 grid.stage(images + image * channels * height * width, index, count, r, a);
             }
-            products(a, up(some, SIDE) / SIDE, grid.inputs(), packed, outputs, [&](long block, long column, const float* c) {
-                for (long r = 0; r < std::min(SIDE, some - block * SIDE); r++) {
-                    const long row = first + block * SIDE + r, image = row / patches, own = prefix + row % patches;
-                    linear.write(c + r * SIDE, column, 1, start + own * outputs, out + (image * (prefix + patches) + own) * outputs);
-                }
+            products(a, some, grid.inputs(), packed, outputs, [&](long row, long column, const float* c) {
+                const long image = (first + row) / patches, own = prefix + (first + row) % patches;
+                linear.write(c, column, start + own * outputs, out + (image * (prefix + patches) + own) * outputs);
             });
         }
     }
@@ -215,7 +217,7 @@ void each_head(const bf16* x, long rows, long heads, long inner, const bf16* wei
             const long some = std::min(SIDE, rows - first);
             stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
             for (long column = 0; column < outer; column += SIDE) {
-                product(a, packed + column * inner, inner / SIDE, c);
+                product(a, packed + column * inner, inner / SIDE, some, c);
                 for (long r = 0; r < some; r++)
                     store(out + ((first + r) * heads + head) * outer + column, _mm512_load_ps(c + r * SIDE), _mm512_load_ps(c + r * SIDE + 16));
             }
@@ -232,9 +234,8 @@ void each_head_linear(const bf16* x, long rows, long heads, long inner, const bf
         for (long first = 0; first < rows; first += SIDE) {
             const long some = std::min(SIDE, rows - first);
             stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
-            products(a, 1, inner, linear.packed, outer, [&](long, long column, const float* c) {
-                for (long r = 0; r < some; r++)
-                    store(out + ((first + r) * heads + head) * outer + column, linear.of(c + r * SIDE, column), linear.of(c + r * SIDE + 16, column + 16));
+            products(a, some, inner, linear.packed, outer, [&](long row, long column, const float* c) {
+                linear.write(c, column, nullptr, out + ((first + row) * heads + head) * outer);
             });
         }
     }

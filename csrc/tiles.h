@@ -72,11 +72,14 @@ class Tiles {
     Tiles(const Tiles&) = delete;
 };
 
-// c [32, 32] = a [32, K] staged times b [K, 32], two packed panels.
-inline void product(const bf16* a, const bf16* b, long steps, float* c) {
+// c [32, 32] = a [32, K] staged times b [K, 32], two packed panels; of the rows only the first `rows` are wanted.
+// between(step) is called after every step, with work for the vector units, which the tiles leave idle.
+template <class Between>
+inline void product(const bf16* a, const bf16* b, long steps, long rows, float* c, Between between) {
     const bf16* second = b + steps * STEP;
     if (has_amx) {
         __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are read from memory
+        const bool both = rows > 16;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -87,17 +90,23 @@ inline void product(const bf16* a, const bf16* b, long steps, float* c) {
             _tile_loadd(7, second + s * STEP, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + s * BLOCK + BLOCK / 2, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            if (both) {
+                _tile_loadd(5, a + s * BLOCK + BLOCK / 2, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            between(s);
         }
         _tile_stored(0, c, 128);
         _tile_stored(1, c + 16, 128);
-        _tile_stored(2, c + BLOCK / 2, 128);
-        _tile_stored(3, c + BLOCK / 2 + 16, 128);
+        if (both) {
+            _tile_stored(2, c + BLOCK / 2, 128);
+            _tile_stored(3, c + BLOCK / 2 + 16, 128);
+        }
         return;
     }
-    for (long row = 0; row < SIDE; row += 8) {
+    for (long s = 0; s < steps; s++) between(s);
+    for (long row = 0; row < rows; row += 8) {
         __m512 sums[8][2];
         for (int r = 0; r < 8; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
         for (long s = 0; s < steps; s++)
@@ -119,13 +128,14 @@ inline void product(const bf16* a, const bf16* b, long steps, float* c) {
     }
 }
 
-// 32 staged rows from rows `stride` apart, of which `rows` are there.
+inline void product(const bf16* a, const bf16* b, long steps, long rows, float* c) {
+    product(a, b, steps, rows, c, [](long) {});
+}
+
+// Up to 32 staged rows from rows `stride` apart; what is in the others does not matter.
 inline void stage(const bf16* from, long stride, long rows, long columns, bf16* to) {
     for (long k = 0; k < columns; k += SIDE)
-        for (long r = 0; r < SIDE; r++) {
-            __m512i row = r < rows ? _mm512_loadu_si512(from + r * stride + k) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + k * SIDE + r * SIDE, row);
-        }
+        for (long r = 0; r < rows; r++) _mm512_storeu_si512(to + k * SIDE + r * SIDE, _mm512_loadu_si512(from + r * stride + k));
 }
 
 inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits

@@ -8,13 +8,15 @@ import tokengame
 
 PACKAGE = Path(tokengame.__file__).parent
 LEVELS = [
-    {"errors", "scenes", "report"},
+    {"errors", "scenes", "report", "structs"},
     {"config", "hub", "ops", "promise", "ranks"},
-    {"attention", "models"},
+    {"kernels", "models"},
+    {"attention", "weights"},
     {"blocks", "images"},
     {"backbone"},
     {"state", "data"},
-    {"game", "ppo", "feed"},
+    {"decisions", "ppo", "feed"},
+    {"game"},
     {"rewards", "networks", "testing"},
     {"policy", "macs", "compiled", "grid", "rollout", "looks"},
     {"train", "runtime", "baselines"},

@@ -16,13 +16,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokengame import kernels
+from tokengame.kernels import attention, takes, tiled_attention
 from tokengame.ops import Layout, makes_kernels
 
 Kernel = Callable[[Tensor, Layout, Tensor | None], Tensor]
@@ -141,7 +141,7 @@ def asked_attention(
         [Q, H, D]
     """
     if takes(q):
-        return kernels.attention(q, k, v, asking, layout, bias, scale)
+        return attention(q, k, v, asking, layout, bias, scale)
     half = q.dtype in (torch.float16, torch.bfloat16)
     if half and scale is None and not asking.uniform and has_varlen(q.device, q.shape[2]):
         return _varlen(q, k, v, asking, layout, bias)
@@ -185,8 +185,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, asking: Layout, layout: Layout, bia
     if bias is not None:
         q, k, v = bias_column(q, k, v, bias)
     asked, seen = (F.pad(rows.count.cumsum(0), (1, 0)).int() for rows in (asking, layout))  # [B + 1]
-    out = varlen_attn(q, k, v, asked, seen, asking.longest, layout.longest, scale=width**-0.5)
-    assert isinstance(out, Tensor)
+    out: Any = varlen_attn(q, k, v, asked, seen, asking.longest, layout.longest, scale=width**-0.5)
     return out[..., :width]
 
 
@@ -203,28 +202,15 @@ def has_varlen(device: torch.device, head_dim: int) -> bool:
     return known and head_dim % 8 == 0 and head_dim + 8 <= 256  # `bias_column` adds 8
 
 
-def tiled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """Our own kernel, see `kernels`: nothing padded beyond 32 rows. bfloat16 on CPUs that compute in it only."""
-    return kernels.attention(*qkv.unbind(1), layout, layout, bias).flatten(1)
-
-
-def takes(heads: Tensor) -> bool:
-    """Whether `tiled_attention` runs on [..., D] here."""
-    return heads.shape[-1] % kernels.SIDE == 0 and kernels.take(heads)
-
-
 def ruled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """A kernel chosen without measuring: bitwise the same on every run."""
-    if takes(qkv):
-        return tiled_attention(qkv, layout, bias)
-    return by_rule(layout, Shape.of(qkv), qkv.requires_grad)(qkv, layout, bias)
+    kernel = tiled_attention if takes(qkv) else by_rule(layout, Shape.of(qkv), qkv.requires_grad)
+    return kernel(qkv, layout, bias)
 
 
 def fastest_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """The kernel measured to be fastest on batches like this one."""
-    if takes(qkv):
-        return tiled_attention(qkv, layout, bias)
-    return by_cost(layout, Shape.of(qkv))(qkv, layout, bias)
+    return (tiled_attention if takes(qkv) else by_cost(layout, Shape.of(qkv)))(qkv, layout, bias)
 
 
 def by_rule(layout: Layout, shape: Shape, learning: bool = False) -> Kernel:

@@ -7,8 +7,7 @@ could get wrong is refused by exact type, so an unknown block never runs approxi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
@@ -17,49 +16,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokengame import kernels
-from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention, takes
-from tokengame.blocks import feed_forward, folded_attention, folds, join, lengthen, project
+from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention
+from tokengame.blocks import Heads, Ran, feed_forward, folded_attention, folds, join, lengthen, project
 from tokengame.errors import TokenGameError
 from tokengame.ops import Layout, Memory, segment_mean, spare_rows
 from tokengame.weights import Weights, weights_of
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What one block's attention offers to observations and matching."""
-
-    query: Tensor
-    """[B, H, D] the class token's query; without a class token the mean query of all rows (or that of their mean)"""
-    keys: Tensor
-    """[M, H, D]"""
-    values: Tensor
-    """[M, H, D]"""
-    scale: float
-    """factor on q.k"""
-
-    def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
-        """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""
-        if takes(self.keys):
-            own = kernels.class_attention(self.keys, self.query, self.scale, layout, bias)
-            return layout.pad(own, float("-inf")).transpose(1, 2)
-        query = (self.query * self.scale).index_select(0, layout.image)  # [M, H, D]
-        scores = (self.keys * query).sum(2, dtype=torch.float32)
-        if bias is not None:
-            scores = scores + bias[:, None]
-        return layout.pad(scores, float("-inf")).transpose(1, 2).log_softmax(2)
-
-
-class Ran(NamedTuple):
-    """What `Backbone.run` returns."""
-
-    x: Tensor
-    """[M, C]"""
-    qkv: Tensor | None
-    """[M, 3, H, D] queries, keys and values of the last attention among the rows, for `read_heads`; None without one"""
-    heads: Heads | None = None
-    """of an attention that comes next, where it was wanted"""
 
 
 class Backbone:
@@ -135,7 +98,9 @@ class Backbone:
         if own := self.tiled(x):
             query = look and self.model.has_class_token
             found = kernels.stretch(own.blocks, first, last, x, layout, bias, memory, look, query)
-            heads = self._looked(last // 2, found.x, layout, found.next, found.query) if found.next is not None else None
+            heads = (
+                self._looked(last // 2, found.x, layout, found.next, found.query) if found.next is not None else None
+            )
             return Ran(found.x, found.qkv, heads)
         rows, qkv = len(x), None
         spare = spare_rows(x) if layout.images > 1 else 0
@@ -167,7 +132,8 @@ class Backbone:
             else:
                 asking = segment_mean(module.norm1(x), layout)
             query = project(module.attn, asking, 0, 1)[:, 0]
-        return Heads(query, *keys_values.unbind(1), module.attn.scale)
+        keys, values = keys_values.unbind(1)
+        return Heads(query, keys, values, module.attn.scale)
 
     def answer(self, query: Tensor, memory: Memory, asking: Layout) -> Tensor:
         """[Q, H, D] what queries [Q, H, D] of the images of `asking` hear from `memory`."""
@@ -228,6 +194,9 @@ class Backbone:
 
         A row of `size` s stands for s patches (merging) and weighs as much in average and attention pooling.
         """
+        tiles = self.tiled(x)
+        if tiles and tiles.head:
+            return kernels.normed_linear(layout.first(x), *tiles.head)
         model, x = self.model, self.model.norm(x)
         if model.attn_pool is not None:
             return self._attention_pool(x, layout, size)

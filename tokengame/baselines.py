@@ -232,7 +232,9 @@ class EViT(Reducer):
         flags = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, stay, True)
         stays = F.pad(flags, (prefix, 0), value=True).flatten()
         rest = layout.images * (prefix + number)
-        kept = rows.x.index_select(0, torch.nonzero_static(stays, size=rest).squeeze(1)).view(layout.images, -1, x.shape[2])
+        kept = rows.x.index_select(0, torch.nonzero_static(stays, size=rest).squeeze(1)).view(
+            layout.images, -1, x.shape[2]
+        )
         if self.fuse:
             weight = F.pad(attention.masked_fill(flags, 0.0), (prefix, 0)).to(x.dtype)  # [B, prefix + n]
             kept = torch.cat([kept, weight[:, None] @ x], 1)

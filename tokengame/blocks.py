@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.attention import asked_attention
+from tokengame.kernels import takes
 from tokengame.ops import Layout, add_by_pieces
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one block's attention offers to observations and matching."""
+
+    query: Tensor
+    """[B, H, D] the class token's query; without a class token the mean query of all rows (or that of their mean)"""
+    keys: Tensor
+    """[M, H, D]"""
+    values: Tensor
+    """[M, H, D]"""
+    scale: float
+    """factor on q.k"""
+
+    def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
+        """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""
+        if takes(self.keys):
+            own = kernels.class_attention(self.keys, self.query, self.scale, layout, bias)
+            return layout.pad(own, float("-inf")).transpose(1, 2)
+        query = (self.query * self.scale).index_select(0, layout.image)  # [M, H, D]
+        scores = (self.keys * query).sum(2, dtype=torch.float32)
+        if bias is not None:
+            scores = scores + bias[:, None]
+        return layout.pad(scores, float("-inf")).transpose(1, 2).log_softmax(2)
+
+
+class Ran(NamedTuple):
+    """What a run of half-blocks returns."""
+
+    x: Tensor
+    """[M, C]"""
+    qkv: Tensor | None
+    """[M, 3, H, D] queries, keys and values of the last attention among the rows, for `read_heads`; None without one"""
+    heads: Heads | None = None
+    """of an attention that comes next, where it was wanted"""
 
 
 def lengthen(x: Tensor, spare: int) -> Tensor:

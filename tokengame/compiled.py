@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tokengame.attention import Kernel, Shape, by_cost
-from tokengame.backbone import Backbone, Heads
+from tokengame.backbone import Backbone
+from tokengame.blocks import Heads
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.ops import Layout, Memory

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokengame import kernels
-from tokengame.attention import takes
-from tokengame.backbone import Heads
+from tokengame.blocks import Heads
+from tokengame.kernels import takes
 from tokengame.ops import Layout
 from tokengame.state import State
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokengame.attention import Kernel, fastest_attention
-from tokengame.backbone import Backbone, Ran
+from tokengame.backbone import Backbone
+from tokengame.blocks import Ran
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame

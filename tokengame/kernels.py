@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tokengame.ops import Layout, Memory
+from tokengame.structs import Linear, MemoryStruct, NormStruct
 
 SIDE = 32
 """what widths must be multiples of"""
@@ -51,72 +51,14 @@ def take(rows: Tensor) -> bool:
     return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None
 
 
-class NormStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
-
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
-
-    @staticmethod
-    def of(weight: Tensor, bias: Tensor, eps: float, keep: list[Tensor]) -> NormStruct:
-        """Of a LayerNorm; what it points at is added to `keep`."""
-        keep += [weight.detach().float(), bias.detach().float()]
-        return NormStruct(keep[-2].data_ptr(), keep[-1].data_ptr(), eps)
-
-
-class LinearStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
-
-    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
-
-
-class BlockStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
-
-    _fields_ = (
-        *[(name, NormStruct) for name in ("norm1", "norm2")],
-        *[(name, LinearStruct) for name in ("qkv", "proj", "fc1", "fc2")],
-        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden")],
-        ("scale", ctypes.c_double),
-    )
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer's parameters as `pack` arranges them."""
-
-    packed: Tensor
-    """[outputs * inputs] bfloat16"""
-    bias: Tensor
-    """[outputs] float32"""
-    scale: Tensor | None
-    """[outputs] float32, a LayerScale that follows, or None"""
-    inputs: int
-    outputs: int
-
-    @property
-    def struct(self) -> LinearStruct:
-        """Pointers for the kernels."""
-        scale = None if self.scale is None else self.scale.data_ptr()
-        return LinearStruct(self.packed.data_ptr(), self.bias.data_ptr(), scale)
-
-
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Linear:
-    """Arrange weight [outputs, inputs] so that a tile of the processor is in a row; both are multiples of 32."""
-    outputs, inputs = weight.shape
-    packed = torch.empty(weight.numel(), dtype=torch.bfloat16)
-    _call("pack_weight", weight.detach().contiguous(), outputs, inputs, packed)
-    bias = torch.zeros(outputs) if bias is None else bias.detach().float()
-    return Linear(packed, bias, None if scale is None else scale.detach().float(), inputs, outputs)
-
-
-class MemoryStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
-
-    _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
-        *[(name, ctypes.c_long) for name in ("key_row", "key_head", "value_row", "value_head")],
-        *[(name, ctypes.c_void_p) for name in ("bounds", "bias")],
-    )
+def normed_linear(x: Tensor, norm: NormStruct, linear: Linear) -> Tensor:
+    """linear(norm(x)): [M, inputs] -> [M, outputs]"""
+    width = len(linear.bias)
+    out = x.new_empty(len(x), width)
+    weight, bias = (ctypes.c_void_p(pointer) for pointer in (norm.weight, norm.bias))
+    call("normed_linear", x.contiguous(), len(x), linear.inputs, weight, bias, float(norm.eps), linear.packed,
+          linear.bias, width, out, torch.get_num_threads())  # fmt: skip
+    return out[:, : linear.outputs]
 
 
 class Stretch(NamedTuple):
@@ -155,7 +97,7 @@ def stretch(
         pointers = (keys[0], values[0], memory.layout.bounds, its_bias)
         where = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
         seen = MemoryStruct(*where[:2], *keys[1:], *values[1:], *where[2:])
-    _call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(seen),
+    call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(seen),
           qkv, heard, out, following, asking, torch.get_num_threads())  # fmt: skip
     return Stretch(out, qkv, following, asking)
 
@@ -166,9 +108,20 @@ def close(block: Any, qkv: Tensor, x: Tensor, layout: Layout, prefix: int, bias:
     As `blocks.folded_attention`; `block` a `BlockStruct`, qkv [3 * H * D, C] the weight of its first layer.
     """
     normed, out = torch.empty_like(x), x.new_empty(layout.images * prefix, x.shape[1])
-    _call("close_block", ctypes.byref(block), qkv.detach().contiguous(), x.contiguous(), len(x), layout.bounds,
+    call("close_block", ctypes.byref(block), qkv.detach().contiguous(), x.contiguous(), len(x), layout.bounds,
           layout.images, prefix, _floats(bias), normed, out, torch.get_num_threads())  # fmt: skip
     return out
+
+
+def takes(heads: Tensor) -> bool:
+    """Whether `tiled_attention` runs on [..., D] here."""
+    return heads.shape[-1] % SIDE == 0 and take(heads)
+
+
+def tiled_attention(qkv: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """A kernel for `attention`: nothing padded beyond 32 rows, no matrix of all pairs."""
+    q, k, v = qkv.unbind(1)
+    return attention(q, k, v, layout, layout, bias).flatten(1)
 
 
 def attention(
@@ -177,7 +130,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """As `attention.asked_attention`; D is a multiple of 32."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    _call("attention", *_strided(q), *_strided(k), *_strided(v), asking.bounds, layout.bounds, asking.images,
+    call("attention", *_strided(q), *_strided(k), *_strided(v), asking.bounds, layout.bounds, asking.images,
           q.shape[1], q.shape[2], _floats(bias), float(q.shape[2] ** -0.5 if scale is None else scale), out,
           torch.get_num_threads())  # fmt: skip
     return out
@@ -197,7 +150,7 @@ def embed(images: Tensor, linear: Linear, patch: int, start: Tensor, prefix: int
         [B, prefix + N, C]
     """
     out = images.new_empty(len(images), *start.shape)
-    _call("embed", images.contiguous(), *images.shape, patch, linear.packed, linear.bias, linear.outputs,
+    call("embed", images.contiguous(), *images.shape, patch, linear.packed, linear.bias, linear.outputs,
           start.contiguous(), prefix, out, torch.get_num_threads())  # fmt: skip
     return out
 
@@ -205,7 +158,7 @@ def embed(images: Tensor, linear: Linear, patch: int, start: Tensor, prefix: int
 def class_attention(keys: Tensor, query: Tensor, scale: float, layout: Layout, bias: Tensor | None) -> Tensor:
     """Log of the attention that queries [B, H, D] pay to each row [M, H, D] of their image: [M, H]."""
     out = torch.empty(keys.shape[:2])
-    _call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.bounds,
+    call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.bounds,
           layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
     return out
 
@@ -229,7 +182,7 @@ def observe(
     """
     heads, width = keys.shape[1:]
     features = torch.empty(layout.rows - prefix * layout.images, heads + 6)
-    _call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale), layout.bounds,
+    call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale), layout.bounds,
           layout.images, prefix, _floats(bias), position, dither.float(), total, int(compare), features,
           torch.get_num_threads())  # fmt: skip
     return features
@@ -253,7 +206,7 @@ def absorb(
     """
     rest, sizes, positions = x.new_empty(left.rows, x.shape[1]), torch.empty(left.rows), position.new_empty(left.rows)
     absorber = position.new_empty(len(keep))
-    _call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
+    call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
           keep.contiguous(), layout.bounds, left.bounds, layout.images, prefix, rest, sizes, positions, absorber,
           torch.get_num_threads())  # fmt: skip
     return rest, sizes, positions, absorber
@@ -269,7 +222,7 @@ def _floats(numbers: Tensor | None) -> Tensor | None:
     return None if numbers is None else numbers.float().contiguous()
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
     """A kernel of the library: tensors as pointers, None as a null pointer, numbers as long or float."""
     kernels = library()
     assert kernels is not None

@@ -22,24 +22,37 @@ from tokengame.state import Decide, State
 class Played:
     """A batch of B images at the end of their games."""
 
-    state: State
-    """of each image; who was looked at twice has all agents"""
+    once: State
+    """of each image at the end of its game"""
     prediction: Tensor
     """[B, classes]"""
     again: Tensor
     """[b] images that were looked at twice"""
-    first: tuple[Tensor, ...]
-    """[B] agents alive after each decision of the games"""
+    whole: State | None = None
+    """of those, with all agents"""
+
+    @property
+    def state(self) -> State:
+        """Of each image at the end; who was looked at twice has all agents."""
+        return self.once if self.whole is None else self.once.replaced(self.again, self.whole)
+
+    @property
+    def first(self) -> tuple[Tensor, ...]:
+        """[B] agents alive after each decision of the games"""
+        return self.once.kept
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """[B] agents alive after each decision, at the last look"""
-        return self.state.kept
+        if self.whole is None:
+            return self.once.kept
+        both = zip(self.once.kept, self.whole.kept, strict=True)
+        return tuple(first.index_copy(0, self.again, last) for first, last in both)
 
     @property
     def total(self) -> int:
         """Agents of each image at the start."""
-        return self.state.total
+        return self.once.total
 
 
 def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> Played:
@@ -48,16 +61,16 @@ def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> P
     if not margin:  # and nothing of the beginning needs to be remembered
         state = game.play(images, decide, threshold)
         nobody = torch.zeros(0, dtype=torch.long, device=state.x.device)
-        return Played(state, game.logits(state), nobody, state.kept)
+        return Played(state, game.logits(state), nobody)
     opening, logits = game.turn(game.begin(images), decide)
     state = game.play_on(opening, logits, decide, threshold)
-    prediction, first = game.logits(state), state.kept
+    prediction = game.logits(state)
     again = in_doubt(prediction, margin)
-    if len(again):
-        whole = game.spare(opening, again)
-        native = game.backbone.predict(game.end, whole.x, whole.layout, whole.size)
-        prediction, state = prediction.index_copy(0, again, native), state.replaced(again, whole)
-    return Played(state, prediction, again, first)
+    if not len(again):
+        return Played(state, prediction, again)
+    whole = game.spare(opening, again)
+    native = game.backbone.predict(game.end, whole.x, whole.layout, whole.size)
+    return Played(state, prediction.index_copy(0, again, native), again, whole)
 
 
 def margin_at(game: TokenGame, threshold: float) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokengame.backbone import Heads
+from tokengame.blocks import Heads
 from tokengame.ops import Layout, Memory
 
 EXTRAS = ("attention", "log size", "similarity", "alive", "leader", "dither")

@@ -228,7 +228,9 @@ class Trainer:
         def flat(dense: Tensor) -> Tensor:
             return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
 
-        obs = Observation.concat([replace(o, x=o.token.float(), row=None, cls=o.cls.float()) for o in rollout.observations])
+        obs = Observation.concat(
+            [replace(o, x=o.token.float(), row=None, cls=o.cls.float()) for o in rollout.observations]
+        )
         action, log_probs = torch.cat(rollout.action), torch.cat(rollout.log_prob)
         games, agents = shape
         first = [(t * self.ranks.size + self.ranks.rank) * games * agents for t in range(len(rows))]

@@ -7,10 +7,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerScale, Mlp
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.kernels import SIDE, BlockStruct, Linear, NormStruct, pack
+from tokengame.kernels import SIDE, call
+from tokengame.structs import BlockStruct, Linear, NormStruct
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Weights:
     """What the kernels need of a model."""
 
     patches: Linear | None
-    """None where timm embeds better"""
+    """None where timm embeds"""
+    head: tuple[NormStruct, Linear] | None
+    """of a class token: final norm and classifier; None where timm does more"""
     blocks: Any
     """array of `BlockStruct`"""
     tensors: list[Tensor]
@@ -31,9 +36,15 @@ class Packed:
     def __init__(self, model: Any):
         self.weights = _of_model(model)
         self.parts, self.tensors, self.hooks = [], [], []
-        for own in (*model.patch_embed.modules(), *model.blocks.modules()):
-            self.parts += [(held, name, part) for held in (own._modules, own._parameters) for name, part in held.items()]
-            self.tensors += [(p, *_state(p)) for p in own._parameters.values() if p is not None]
+        for own in (
+            m
+            for part in (model.patch_embed, model.blocks, model.norm, model.fc_norm, model.head)
+            for m in part.modules()
+        ):
+            self.parts += [
+                (held, name, part) for held in (own._modules, own._parameters) for name, part in held.items()
+            ]
+            self.tensors += [[p, *_state(p)] for p in own._parameters.values() if p is not None]
             self.hooks += [own._forward_hooks, own._forward_pre_hooks]
 
     @property
@@ -42,8 +53,8 @@ class Packed:
         for held, name, part in self.parts:  # plain loops: this is asked for every batch
             if held.get(name) is not part:
                 return False
-        for parameter, where, version in self.tensors:
-            if _state(parameter) != (where, version):
+        for parameter, *state in self.tensors:  # noqa: SIM110
+            if _state(parameter) != state:
                 return False
         return True
 
@@ -64,12 +75,23 @@ def _of_model(model: Any) -> Weights | None:
         return None
     tensors: list[Tensor] = []
     structs = [_of_block(block, tensors) for block in model.blocks]
-    return Weights(_of_patches(model.patch_embed), (BlockStruct * len(structs))(*structs), tensors)
+    head = _of_head(model, tensors)
+    return Weights(_of_patches(model.patch_embed), head, (BlockStruct * len(structs))(*structs), tensors)
 
 
-def _state(parameter: Tensor) -> tuple[int, int]:
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Linear:
+    """Arrange weight [outputs, inputs] so that a tile of the processor is in a row; inputs are a multiple of 32."""
+    outputs, inputs = weight.shape
+    spare = -outputs % SIDE
+    packed = torch.empty((outputs + spare) * inputs, dtype=torch.bfloat16)
+    call("pack_weight", weight.detach().contiguous(), outputs, inputs, packed)
+    bias = torch.zeros(outputs + spare) if bias is None else F.pad(bias.detach().float(), (0, spare))
+    return Linear(packed, bias, None if scale is None else scale.detach().float(), inputs, outputs)
+
+
+def _state(parameter: Tensor) -> list[int]:
     """Where a parameter lies, and how often it was written to."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+    return [parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version]
 
 
 def _of_patches(patch_embed: Any) -> Linear | None:
@@ -79,6 +101,14 @@ def _of_patches(patch_embed: Any) -> Linear | None:
         return None
     weight = proj.weight.flatten(1)
     return pack(weight, proj.bias) if _fits(*weight.shape) else None
+
+
+def _of_head(model: Any, tensors: list[Tensor]) -> tuple[NormStruct, Linear] | None:
+    norm, head = model.norm, model.head
+    plain = type(model) is VisionTransformer and model.global_pool == "token" and type(model.fc_norm) is nn.Identity
+    if not plain or not _is_norm(norm) or type(head) is not nn.Linear or not _fits(head.in_features):
+        return None
+    return NormStruct.of(norm.weight, norm.bias, norm.eps, tensors), pack(head.weight, head.bias)
 
 
 def _of_block(block: Any, tensors: list[Tensor]) -> BlockStruct:
@@ -104,8 +134,7 @@ def _plain(block: Any) -> bool:
         return False
     if any(layer.weight.dtype != torch.bfloat16 for layer in linears) or not _fits(attn.head_dim):
         return False
-    norms = (block.norm1, block.norm2)
-    if not all(type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None for norm in norms):
+    if not _is_norm(block.norm1) or not _is_norm(block.norm2):
         return False
     nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
     scales = (block.ls1, block.ls2)
@@ -114,6 +143,10 @@ def _plain(block: Any) -> bool:
         and all(type(scale) in (nn.Identity, LayerScale) for scale in scales)
         and getattr(attn, "gate", None) is None
     )
+
+
+def _is_norm(norm: Any) -> bool:
+    return type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
 
 
 def _fits(*widths: int) -> bool:
