@@ -14,6 +14,7 @@ import numpy as np
 from tokengame.compare import LEVELS
 from tokengame.console import show_rows
 
+KEYS = {"method": "speedup", "on PyTorch's kernels": "speedup_pytorch"}
 COMPUTE = np.linspace(0.4, 1.0, 601)
 
 
@@ -26,12 +27,14 @@ def curve(rows: list[dict[str, str]], method: str, name: str) -> np.ndarray:
 
 
 timed, *others = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
-table = []
-for method in dict.fromkeys(row["method"] for row in timed):
-    speed = curve(timed, method, "speedup")
-    agreement = np.mean([curve(rows, method, "agreement") for rows in others], 0)
-    found = {level: speed[(agreement >= level) & ~np.isnan(speed)] for level in LEVELS}
-    if any(len(speeds) for speeds in found.values()):
-        cells = {str(level): f"{speeds.max():.2f}" if len(speeds) else "-" for level, speeds in found.items()}
-        table.append({"method": method} | cells)
-show_rows(table)
+for title, key in KEYS.items():
+    table = []
+    for method in dict.fromkeys(row["method"] for row in timed):
+        speed = curve(timed, method, key)
+        agreement = np.mean([curve(rows, method, "agreement") for rows in others], 0)
+        found = {level: speed[(agreement >= level) & ~np.isnan(speed)] for level in LEVELS}
+        if any(len(speeds) for speeds in found.values()):
+            cells = {str(level): f"{speeds.max():.2f}" if len(speeds) else "-" for level, speeds in found.items()}
+            table.append({title: method} | cells)
+    if table:
+        show_rows(table)

@@ -12,13 +12,14 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokengame import compare as comparison
-from tokengame import dynamicvit
+from tokengame import dynamicvit, kernels
 from tokengame.backbone import Backbone
 from tokengame.cli import main
 from tokengame.compare import Entry, compare, peers, race, speed_at, speeds
 from tokengame.config import GameConfig
 from tokengame.data import Batch
 from tokengame.dynamicvit import DynamicViT, Predictor, _hiding, _masked, dynamic_loss, pruned_by, train_dynamicvit
+from tokengame.evaluate import Scores
 from tokengame.figures import frontier_figure
 from tokengame.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
 from tokengame.ops import Layout
@@ -178,12 +179,26 @@ def test_a_race_takes_turns_on_full_batches_dealt_anew(monkeypatch):
     monkeypatch.setattr("tokengame.compare.timed", timed)
     monkeypatch.setattr("tokengame.compare.partial", lambda *_: "method")
     numbers = torch.arange(7.0)
-    assert race("fused", None, [numbers[:3], numbers[3:]], rounds=2) == [(4, 3.0, 1.5)] * 2
+    assert race("fused", None, [numbers[:3], numbers[3:]], rounds=2) == ([(4, 3.0, 1.5)] * 2, [])
     assert [name for name, _ in called[:2]] == ["method"] * 2
     assert len(called) == 2 + 9
     assert [name for name, _ in called[2::3]] == ["fused", "written out", "method"], "always the same one first"
     assert len({tuple(images) for _, images in called}) == 5, "the same batches again"
     assert all(len(set(images)) == 4 for _, images in called)
+
+
+def test_a_race_times_pytorchs_kernels_too_where_ours_run(monkeypatch):
+    seconds = {"fused": 5.0, "written out": 6.0, "run": 1.5, "_on_pytorch": 4.0}
+    monkeypatch.setattr("tokengame.compare.written_out", lambda _: "written out")
+    monkeypatch.setattr("tokengame.compare.timed", lambda _, call, __: (None, seconds[call]))
+    monkeypatch.setattr("tokengame.compare.partial", lambda function, _: function.__name__)
+    monkeypatch.setattr(kernels, "take", lambda _: True)
+    found = race("fused", None, [torch.arange(4.0)], rounds=3)
+    assert found == ([(4, 5.0, 1.5)] * 3, [4.0] * 3)
+    summary = Scores([0], agree=[True], kl=[0.0], confidence=[1.0], macs=[1.0], kept=[[1]], macs_native=1.0)
+    summary.seconds, summary.seconds_pytorch = found
+    assert summary.summary()["speedup"] == pytest.approx(5.0 / 1.5)
+    assert summary.summary()["speedup_pytorch"] == pytest.approx(5.0 / 4.0)
 
 
 def test_what_is_not_timed_has_no_speed(model):
@@ -213,6 +228,11 @@ def test_speed_at_an_agreement_by_hand():
     assert table[0]["fastest_peer"] == "b"
     assert table[0]["fastest_peer_speedup"] == pytest.approx(1.25)
     assert table[0]["ours"] == pytest.approx(1.6)
+    slower = [row | {"speedup_pytorch": row["speedup"] / 2} for row in line]
+    (both,) = speeds([*slower, *rows[-2:]], levels=(0.96,))
+    assert (both["fastest_peer"], both["fastest_peer_pytorch"]) == ("b", "a")
+    assert both["fastest_peer_pytorch_speedup"] == pytest.approx(0.6)
+    assert "fastest_peer_pytorch" not in table[0]
 
 
 def test_the_picture_has_panels_over_time_where_that_was_measured():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.backbone import Backbone
 from tokengame.baselines import ATS, EViT, ToMe
 from tokengame.config import GameConfig
@@ -132,7 +133,7 @@ def compare(
     images = _score(model, entries, batches)
     timed_ones = [entry for entry in entries if entry.is_timed]
     for entry in track(timed_ones) if timed_ones else ():
-        entry.scores.seconds = race(model, entry.runs, images)
+        entry.scores.seconds, entry.scores.seconds_pytorch = race(model, entry.runs, images)
     return [
         {"method": entry.method, "setting": entry.setting, "published": entry.published} | entry.scores.summary()
         for entry in entries
@@ -155,10 +156,13 @@ def _score(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> 
 
 
 @torch.inference_mode()
-def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2) -> list[tuple[int, float, float]]:
-    """Size, native and the method's seconds of each call; native is the faster of its two forms.
+def race(
+    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2
+) -> tuple[list[tuple[int, float, float]], list[float]]:
+    """Size, native and the method's seconds of each call; native is the faster of its two forms. And where the method
+    runs on kernels of our own, its seconds on PyTorch's.
 
-    The three alone, in turn: on CPUs each shape's kernels are made at its first call, and in turns with dozens of other
+    These alone, in turn: on CPUs each shape's kernels are made at its first call, and in turns with dozens of other
     methods they are forgotten again. Every round deals the images into other batches, so that who keeps a different
     number in every image meets other shapes each time, as in use; the first ones, for which nearly every kernel is new,
     are not counted (`WARM_UP`).
@@ -166,20 +170,27 @@ def race(model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 
     calls: dict[str, Callable[[Tensor], Any]] = {
         "fused": model, "written out": written_out(model), "method": partial(run, method)
     }  # fmt: skip
+    if kernels.take(batches[0]):
+        calls["on PyTorch's"] = partial(_on_pytorch, method)
     times: dict[str, list[float]] = {name: [] for name in calls}
     pool, size, order = torch.cat(batches), max(map(len, batches)), list(calls)
     generator, sizes = torch.Generator().manual_seed(0), []
     for number in range(-WARM_UP, rounds):
         dealt = pool[torch.randperm(len(pool), generator=generator).to(pool.device)].split(size)
         for images in dealt[: max(1, len(pool) // size)]:
-            for name in ["method"] if number < -1 else order:
+            for name in [name for name in order if number >= -1 or name not in ("fused", "written out")]:
                 seconds = timed(images.device, calls[name], images)[1]
                 if number >= 0:
                     times[name].append(seconds)
             sizes += [len(images)] if number >= 0 else []
             order = order[1:] + order[:1] if number >= -1 else order
     native = min((times["fused"], times["written out"]), key=median)
-    return list(zip(sizes, native, times["method"], strict=True))
+    return list(zip(sizes, native, times["method"], strict=True)), times.get("on PyTorch's", [])
+
+
+def _on_pytorch(method: Method, images: Tensor) -> Any:
+    with kernels.on_pytorch():
+        return run(method, images)
 
 
 def everybody(obs: Observation) -> Tensor:
@@ -193,24 +204,32 @@ def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"method": m} | at_ratios([row for row in rows if row["method"] == m]) for m in methods]
 
 
-def speed_at(rows: list[dict[str, Any]], agreement: float) -> float | None:
+def speed_at(rows: list[dict[str, Any]], agreement: float, key: str = "speedup") -> float | None:
     """Speed-up of one method at a wanted agreement, linear between its neighbouring settings; None if out of reach."""
-    rows = sorted((row for row in rows if row.get("speedup")), key=lambda row: -row["gmacs_ratio"])
-    found = [row["speedup"] for row in rows if row["agreement"] >= agreement]
+    rows = sorted((row for row in rows if row.get(key)), key=lambda row: -row["gmacs_ratio"])
+    found = [row[key] for row in rows if row["agreement"] >= agreement]
     for one, other in pairwise(rows):
-        ends = sorted((r["agreement"], r["speedup"]) for r in (one, other))
+        ends = sorted((r["agreement"], r[key]) for r in (one, other))
         if ends[0][0] <= agreement <= ends[1][0]:
             found.append(float(np.interp(agreement, [e[0] for e in ends], [e[1] for e in ends])))
     return max(found, default=None)
 
 
 def speeds(rows: list[dict[str, Any]], levels: Sequence[float] = LEVELS) -> list[dict[str, Any]]:
-    """For each agreement the speed-up of every timed method (None: out of reach), and the fastest one of a paper."""
+    """For each agreement the speed-up of every timed method (None: out of reach), and the fastest one of a paper.
+
+    Where all run on our own kernels, also the fastest of a paper on PyTorch's.
+    """
     published = {row["method"]: row["published"] for row in rows if row.get("speedup")}
     table = []
     for level in levels:
-        speed = {m: speed_at([row for row in rows if row["method"] == m], level) for m in published}
-        peers = {m: s for m, s in speed.items() if published[m] and s is not None}
-        best = max(peers, key=lambda m: peers[m], default=None)
-        table.append({"agreement": level, "fastest_peer": best, "fastest_peer_speedup": peers.get(best or "")} | speed)
+        line: dict[str, Any] = {"agreement": level}
+        for key, mark in (("speedup", ""), ("speedup_pytorch", "_pytorch")):
+            speed = {m: speed_at([row for row in rows if row["method"] == m], level, key) for m in published}
+            peers = {m: s for m, s in speed.items() if published[m] and s is not None}
+            best = max(peers, key=lambda m: peers[m], default=None)
+            if best or not mark:
+                line |= {f"fastest_peer{mark}": best, f"fastest_peer{mark}_speedup": peers.get(best or "")}
+            line |= speed if not mark else {}
+        table.append(line)
     return table

@@ -51,6 +51,8 @@ class Scores:
     """how many images of each batch were looked at twice"""
     seconds: list[tuple[int, float, float]] = field(default_factory=list)
     """of each batch: size, native, pruned"""
+    seconds_pytorch: list[float] = field(default_factory=list)
+    """of each batch, pruned on PyTorch's kernels, where it was also timed on them"""
 
     @staticmethod
     def joined(parts: list[Scores]) -> Scores:
@@ -98,12 +100,16 @@ class Scores:
         size = mode(size for size, _, _ in self.seconds)
         native = median(native for batch, native, _ in self.seconds if batch == size)
         pruned = median(pruned for batch, _, pruned in self.seconds if batch == size)
-        return {
+        found = {
             "batch_size": size,
             "images_per_second_native": size / native,
             "images_per_second_pruned": size / pruned,
             "speedup": native / pruned,
         }
+        if self.seconds_pytorch:
+            pairs = zip(self.seconds, self.seconds_pytorch, strict=True)
+            found["speedup_pytorch"] = native / median(plain for (batch, _, _), plain in pairs if batch == size)
+        return found
 
     def _labelled(self) -> dict[str, Any]:
         if not self.correct_native:

@@ -15,6 +15,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -43,12 +46,25 @@ def library() -> ctypes.CDLL | None:
     return kernels if kernels.set_up(LEVELS.get(os.environ.get("TOKENGAME_KERNELS", "amx"), 2)) else None
 
 
+_WANTED = ContextVar("wanted", default=True)
+
+
+@contextmanager
+def on_pytorch() -> Iterator[None]:
+    """Within it everything runs on PyTorch's kernels: to compare."""
+    token = _WANTED.set(False)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
 def take(rows: Tensor) -> bool:
     """Whether these kernels run on such rows: bfloat16 on a CPU that has it, and nobody wants gradients."""
     if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     wanted = rows.requires_grad or torch.is_grad_enabled()
-    return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None
+    return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None and _WANTED.get()
 
 
 def normed_linear(x: Tensor, norm: NormStruct, linear: Linear) -> Tensor:
