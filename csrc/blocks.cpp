@@ -74,6 +74,7 @@ static void run(const Block* blocks, long first, long last, const bf16* x, long 
         }
         residual_linear(heard + start * inner, rows, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, x + own, out + own, threads);
     }
+    if (!next && !query) return;
     const Block& b = blocks[last / 2];
     const long inner = b.heads * b.width;
     if (next) linear_of(b, x + start * b.dim, rows, 1, 3, next + start * 2 * inner, threads);

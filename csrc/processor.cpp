@@ -28,3 +28,11 @@ extern "C" int set_up(int wanted) {
                          !syscall(SYS_arch_prctl, request, tile_data);
     return 1 + tokengame::has_amx;
 }
+
+// A number that changes when somebody writes to whole tensors: made of some of their bits.
+extern "C" unsigned long long peek(const unsigned short* const* tensors, const long* sizes, long number) {
+    unsigned long long sum = 0;
+    for (long i = 0; i < number; i++)
+        for (long k = 0; k < 8 && sizes[i] > 0; k++) sum = (sum + tensors[i][(sizes[i] - 1) * k / 7]) * 0x9e3779b97f4a7c15ull;
+    return sum;
+}

@@ -73,7 +73,8 @@ class Backbone:
         model, patches = self.model, self.model.patch_embed
         measured = self.attend in (fastest_attention, ruled_attention)
         self._weights = own = weights_of(model) if measured and kernels.take(images) else None
-        if own is None or own.patches is None or images.shape[2:] != patches.img_size:
+        usual = (patches.proj.in_channels, *(patches.img_size or ()))
+        if own is None or own.patches is None or images.shape[1:] != usual:
             x = model._pos_embed(patches(images))
         else:  # what a patch adds to is what timm makes of patches that are zero
             grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)

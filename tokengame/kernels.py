@@ -43,6 +43,7 @@ def library() -> ctypes.CDLL | None:
         kernels = ctypes.CDLL(found.origin)
     except OSError:
         return None
+    kernels.peek.restype = ctypes.c_ulonglong
     return kernels if kernels.set_up(LEVELS.get(os.environ.get("TOKENGAME_KERNELS", "amx"), 2)) else None
 
 
@@ -61,7 +62,7 @@ def on_pytorch() -> Iterator[None]:
 
 def take(rows: Tensor) -> bool:
     """Whether these kernels run on such rows: bfloat16 on a CPU that has it, and nobody wants gradients."""
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or torch.compiler.is_compiling() or not len(rows):
         return False
     wanted = rows.requires_grad or torch.is_grad_enabled()
     return not wanted and not torch.is_autocast_enabled("cpu") and library() is not None and _WANTED.get()
@@ -238,11 +239,11 @@ def _floats(numbers: Tensor | None) -> Tensor | None:
     return None if numbers is None else numbers.float().contiguous()
 
 
-def call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> int:
     """A kernel of the library: tensors as pointers, None as a null pointer, numbers as long or float."""
     kernels = library()
     assert kernels is not None
-    getattr(kernels, name)(*[_converted(argument) for argument in arguments])
+    return getattr(kernels, name)(*[_converted(argument) for argument in arguments])
 
 
 def _converted(argument: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from tokengame.kernels import SIDE, call
 from tokengame.structs import BlockStruct, Linear, NormStruct
@@ -34,29 +36,38 @@ class Packed:
     """Weights of a model, None where one of its blocks does what the kernels do not, and how to see that they hold."""
 
     def __init__(self, model: Any):
+        self.parts, self.tensors, self.modules = [], [], [vars(module) for module in model.modules()]
+        for own in self.modules:
+            for held in (own["_modules"], own["_parameters"]):
+                self.parts += [(held, name, part) for name, part in held.items()]
+            self.parts += [(own, name, own[name]) for name in ("eps", "approximate") if name in own]
+            self.tensors += [(p, *_state(p)) for p in own["_parameters"].values() if p is not None]
+        self.places = (ctypes.c_void_p * len(self.tensors))(*[where for _, where, _ in self.tensors])
+        self.sizes = (ctypes.c_long * len(self.tensors))(*[p.numel() for p, _, _ in self.tensors])
+        self.seen = self._peek()
         self.weights = _of_model(model)
-        self.parts, self.tensors, self.hooks = [], [], []
-        for own in (
-            m
-            for part in (model.patch_embed, model.blocks, model.norm, model.fc_norm, model.head)
-            for m in part.modules()
-        ):
-            self.parts += [
-                (held, name, part) for held in (own._modules, own._parameters) for name, part in held.items()
-            ]
-            self.tensors += [[p, *_state(p)] for p in own._parameters.values() if p is not None]
-            self.hooks += [own._forward_hooks, own._forward_pre_hooks]
+
+    def _peek(self) -> int:
+        return call("peek", self.places, self.sizes, len(self.tensors))
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was replaced or written to since."""
+        """Whether nothing was replaced or written to since, through `.data` either."""
         for held, name, part in self.parts:  # plain loops: this is asked for every batch
             if held.get(name) is not part:
                 return False
-        for parameter, *state in self.tensors:  # noqa: SIM110
+        for parameter, *state in self.tensors:
             if _state(parameter) != state:
                 return False
-        return True
+        return self._peek() == self.seen
+
+    @property
+    def watched(self) -> bool:
+        """Whether modules do what the kernels leave out: hooks, dropout, a forward of their own."""
+        for own in self.modules:
+            if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                return True
+        return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 _PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
@@ -64,14 +75,18 @@ _PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 def weights_of(model: Any) -> Weights | None:
     """Weights of a timm VisionTransformer in bfloat16; None where the kernels cannot do its work, or hooks watch it."""
+    if model.training:
+        return None
     packed = _PACKED.get(model)
     if packed is None or not packed.holds:
         packed = _PACKED[model] = Packed(model)
-    return None if model.training or any(packed.hooks) else packed.weights
+    return None if packed.watched else packed.weights
 
 
 def _of_model(model: Any) -> Weights | None:
-    if not all(_plain(block) for block in model.blocks):
+    shapes = {(block.attn.num_heads, block.attn.head_dim) for block in model.blocks}
+    usual = all(type(p) is nn.Parameter and p.dtype == torch.bfloat16 for p in model.parameters())
+    if not usual or len(shapes) != 1 or not all(_plain(block) for block in model.blocks):
         return None
     tensors: list[Tensor] = []
     structs = [_of_block(block, tensors) for block in model.blocks]
@@ -97,7 +112,7 @@ def _state(parameter: Tensor) -> list[int]:
 def _of_patches(patch_embed: Any) -> Linear | None:
     proj = patch_embed.proj
     plain = type(proj) is nn.Conv2d and type(patch_embed.norm) is nn.Identity and not patch_embed.dynamic_img_pad
-    if not plain or proj.weight.dtype != torch.bfloat16 or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
+    if not plain or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
         return None
     weight = proj.weight.flatten(1)
     return pack(weight, proj.bias) if _fits(*weight.shape) else None
@@ -132,7 +147,7 @@ def _plain(block: Any) -> bool:
     linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
     if not all(type(layer) is nn.Linear and _fits(*layer.weight.shape) for layer in linears):
         return False
-    if any(layer.weight.dtype != torch.bfloat16 for layer in linears) or not _fits(attn.head_dim):
+    if not _fits(attn.head_dim):
         return False
     if not _is_norm(block.norm1) or not _is_norm(block.norm2):
         return False
