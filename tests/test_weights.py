@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import policy_for
+import torch.nn.functional as F
+from conftest import policy_for, tiny_vit
 from test_kernels import game_of, half_vit, normal, off, played
 from timm.layers import Attention, GELUTanh, Mlp
 from torch import nn
