@@ -223,22 +223,23 @@ class EViT(Reducer):
 
     def reduce(self, rows: Rows, qkv: Tensor) -> Rows:
         layout, prefix = rows.layout, self.backbone.prefix
-        x = rows.x.view(layout.images, layout.longest, -1)
         attention = self.backbone.read_heads(qkv, layout).log_attention(layout).exp().mean(1)[:, prefix:]  # [B, n]
         number = math.ceil(self.keep * attention.shape[1])
         if number == attention.shape[1]:
             return rows
-        stay = attention.topk(number, 1, sorted=False).indices  # [B, number]
-        flags = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, stay, True)
-        stays = F.pad(flags, (prefix, 0), value=True).flatten()
-        rest = layout.images * (prefix + number)
-        kept = rows.x.index_select(0, torch.nonzero_static(stays, size=rest).squeeze(1)).view(
-            layout.images, -1, x.shape[2]
-        )
+        stay = attention.topk(number, 1, sorted=False).indices
+        stays = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, stay, True)  # [B, n]
+        kept = self._rows(rows, F.pad(stays, (prefix, 0), value=True))
         if self.fuse:
-            weight = F.pad(attention.masked_fill(flags, 0.0), (prefix, 0)).to(x.dtype)  # [B, prefix + n]
-            kept = torch.cat([kept, weight[:, None] @ x], 1)
-        return Rows(kept.flatten(0, 1), Layout([kept.shape[1]] * len(kept), x.device))
+            weight = attention.masked_select(~stays).view(layout.images, 1, -1).to(kept.dtype)
+            gone = self._rows(rows, F.pad(~stays, (prefix, 0), value=False))
+            kept = torch.cat([kept, weight @ gone], 1)
+        return Rows(kept.flatten(0, 1), Layout([kept.shape[1]] * len(kept), kept.device))
+
+    @staticmethod
+    def _rows(rows: Rows, flags: Tensor) -> Tensor:
+        """[B, number, C] of the rows where [B, L] flags, the same number of each image, are true."""
+        return rows.x.index_select(0, flags.flatten().nonzero().squeeze(1)).view(len(flags), -1, rows.x.shape[1])
 
     def cost(self, rows: Tensor) -> Tensor:
         """The class token's attention once more, and the fusing."""

@@ -12,7 +12,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokengame import looks
+from tokengame import kernels, looks
 from tokengame.attention import fastest_attention
 from tokengame.backbone import Backbone
 from tokengame.compiled import CompiledGame
@@ -71,7 +71,12 @@ class PrunedViT(nn.Module):
 
     @torch.compiler.disable
     def _play_compiled(self, images: Tensor) -> Tensor:
-        """What `torch.compile(fast)` runs: the same game, compiled from decision to decision (see `compiled`)."""
+        """What `torch.compile(fast)` runs: the same game, compiled from decision to decision (see `compiled`).
+
+        Our own kernels leave nothing to compile.
+        """
+        if kernels.take(images):
+            return self.play(images).prediction
         if self._compiled is None:
             self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)
         return looks.play(self._compiled, images, self.actor, self._threshold).prediction
