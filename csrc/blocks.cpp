@@ -64,8 +64,9 @@ static void run(const Block* blocks, long first, long last, const bf16* x, long 
             continue;
         }
         if (half == first && memory.keys) {
-            linear_of(b, x + own, rows, 0, 1, qkv + start * inner, threads);
-            attention(qkv, inner, b.width, memory.keys, memory.key_row, memory.key_head, memory.values, memory.value_row,
+            bf16* q = qkv + 2 * start * inner;  // rows of these images begin where they do in [rows, 3, heads, width]
+            linear_of(b, x + own, rows, 0, 1, q + start * inner, threads);
+            attention(q, inner, b.width, memory.keys, memory.key_row, memory.key_head, memory.values, memory.value_row,
                       memory.value_head, bounds, memory.bounds, images, b.heads, b.width, memory.bias, b.scale, heard, threads);
         } else {
             linear_of(b, x + own, rows, 0, 3, qkv + start * 3 * inner, threads);

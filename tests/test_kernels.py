@@ -156,6 +156,18 @@ def test_rows_are_the_same_bytes_in_any_batch_and_for_any_threads(transition):
         assert all(torch.equal(some, expected) for some, expected in zip(found, together, strict=True))
 
 
+@pytest.mark.usefixtures("two_threads")
+@torch.no_grad()
+def test_threads_on_their_own_way_through_a_stretch_do_not_meet():
+    """One may ask what is left of a memory while the other is blocks ahead, all among its own images."""
+    backbone = Backbone(half_vit(img_size=128))
+    game, images = TokenGame(backbone, GameConfig(stages=(0, 3), transition="merge")), normal(24, 3, 128, 128)
+    table = normal(2, 24, 256, seed=1).float() + torch.linspace(-1, 3, 24)[:, None]  # some images are soon done
+    alone = [game.play(images[i : i + 1], Scripted(table[:, i : i + 1])).x for i in range(24)]
+    for _ in range(10):
+        assert torch.equal(game.play(images, Scripted(table)).x, torch.cat(alone))
+
+
 @both_levels
 def test_two_callers_at_once_get_the_same_bytes(model):
     game, images, decide = game_of(model, "merge"), normal(6, 3, 32, 32), Scripted(normal(2, 6, 16).float())
