@@ -157,7 +157,7 @@ def _score(model: nn.Module, entries: list[Entry], batches: Iterable[Batch]) -> 
 
 @torch.inference_mode()
 def race(
-    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 2
+    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 5
 ) -> tuple[list[tuple[int, float, float]], list[float]]:
     """Size, native and the method's seconds of each call; native is the faster of its two forms. And where the method
     runs on kernels of our own, its seconds on PyTorch's.
