@@ -15,6 +15,8 @@ void residual_mlp(const bf16*, long, long, const float*, const float*, float, co
 void attention(const bf16*, long, long, const bf16*, long, long, const bf16*, long, long, const int64_t*, const int64_t*,
                long, long, long, const float*, float, bf16*, long);
 
+void observe(const bf16*, long, long, const bf16*, long, long, long, long, const bf16*, float, const int64_t*, long, long, const float*,
+             const int64_t*, const float*, long, long, float*, int64_t*, long, long, long);
 void norm_rows(const bf16*, long, long, const float*, const float*, float, bf16*, long);
 void each_head(const bf16*, long, long, long, const bf16*, long, bf16*);
 void each_head_linear(const bf16*, long, long, long, const bf16*, const float*, long, bf16*);
@@ -45,6 +47,15 @@ struct Memory {  // [rows, heads, width] each, laid out as `bounds`; without key
     const float* bias;
 };
 
+struct Look {  // what agents observe of the attention that comes next, see `observe`; without agents nothing
+    const int64_t* position;
+    const float* dither;
+    long agents_at_start, prefix;
+    float* features;
+    int64_t* index;
+    long agents, image;
+};
+
 static void linear_of(const Block& b, const bf16* x, long rows, long first, long last, bf16* out, long threads) {
     const long inner = b.heads * b.width;
     normed_linear(x, rows, b.dim, b.norm1.weight, b.norm1.bias, b.norm1.eps, b.qkv.packed + first * inner * b.dim,
@@ -53,7 +64,8 @@ static void linear_of(const Block& b, const bf16* x, long rows, long first, long
 
 // The halves of a stretch for some images, see `stretch`.
 static void run(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
-                const float* bias, const Memory& memory, bf16* qkv, bf16* heard, bf16* out, bf16* next, bf16* query, long threads) {
+                const float* bias, const Memory& memory, const Look& look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
+                bf16* query, long threads) {
     const long start = bounds[0];  // attention is given whole arrays, what concerns single rows only its own
     for (long half = first; half < last; half++, x = out) {
         const Block& b = blocks[half / 2];
@@ -85,31 +97,40 @@ static void run(const Block* blocks, long first, long last, const bf16* x, long 
             std::memcpy(firsts.data() + image * b.dim, x + bounds[image] * b.dim, b.dim * sizeof(bf16));
         linear_of(b, firsts.data(), images, 0, 1, query, threads);
     }
+    if (look.agents)
+        observe(next, 2 * inner, b.width, next + inner, 2 * inner, b.width, b.heads, b.width, query, b.scale, bounds, images, look.prefix,
+                bias, look.position, look.dither, look.agents_at_start, 1, look.features, look.index,
+                look.agents, look.image, threads);
 }
 
 // Halves first..last - 1 of `blocks` (2 i is the attention of block i, 2 i + 1 its MLP) on x [rows, dim], to `out`; the
 // first attention looks at `memory` where there is one. qkv [rows, 3, heads, width] holds the last other attention's
 // afterwards; heard [rows, heads * width] is for us to write in. Where they are wanted, keys and values
-// [rows, 2, heads, width] of an attention that comes next, and queries [images, heads, width] of each image's first row.
+// [rows, 2, heads, width] of an attention that comes next, queries [images, heads, width] of each image's first row, and
+// what agents observe of both.
 //
 // A thread takes a few images through the whole stretch where their rows fit its cache together with a block's weights.
 void stretch(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
-             const float* bias, const Memory* memory, bf16* qkv, bf16* heard, bf16* out, bf16* next, bf16* query, long threads) {
+             const float* bias, const Memory* memory, const Look* look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
+             bf16* query, long threads) {
     const Block& b = blocks[first / 2];
     const long inner = b.heads * b.width, weights = b.dim * (4 * inner + 2 * b.hidden);
     const long row = 2 * b.dim + 4 * inner, fits = CACHE * images / (rows * row);  // images
     const long rounds = std::max(1L, (images + threads * fits / 2) / (threads * std::max(1L, fits)));
     const long some = (images + rounds * threads - 1) / (rounds * threads);
     if (images < 2 * threads || fits < 1 || weights > CACHE) {
-        run(blocks, first, last, x, rows, bounds, images, bias, *memory, qkv, heard, out, next, query, threads);
+        run(blocks, first, last, x, rows, bounds, images, bias, *memory, *look, qkv, heard, out, next, query, threads);
         return;
     }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long image = 0; image < images; image += some) {
         const long end = std::min(images, image + some);
         Memory own = *memory;
+        Look its = *look;
         if (own.keys) own.bounds += image;
-        run(blocks, first, last, x, bounds[end] - bounds[image], bounds + image, end - image, bias, own, qkv, heard, out, next,
+        if (its.agents) its.features -= image * its.prefix * (b.heads + 6), its.index -= image * its.prefix;  // of agents alone
+        its.image = image;
+        run(blocks, first, last, x, bounds[end] - bounds[image], bounds + image, end - image, bias, own, its, qkv, heard, out, next,
             query ? query + image * inner : nullptr, 1);
     }
 }

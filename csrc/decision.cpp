@@ -207,11 +207,13 @@ void class_attention(const bf16* keys, long key_row, long key_head, long heads, 
     }
 }
 
-// features [agents, heads + 6], see `Observation.features`. bounds [images + 1] of rows, of which `prefix` do not play;
+// features [agents, heads + 6], see `Observation.features`; where it is wanted, index [3, agents]: place in the grid, image
+// (counted from `image_before`) and row of each agent. bounds [images + 1] of rows, of which `prefix` do not play;
 // query [images, heads * width]; bias [rows] or null; position [rows]; compare: whether likeness is asked for.
 void observe(const bf16* keys, long key_row, long key_head, const bf16* values, long value_row, long value_head, long heads,
              long width, const bf16* query, float scale, const int64_t* bounds, long images, long prefix, const float* bias,
-             const int64_t* position, const float* dither, long agents_at_start, long compare, float* features, long threads) {
+             const int64_t* position, const float* dither, long agents_at_start, long compare, float* features, int64_t* index,
+             long agents_in_all, long image_before, long threads) {
     const Heads h{keys, values, key_row, key_head, value_row, value_head, heads, width};
     const long columns = heads + 6;
 #pragma omp parallel num_threads(threads)
@@ -227,6 +229,9 @@ void observe(const bf16* keys, long key_row, long key_head, const bf16* values, 
                 float* rest = out + a * columns + heads;
                 rest[0] = mean[a], rest[1] = bias ? bias[row] : 0, rest[2] = 0, rest[3] = float(agents) / agents_at_start;
                 rest[4] = 0, rest[5] = dither[position[row]];
+                if (!index) continue;
+                int64_t* own = index + row - (image + 1) * prefix;
+                own[0] = position[row], own[agents_in_all] = image_before + image, own[2 * agents_in_all] = row;
             }
             if (compare) likeness(h, first + prefix, agents, mean, columns, out + heads + 2, out + heads + 4);
         }

@@ -51,8 +51,8 @@ class Stopwatch:
 def _watching(fast: PrunedViT, watch: Stopwatch, images: Tensor) -> Iterator[None]:
     """Shadow the methods of this one game with timed ones, for as long as the context lasts.
 
-    Our own kernels run attention, projections and MLPs of a stretch of blocks in one call: all of it is then counted
-    with projections and MLPs.
+    Our own kernels run attention, projections and MLPs of a stretch of blocks, and what a merge game's agents observe,
+    in one call: all of it is then counted with projections and MLPs.
     """
     game, backbone = fast.game, fast.game.backbone
     attend = backbone.attend

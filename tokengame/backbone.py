@@ -19,7 +19,7 @@ from tokengame import kernels
 from tokengame.attention import Kernel, asked_attention, fastest_attention, ruled_attention
 from tokengame.blocks import Heads, Ran, feed_forward, folded_attention, folds, join, lengthen, project
 from tokengame.errors import TokenGameError
-from tokengame.ops import Layout, Memory, segment_mean, spare_rows
+from tokengame.ops import Layout, Look, Memory, Seen, segment_mean, spare_rows
 from tokengame.weights import Weights, weights_of
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
@@ -84,7 +84,7 @@ class Backbone:
 
     def run(
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,
-        memory: Memory | None = None, look: bool = False,
+        memory: Memory | None = None, look: Look | None = None,
     ) -> Ran:  # fmt: skip
         """Half-blocks `first` to `last` - 1 on packed rows; 2 i is the attention of block i, 2 i + 1 its MLP.
 
@@ -94,10 +94,10 @@ class Backbone:
             layout: of the M rows.
             bias: [M] added to the attention logits of each key, or None.
             memory: what the first half, an attention, looks at in place of the rows themselves.
-            look: whether keys and values are wanted of half `last`, an attention that nobody has asked yet.
+            look: what is wanted of half `last`, an attention that nobody has asked yet.
         """
         if own := self.tiled(x):
-            query = look and self.model.has_class_token
+            query = look is not None and self.model.has_class_token
             found = kernels.stretch(own.blocks, first, last, x, layout, bias, memory, look, query)
             heads = (
                 self._looked(last // 2, found.x, layout, found.next, found.query) if found.next is not None else None
@@ -116,16 +116,19 @@ class Backbone:
             else:
                 qkv = project(block.attn, block.norm1(x))[:rows]
                 x = join(block, x, lengthen(self.attend(qkv, layout, bias), spare))
-        heads = self._look(last // 2, x, layout) if look else None
+        heads = self._look(last // 2, x, layout) if look is not None else None
         return Ran(x[:rows], qkv, heads)
 
     def _look(self, block: int, x: Tensor, layout: Layout) -> Heads:
         """Keys and values of rows x [M + spare, C] in an attention."""
         module = self.blocks[block]
         rows = module.norm1(x)
-        return self._looked(block, x[: layout.rows], layout, project(module.attn, rows, 1, 3)[: layout.rows], None)
+        return self._looked(block, x[: layout.rows], layout, project(module.attn, rows, 1, 3)[: layout.rows])
 
-    def _looked(self, block: int, x: Tensor, layout: Layout, keys_values: Tensor, query: Tensor | None) -> Heads:
+    def _looked(
+        self, block: int, x: Tensor, layout: Layout, keys_values: Tensor, query: Tensor | None = None,
+        seen: Seen | None = None,
+    ) -> Heads:  # fmt: skip
         module = self.blocks[block]
         if query is None:
             if self.model.has_class_token:
@@ -134,7 +137,7 @@ class Backbone:
                 asking = segment_mean(module.norm1(x), layout)
             query = project(module.attn, asking, 0, 1)[:, 0]
         keys, values = keys_values.unbind(1)
-        return Heads(query, keys, values, module.attn.scale)
+        return Heads(query, keys, values, module.attn.scale, seen)
 
     def answer(self, query: Tensor, memory: Memory, asking: Layout) -> Tensor:
         """[Q, H, D] what queries [Q, H, D] of the images of `asking` hear from `memory`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokengame import kernels
 from tokengame.attention import asked_attention
 from tokengame.kernels import takes
-from tokengame.ops import Layout, add_by_pieces
+from tokengame.ops import Layout, Seen, add_by_pieces
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Heads:
     """[M, H, D]"""
     scale: float
     """factor on q.k"""
+    seen: Seen | None = None
+    """what agents observe, where our own kernels have looked already"""
 
     def log_attention(self, layout: Layout, bias: Tensor | None = None) -> Tensor:
         """[B, H, longest] log of the attention that `query` pays to each row of its image; -inf to padding."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokengame.backbone import Backbone
 from tokengame.config import GameConfig
 from tokengame.decisions import absorb, drop, features_of, similarity_of
-from tokengame.ops import Layout, Memory, keep_at_least_one, ordered_dither, segment_mean
+from tokengame.ops import Layout, Look, Memory, keep_at_least_one, ordered_dither, segment_mean
 from tokengame.state import EXTRAS, Decide, Observation, State
 
 
@@ -69,13 +69,16 @@ class TokenGame:
         agents, device = state.agents, state.x.device
         has_cls = self.backbone.model.has_class_token
         cls = state.layout.first(state.x) if has_cls else segment_mean(state.x, state.layout)
+        stage = torch.full((agents.images,), state.stage, device=device)
+        if self.features and state.heads is not None and state.heads.seen is not None:
+            features, agent, scene, row = state.heads.seen
+            return Observation(state.x, cls, features, scene, agent, stage, agents, state.total, row)
         if self.features and state.heads is not None:
             features = features_of(state, state.heads, self.merge)
         else:
             features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
-        stage = torch.full((agents.images,), state.stage, device=device)
-        position, rows = state.of_agents(state.position), state.agent_rows
-        return Observation(state.x, cls, features, agents.image, position, stage, agents, state.total, rows)
+        position, row = state.of_agents(state.position), state.agent_rows
+        return Observation(state.x, cls, features, agents.image, position, stage, agents, state.total, row)
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
@@ -149,7 +152,9 @@ class TokenGame:
     def _advance(self, state: State, half: int) -> State:
         """Run from half-block `half` to the next decision, or to the end."""
         stop, decides = self._decides_before(state.stage), state.stage < len(self.stages)
-        look = self.merge and decides
+        look = None
+        if self.merge and decides:
+            look = Look(state.position, state.dither, state.total, state.prefix, self.features)
         ran = self.backbone.run(half, stop, state.x, state.layout, state.bias, state.memory, look)
         state = replace(state, x=ran.x, memory=None)
         if ran.heads is not None:

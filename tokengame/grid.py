@@ -14,7 +14,7 @@ from tokengame.blocks import Ran
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
-from tokengame.ops import Layout, Memory
+from tokengame.ops import Layout, Look, Memory
 from tokengame.state import Decide, State
 
 Fill = Literal["exit", "absorber", "zero"]
@@ -33,12 +33,12 @@ class RecordingBackbone(Backbone):
 
     def run(
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,
-        memory: Memory | None = None, look: bool = False,
+        memory: Memory | None = None, look: Look | None = None,
     ) -> Ran:  # fmt: skip
         """As `Backbone.run`, in pieces."""
         ran = Ran(x, None)
         for edge in sorted({e for e in self.edges if first < e < last} | {last}):
-            found = super().run(first, edge, ran.x, layout, bias, memory, look and edge == last)
+            found = super().run(first, edge, ran.x, layout, bias, memory, look if edge == last else None)
             ran, first, memory = found._replace(qkv=ran.qkv if found.qkv is None else found.qkv), edge, None
             if edge in self.edges:
                 self.seen[edge // 2 - 1] = ran.x

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokengame.ops import Layout, Memory
-from tokengame.structs import Linear, MemoryStruct, NormStruct
+from tokengame.ops import Layout, Look, Memory, Seen
+from tokengame.structs import Linear, LookStruct, MemoryStruct, NormStruct
 
 SIDE = 32
 """what widths must be multiples of"""
@@ -89,18 +89,20 @@ class Stretch(NamedTuple):
     """[M, 2, H, D] keys and values of the attention that would come next"""
     query: Tensor | None
     """[B, H, D] and the queries of each image's first row"""
+    seen: Seen | None = None
+    """what agents observe of these"""
 
 
 def stretch(
     blocks: Any, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None,
-    memory: Memory | None = None, look: bool = False, query: bool = False,
+    memory: Memory | None = None, look: Look | None = None, query: bool = False,
 ) -> Stretch:  # fmt: skip
     """Half-blocks `first` to `last` - 1 of `blocks`, an array of `BlockStruct`; see `Backbone.run`.
 
     Args:
         memory: what the first half, an attention, looks at in place of the rows.
-        look: whether keys and values of the next attention are wanted.
-        query: and queries of each image's first row.
+        look: what is wanted of the next attention.
+        query: whether each image's first row asks in it, without which nothing is observed here.
     """
     heads, width = blocks[0].heads, blocks[0].width
     x, rows = x.contiguous(), len(x)
@@ -108,15 +110,21 @@ def stretch(
     qkv, heard = x.new_empty(rows, 3, heads, width), x.new_empty(rows, max(heads * width, x.shape[1]))
     following = x.new_empty(rows, 2, heads, width) if look else None
     asking = x.new_empty(layout.images, heads, width) if query else None
-    seen = MemoryStruct()
+    remembered = MemoryStruct()
     if memory is not None:
         keys, values, its_bias = _strided(memory.keys), _strided(memory.values), _floats(memory.bias)
         pointers = (keys[0], values[0], memory.layout.bounds, its_bias)
         where = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
-        seen = MemoryStruct(*where[:2], *keys[1:], *values[1:], *where[2:])
-    call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(seen),
-          qkv, heard, out, following, asking, torch.get_num_threads())  # fmt: skip
-    return Stretch(out, qkv, following, asking)
+        remembered = MemoryStruct(*where[:2], *keys[1:], *values[1:], *where[2:])
+    looks, seen = LookStruct(), None
+    if look is not None and query and look.observe:
+        agents = rows - look.prefix * layout.images
+        features, index = torch.empty(agents, heads + 6), torch.empty(3, agents, dtype=torch.long)
+        at = [tensor.data_ptr() for tensor in (look.position, look.dither, features, index)]
+        looks, seen = LookStruct(*at[:2], look.total, look.prefix, *at[2:], agents), Seen(features, *index)
+    call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(remembered),
+         ctypes.byref(looks), qkv, heard, out, following, asking, torch.get_num_threads())  # fmt: skip
+    return Stretch(out, qkv, following, asking, seen)
 
 
 def close(block: Any, qkv: Tensor, x: Tensor, layout: Layout, prefix: int, bias: Tensor | None) -> Tensor:
@@ -200,7 +208,7 @@ def observe(
     heads, width = keys.shape[1:]
     features = torch.empty(layout.rows - prefix * layout.images, heads + 6)
     call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale), layout.bounds,
-          layout.images, prefix, _floats(bias), position, dither.float(), total, int(compare), features,
+          layout.images, prefix, _floats(bias), position, dither.float(), total, int(compare), features, None, 0, 0,
           torch.get_num_threads())  # fmt: skip
     return features
 

@@ -108,7 +108,10 @@ class Layout:
 
     def per_image(self, flags: Tensor) -> list[int]:
         """How many of `flags` [M] are true in each image. The one synchronisation with the device of a decision."""
-        return self.pad(flags).sum(1).tolist() if self.rows else list(self.counts)
+        if not self.rows or 0 in self.counts or self.device.type != "cpu":
+            return self.pad(flags).sum(1).tolist() if self.rows else list(self.counts)
+        starts = list(accumulate(self.counts, initial=0))[:-1]
+        return np.add.reduceat(flags.numpy(), starts, dtype=np.int64).tolist()
 
     def groups(self, size: int, heads: int, multiple: int = 1) -> Groups:
         """Plan for taking `size` images at a time, neighbours in length, each group padded to a `multiple`."""
@@ -192,6 +195,33 @@ class Memory(NamedTuple):
     """of the M rows"""
     bias: Tensor | None
     """[M] added to the attention logits of each key, or None"""
+
+
+class Look(NamedTuple):
+    """What is wanted of an attention that comes next: keys and values, and what agents observe of them."""
+
+    position: Tensor
+    """[M] place of each row in the grid, -1 for the `prefix` rows of an image that are no agents"""
+    dither: Tensor
+    """[N]"""
+    total: int
+    """agents of an image at the start"""
+    prefix: int
+    observe: bool
+    """whether anybody looks at what agents observe"""
+
+
+class Seen(NamedTuple):
+    """What A agents observe of an attention, and who they are."""
+
+    features: Tensor
+    """[A, heads + 6]"""
+    agent: Tensor
+    """[A] place in the grid"""
+    scene: Tensor
+    """[A] image"""
+    row: Tensor
+    """[A] among all rows"""
 
 
 @lru_cache(maxsize=64)

@@ -141,6 +141,7 @@ class State:
             query=self.heads.query.index_select(0, images),
             keys=self.heads.keys.index_select(0, rows),
             values=self.heads.values.index_select(0, rows),
+            seen=None,
         )
         return replace(
             self,

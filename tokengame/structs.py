@@ -65,3 +65,14 @@ class MemoryStruct(ctypes.Structure):
         *[(name, ctypes.c_long) for name in ("key_row", "key_head", "value_row", "value_head")],
         *[(name, ctypes.c_void_p) for name in ("bounds", "bias")],
     )
+
+
+class LookStruct(ctypes.Structure):
+    """As in csrc/blocks.cpp."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("position", "dither")],
+        *[(name, ctypes.c_long) for name in ("agents_at_start", "prefix")],
+        *[(name, ctypes.c_void_p) for name in ("features", "index")],
+        *[(name, ctypes.c_long) for name in ("agents", "image")],
+    )
