@@ -116,7 +116,8 @@ void stretch(const Block* blocks, long first, long last, const bf16* x, long row
     const Block& b = blocks[first / 2];
     const long inner = b.heads * b.width, weights = b.dim * (4 * inner + 2 * b.hidden);
     const long row = 2 * b.dim + 4 * inner, fits = CACHE * images / (rows * row);  // images
-    const long rounds = std::max(1L, (images + threads * fits / 2) / (threads * std::max(1L, fits)));
+    const long least = images < 8 * threads ? 1 : 3;  // rounds, so that no thread waits long for the last images
+    const long rounds = std::max(least, (images + threads * fits / 2) / (threads * std::max(1L, fits)));
     const long some = (images + rounds * threads - 1) / (rounds * threads);
     if (images < 2 * threads || fits < 1 || weights > CACHE) {
         run(blocks, first, last, x, rows, bounds, images, bias, *memory, *look, qkv, heard, out, next, query, threads);

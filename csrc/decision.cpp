@@ -107,24 +107,46 @@ static void observe_attention(const Heads& h, const bf16* query, float scale, lo
     for (long a = 0; a < agents; a++) mean[a] -= average / agents;
 }
 
-// Highest cosine to another token, and to one that the class token attends to more.
+// Highest cosine to another token, and to one that the class token attends to more: similarity and leader of token i at
+// i * columns. Of the matrix of cosines only blocks on and above the diagonal are computed, and read both ways.
 static void likeness(const Heads& h, long first, long n, const float* attention, long columns, float* similarity, float* leader) {
-    int* all = scratch(index_memory, n);
-    for (long i = 0; i < n; i++) all[i] = i;
-    cosines(metric(h, first, n), h.compared(), all, n, all, n, [&](long i, const float* c) {
-        const __m512 own = _mm512_set1_ps(attention[i]);
-        __m512 alike = _mm512_set1_ps(-1), lead = alike;
-        for (long k = 0; k < n; k += 16, c += k % SIDE ? 16 : BLOCK - 16) {
-            __mmask16 there = first_of(n - k);
-            if (i / 16 == k / 16) there &= ~(1 << i % 16);  // not oneself
-            const __m512 x = _mm512_loadu_ps(c);
-            const __mmask16 ahead = _mm512_mask_cmp_ps_mask(there, _mm512_maskz_loadu_ps(there, attention + k), own, _CMP_GT_OQ);
-            alike = _mm512_mask_max_ps(alike, there, alike, x);
-            lead = _mm512_mask_max_ps(lead, ahead, lead, x);
+    const long width = h.compared(), all = up(n, SIDE);
+    const bf16* rows = metric(h, first, n);
+    bf16 *packed = scratch(packed_memory, all * width), *staged = scratch(staged_memory, SIDE * width);
+    float *alike = scratch(cosine_memory, 2 * all), *lead = alike + all;  // as columns
+    pack_rows(rows, width, nullptr, n, width, packed);
+    std::fill(alike, alike + 2 * all, -1.f);
+    alignas(64) float c[BLOCK];
+    for (long row = 0; row < n; row += SIDE) {
+        const long some = std::min(SIDE, n - row);
+        __m512 own_alike[SIDE], own_lead[SIDE];
+        for (long r = 0; r < some; r++) own_alike[r] = own_lead[r] = _mm512_set1_ps(-1);
+        stage(rows + row * width, width, some, width, staged);
+        for (long column = row; column < n; column += SIDE) {
+            product(staged, packed + column * width, width / SIDE, some, c);
+            for (long k = column; k < std::min(n, column + SIDE); k += 16) {
+                const __mmask16 columns_there = first_of(n - k);
+                const __m512 others = _mm512_maskz_loadu_ps(columns_there, attention + k);
+                __m512 their_alike = _mm512_loadu_ps(alike + k), their_lead = _mm512_loadu_ps(lead + k);
+                for (long r = 0; r < some; r++) {
+                    __mmask16 there = columns_there;
+                    if (row + r >= k && row + r < k + 16) there &= ~(1 << (row + r - k));  // not oneself
+                    const __m512 x = _mm512_loadu_ps(c + r * SIDE + k - column), own = _mm512_set1_ps(attention[row + r]);
+                    own_alike[r] = _mm512_mask_max_ps(own_alike[r], there, own_alike[r], x);
+                    own_lead[r] = _mm512_mask_max_ps(own_lead[r], _mm512_mask_cmp_ps_mask(there, others, own, _CMP_GT_OQ), own_lead[r], x);
+                    if (column == row) continue;  // whole, so that every row has met every column
+                    their_alike = _mm512_mask_max_ps(their_alike, there, their_alike, x);
+                    their_lead = _mm512_mask_max_ps(their_lead, _mm512_mask_cmp_ps_mask(there, others, own, _CMP_LT_OQ), their_lead, x);
+                }
+                _mm512_storeu_ps(alike + k, their_alike);
+                _mm512_storeu_ps(lead + k, their_lead);
+            }
         }
-        similarity[i * columns] = _mm512_reduce_max_ps(alike);
-        leader[i * columns] = _mm512_reduce_max_ps(lead);
-    });
+        for (long r = 0; r < some; r++) {
+            similarity[(row + r) * columns] = std::max(alike[row + r], _mm512_reduce_max_ps(own_alike[r]));
+            leader[(row + r) * columns] = std::max(lead[row + r], _mm512_reduce_max_ps(own_lead[r]));
+        }
+    }
 }
 
 struct Rows {  // of an image, before somebody leaves

@@ -15,6 +15,7 @@ later blocks add to it would weigh more), sizes added, log size added to the att
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,18 +68,25 @@ class TokenGame:
     def observe(self, state: State) -> Observation:
         """What the living agents see before the next decision."""
         agents, device = state.agents, state.x.device
-        has_cls = self.backbone.model.has_class_token
-        cls = state.layout.first(state.x) if has_cls else segment_mean(state.x, state.layout)
         stage = torch.full((agents.images,), state.stage, device=device)
         if self.features and state.heads is not None and state.heads.seen is not None:
             features, agent, scene, row = state.heads.seen
-            return Observation(state.x, cls, features, scene, agent, stage, agents, state.total, row)
-        if self.features and state.heads is not None:
-            features = features_of(state, state.heads, self.merge)
         else:
-            features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
-        position, row = state.of_agents(state.position), state.agent_rows
-        return Observation(state.x, cls, features, agents.image, position, stage, agents, state.total, row)
+            if self.features and state.heads is not None:
+                features = features_of(state, state.heads, self.merge)
+            else:
+                features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
+            scene, agent, row = agents.image, state.of_agents(state.position), state.agent_rows
+        lead = partial(self._lead, state)
+        return Observation(
+            state.x, lead, features, scene, agent, stage, agents, state.total, row, state.stage
+        )  # fmt: skip
+
+    def _lead(self, state: State) -> Tensor:
+        """[B, C] class tokens; without one, means of the rows."""
+        return (
+            state.layout.first(state.x) if self.backbone.model.has_class_token else segment_mean(state.x, state.layout)
+        )
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""
@@ -156,10 +164,10 @@ class TokenGame:
         if self.merge and decides:
             look = Look(state.position, state.dither, state.total, state.prefix, self.features)
         ran = self.backbone.run(half, stop, state.x, state.layout, state.bias, state.memory, look)
-        state = replace(state, x=ran.x, memory=None)
-        if ran.heads is not None:
+        heads, similarity = ran.heads, None
+        if heads is not None:
             with torch.no_grad():
-                return replace(state, heads=ran.heads, similarity=similarity_of(state, ran.heads))
-        if decides and ran.qkv is not None:
-            return replace(state, heads=self.backbone.read_heads(ran.qkv, state.layout))
-        return state
+                similarity = similarity_of(state, heads)
+        elif decides and ran.qkv is not None:
+            heads = self.backbone.read_heads(ran.qkv, state.layout)
+        return replace(state, x=ran.x, memory=None, heads=heads, similarity=similarity)

@@ -111,8 +111,8 @@ class ContextActor(nn.Module):
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
         features = obs.features.to(self.line.dtype)
-        if obs.layout is not None:  # all scenes are at the same stage
-            line = torch.mv(self.fold, self.line.index_select(0, obs.stage[:1])[0])
+        if obs.turn is not None:
+            line = torch.mv(self.fold, self.line[obs.turn])
             return torch.addmv(line[-1:].expand(len(features)), features, line[:-1])
         line = (self.line @ self.fold.T).index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F]
         return (features * line[:, :-1]).sum(1) + line[:, -1]

@@ -21,8 +21,8 @@ class Observation:
 
     x: Tensor
     """[A, C] the agents' own rows; or [M, C] rows, of which those of the agents are `row`"""
-    cls: Tensor
-    """[S, C] class token of the scene; without one, the mean of its rows"""
+    lead: Tensor | Callable[[], Tensor]
+    """`cls`, or what finds it"""
     features: Tensor
     """[A, heads + 6] per head: log attention from the class token times the number of rows; then the mean over heads,
     centred in the image; log size; highest similarity of values to another agent; share of agents alive; highest
@@ -40,6 +40,13 @@ class Observation:
     """agents of an image at the start"""
     row: Tensor | None = None
     """[A] index into x, where not all rows are agents'"""
+    turn: int | None = None
+    """the stage, where all scenes are at the same"""
+
+    @property
+    def cls(self) -> Tensor:
+        """[S, C] class token of the scene; without one, the mean of its rows"""
+        return self.lead if isinstance(self.lead, Tensor) else self.lead()
 
     @property
     def token(self) -> Tensor:
@@ -71,7 +78,7 @@ class Observation:
             offsets.append(offsets[-1] + len(part.cls))
         return Observation(
             x=torch.cat([p.token for p in parts]),
-            cls=torch.cat([p.cls for p in parts]),
+            lead=torch.cat([p.cls for p in parts]),
             features=torch.cat([p.features for p in parts]),
             scene=torch.cat([p.scene + offset for p, offset in zip(parts, offsets, strict=True)]),
             agent=torch.cat([p.agent for p in parts]),

@@ -229,7 +229,7 @@ class Trainer:
             return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
 
         obs = Observation.concat(
-            [replace(o, x=o.token.float(), row=None, cls=o.cls.float()) for o in rollout.observations]
+            [replace(o, x=o.token.float(), row=None, lead=o.cls.float()) for o in rollout.observations]
         )
         action, log_probs = torch.cat(rollout.action), torch.cat(rollout.log_prob)
         games, agents = shape
