@@ -5,7 +5,6 @@ namespace tokengame {
 
 static thread_local std::vector<bf16> metric_memory, staged_memory, packed_memory;
 static thread_local std::vector<float> number_memory, row_memory, logit_memory, cosine_memory;
-static thread_local std::vector<int> index_memory;
 
 struct Heads {  // of all rows: [M, heads, width]; only the first half of each head's values is compared
     const bf16 *keys, *values;

@@ -164,7 +164,7 @@ inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
     }
 }
 
-// The transpose of rows [n, K] as a packed right operand, so that a product is with each of the rows; n up to 32.
+// The transpose of rows [n, K] as a packed right operand, so that a product is with each of the rows.
 // Row i is from + index[i] * stride, or from + i * stride without an index.
 inline void pack_rows(const bf16* from, long stride, const int* index, long rows, long columns, bf16* to) {
     const long steps = columns / SIDE;

@@ -323,3 +323,43 @@ def test_tiles_of_the_processor_are_left_as_they_were(model):
         store(found)
         load(bytes(64))
         assert found.raw == settings
+
+
+@torch.no_grad()
+def test_what_agents_observe_is_looked_at_once(model, monkeypatch):
+    """In passing, while a stretch is run; nobody looks again."""
+    game, called = game_of(model, "merge"), []
+    monkeypatch.setattr(kernels, "observe", lambda *_: called.append("again"))
+    state = game.reset(normal(3, 3, 32, 32))
+    assert torch.equal(game.observe(state).features, state.heads.seen.features)
+    played(game, normal(3, 3, 32, 32))
+    assert not called
+
+
+@both_transitions
+def test_frozen_models_are_run_with_gradients_enabled_too(model, transition):
+    game, images = game_of(model.requires_grad_(False), transition), normal(4, 3, 32, 32)
+    decide = Scripted(normal(2, 4, 16).float())
+    found = game.logits(game.play(images, decide))
+    assert off(found, played(game, images, decide)) < 0.02
+
+
+@torch.no_grad()
+def test_deciding_before_any_attention_observes_nothing(model):
+    game = TokenGame(Backbone(model), GameConfig(stages=(0, 2), transition="drop"))
+    state = game.reset(normal(2, 3, 32, 32))
+    assert state.heads is None
+    assert not game.observe(state).features.any()
+
+
+@torch.no_grad()
+def test_the_global_number_format_does_not_matter(model):
+    game, images = game_of(model, "merge"), normal(4, 3, 32, 32)
+    decide = Scripted(normal(2, 4, 16).float())
+    expected = played(game, images, decide)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = played(game_of(copy.deepcopy(model), "merge"), images, decide)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

@@ -99,9 +99,9 @@ class Backbone:
         if own := self.tiled(x):
             query = look is not None and self.model.has_class_token
             found = kernels.stretch(own.blocks, first, last, x, layout, bias, memory, look, query)
-            heads = (
-                self._looked(last // 2, found.x, layout, found.next, found.query) if found.next is not None else None
-            )
+            heads = None
+            if found.next is not None:
+                heads = self._looked(last // 2, found.x, layout, found.next, found.query, found.seen)
             return Ran(found.x, found.qkv, heads)
         rows, qkv = len(x), None
         spare = spare_rows(x) if layout.images > 1 else 0

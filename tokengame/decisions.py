@@ -25,7 +25,7 @@ def similarity_of(state: State, heads: Heads) -> Tensor | None:
     Half of the numbers of each head, which have no order: as good as all of them (docs/LOG.md), at half the cost. None
     where our own kernels will compare what they need.
     """
-    if takes(heads.values):
+    if takes(heads.values) and state.x.shape[1] % kernels.SIDE == 0:
         return None
     agents, half = state.agents, (heads.values.shape[2] + 1) // 2
     metric = F.normalize(heads.values[..., :half].flatten(1), dim=1)
@@ -41,7 +41,7 @@ def similarity_of(state: State, heads: Heads) -> Tensor | None:
 
 def features_of(state: State, heads: Heads, compare: bool) -> Tensor:
     """[A, heads + 6], see `Observation.features`; without `compare` nobody's likeness to others is looked at."""
-    if takes(heads.values):
+    if state.similarity is None if compare else takes(heads.values):
         return kernels.observe(
             heads.keys, heads.values, heads.query, heads.scale, state.layout, state.prefix, state.bias, state.position,
             state.dither, state.total, compare,
@@ -105,7 +105,7 @@ def absorb(state: State, keep: Tensor, layout: Layout) -> Remaining:
         layout: of the M' rows that stay.
     """
     assert state.heads is not None
-    if takes(state.heads.values):
+    if state.similarity is None:
         x, size, position, absorber = kernels.absorb(
             state.heads.values, state.x, state.size, state.position, keep, state.layout, layout, state.prefix
         )

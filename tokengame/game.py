@@ -77,16 +77,11 @@ class TokenGame:
             else:
                 features = torch.zeros(agents.rows, self.backbone.heads + len(EXTRAS), device=device)
             scene, agent, row = agents.image, state.of_agents(state.position), state.agent_rows
-        lead = partial(self._lead, state)
+        has_cls, layout = self.backbone.model.has_class_token, state.layout
+        lead = partial(layout.first, state.x) if has_cls else partial(segment_mean, state.x, layout)
         return Observation(
             state.x, lead, features, scene, agent, stage, agents, state.total, row, state.stage
         )  # fmt: skip
-
-    def _lead(self, state: State) -> Tensor:
-        """[B, C] class tokens; without one, means of the rows."""
-        return (
-            state.layout.first(state.x) if self.backbone.model.has_class_token else segment_mean(state.x, state.layout)
-        )
 
     def turn(self, state: State, decide: Decide) -> tuple[State, Tensor]:
         """Run a state that has begun, or whose pruned agents are gone, to its decision; also the keep logits [A]."""

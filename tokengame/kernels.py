@@ -119,12 +119,14 @@ def stretch(
     looks, seen = LookStruct(), None
     if look is not None and query and look.observe:
         agents = rows - look.prefix * layout.images
-        features, index = torch.empty(agents, heads + 6), torch.empty(3, agents, dtype=torch.long)
+        features = torch.empty(agents, heads + 6, dtype=torch.float32, device="cpu")
+        index = torch.empty(3, agents, dtype=torch.long, device="cpu")
         at = [tensor.data_ptr() for tensor in (look.position, look.dither, features, index)]
         looks, seen = LookStruct(*at[:2], look.total, look.prefix, *at[2:], agents), Seen(features, *index)
     call("stretch", blocks, first, last, x, rows, layout.bounds, layout.images, _floats(bias), ctypes.byref(remembered),
          ctypes.byref(looks), qkv, heard, out, following, asking, torch.get_num_threads())  # fmt: skip
-    return Stretch(out, qkv, following, asking, seen)
+    attended = any(half % 2 == 0 for half in range(first + (memory is not None), last))
+    return Stretch(out, qkv if attended else None, following, asking, seen)
 
 
 def close(block: Any, qkv: Tensor, x: Tensor, layout: Layout, prefix: int, bias: Tensor | None) -> Tensor:
@@ -154,7 +156,7 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """As `attention.asked_attention`; D is a multiple of 32."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     call("attention", *_strided(q), *_strided(k), *_strided(v), asking.bounds, layout.bounds, asking.images,
           q.shape[1], q.shape[2], _floats(bias), float(q.shape[2] ** -0.5 if scale is None else scale), out,
           torch.get_num_threads())  # fmt: skip
@@ -182,7 +184,7 @@ def embed(images: Tensor, linear: Linear, patch: int, start: Tensor, prefix: int
 
 def class_attention(keys: Tensor, query: Tensor, scale: float, layout: Layout, bias: Tensor | None) -> Tensor:
     """Log of the attention that queries [B, H, D] pay to each row [M, H, D] of their image: [M, H]."""
-    out = torch.empty(keys.shape[:2])
+    out = keys.new_empty(keys.shape[:2], dtype=torch.float32)
     call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.bounds,
           layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
     return out
@@ -206,7 +208,7 @@ def observe(
         compare: whether values are compared.
     """
     heads, width = keys.shape[1:]
-    features = torch.empty(layout.rows - prefix * layout.images, heads + 6)
+    features = keys.new_empty(layout.rows - prefix * layout.images, heads + 6, dtype=torch.float32)
     call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale), layout.bounds,
           layout.images, prefix, _floats(bias), position, dither.float(), total, int(compare), features, None, 0, 0,
           torch.get_num_threads())  # fmt: skip
@@ -229,7 +231,8 @@ def absorb(
     Returns:
         [M', C], sizes [M'], positions [M'], absorbers [A]
     """
-    rest, sizes, positions = x.new_empty(left.rows, x.shape[1]), torch.empty(left.rows), position.new_empty(left.rows)
+    rest, sizes = x.new_empty(left.rows, x.shape[1]), x.new_empty(left.rows, dtype=torch.float32)
+    positions = position.new_empty(left.rows)
     absorber = position.new_empty(len(keep))
     call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
           keep.contiguous(), layout.bounds, left.bounds, layout.images, prefix, rest, sizes, positions, absorber,

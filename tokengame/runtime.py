@@ -24,6 +24,7 @@ from tokengame.looks import Played
 from tokengame.macs import native_macs, pruned_macs, second_look_macs
 from tokengame.policy import Policy, check_fits, dial_for, threshold
 from tokengame.state import Decide
+from tokengame.weights import weights_of
 
 
 class PrunedViT(nn.Module):
@@ -75,7 +76,7 @@ class PrunedViT(nn.Module):
 
         Our own kernels leave nothing to compile.
         """
-        if kernels.take(images):
+        if kernels.take(images) and weights_of(self.model) is not None:
             return self.play(images).prediction
         if self._compiled is None:
             self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)

@@ -36,16 +36,20 @@ class Packed:
     """Weights of a model, None where one of its blocks does what the kernels do not, and how to see that they hold."""
 
     def __init__(self, model: Any):
-        self.parts, self.tensors, self.modules = [], [], [vars(module) for module in model.modules()]
+        self.parts, self.modules = [], [vars(module) for module in model.modules()]
         for own in self.modules:
             for held in (own["_modules"], own["_parameters"]):
                 self.parts += [(held, name, part) for name, part in held.items()]
-            self.parts += [(own, name, own[name]) for name in ("eps", "approximate") if name in own]
-            self.tensors += [(p, *_state(p)) for p in own["_parameters"].values() if p is not None]
+            self.parts += [
+                (own, name, own[name]) for name in ("eps", "approximate", "scale", "num_heads") if name in own
+            ]
+        parameters = list(model.parameters())
+        usual = all(_is_usual(p) for p in parameters)
+        self.tensors = [(p, *_state(p)) for p in parameters] if usual else []
         self.places = (ctypes.c_void_p * len(self.tensors))(*[where for _, where, _ in self.tensors])
         self.sizes = (ctypes.c_long * len(self.tensors))(*[p.numel() for p, _, _ in self.tensors])
         self.seen = self._peek()
-        self.weights = _of_model(model)
+        self.weights = _of_model(model) if usual else None
 
     def _peek(self) -> int:
         return call("peek", self.places, self.sizes, len(self.tensors))
@@ -85,8 +89,7 @@ def weights_of(model: Any) -> Weights | None:
 
 def _of_model(model: Any) -> Weights | None:
     shapes = {(block.attn.num_heads, block.attn.head_dim) for block in model.blocks}
-    usual = all(type(p) is nn.Parameter and p.dtype == torch.bfloat16 for p in model.parameters())
-    if not usual or len(shapes) != 1 or not all(_plain(block) for block in model.blocks):
+    if len(shapes) != 1 or not all(_plain(block) for block in model.blocks):
         return None
     tensors: list[Tensor] = []
     structs = [_of_block(block, tensors) for block in model.blocks]
@@ -98,10 +101,20 @@ def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Li
     """Arrange weight [outputs, inputs] so that a tile of the processor is in a row; inputs are a multiple of 32."""
     outputs, inputs = weight.shape
     spare = -outputs % SIDE
-    packed = torch.empty((outputs + spare) * inputs, dtype=torch.bfloat16)
+    packed = weight.new_empty((outputs + spare) * inputs)
     call("pack_weight", weight.detach().contiguous(), outputs, inputs, packed)
-    bias = torch.zeros(outputs + spare) if bias is None else F.pad(bias.detach().float(), (0, spare))
+    bias = (
+        weight.new_zeros(outputs + spare, dtype=torch.float32)
+        if bias is None
+        else F.pad(bias.detach().float(), (0, spare))
+    )
     return Linear(packed, bias, None if scale is None else scale.detach().float(), inputs, outputs)
+
+
+def _is_usual(p: Tensor) -> bool:
+    """Whether a parameter is plain numbers in this machine's memory, which may be looked at."""
+    plain = type(p) is nn.Parameter and p.dtype == torch.bfloat16 and p.device.type == "cpu"
+    return plain and p.layout == torch.strided and p.is_contiguous()
 
 
 def _state(parameter: Tensor) -> list[int]:
