@@ -1,75 +1,25 @@
 // Several halves of blocks in one call: what lies between two decisions, without the way back to Python.
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
-using bf16 = uint16_t;
-
-extern "C" {
-
-void normed_linear(const bf16*, long, long, const float*, const float*, float, const bf16*, const float*, long, bf16*, long);
-void residual_linear(const bf16*, long, long, const bf16*, const float*, const float*, long, const bf16*, bf16*, long);
-void residual_mlp(const bf16*, long, long, const float*, const float*, float, const bf16*, const float*, long, const bf16*,
-                  const float*, const float*, bf16*, long);
-void attention(const bf16*, long, long, const bf16*, long, long, const bf16*, long, long, const int64_t*, const int64_t*,
-               long, long, long, const float*, float, bf16*, long);
-
-void observe(const bf16*, long, long, const bf16*, long, long, long, long, const bf16*, float, const int64_t*, long, long, const float*,
-             const int64_t*, const float*, long, long, float*, int64_t*, long, long, long);
-void norm_rows(const bf16*, long, long, const float*, const float*, float, bf16*, long);
-void each_head(const bf16*, long, long, long, const bf16*, long, bf16*);
-void each_head_linear(const bf16*, long, long, long, const bf16*, const float*, long, bf16*);
+#include "network.h"
 
 constexpr long CACHE = 512 * 1024;  // numbers that a thread's cache holds beside what streams through it
 
-struct Norm {
-    const float *weight, *bias;
-    double eps;
-};
-
-struct Linear {
-    const bf16* packed;
-    const float *bias, *scale;
-};
-
-struct Block {
-    Norm norm1, norm2;
-    Linear qkv, proj, fc1, fc2;
-    long dim, heads, width, hidden;
-    double scale;
-};
-
-struct Memory {  // [rows, heads, width] each, laid out as `bounds`; without keys there is none
-    const bf16 *keys, *values;
-    long key_row, key_head, value_row, value_head;
-    const int64_t* bounds;
-    const float* bias;
-};
-
-struct Look {  // what agents observe of the attention that comes next, see `observe`; without agents nothing
-    const int64_t* position;
-    const float* dither;
-    long agents_at_start, prefix;
-    float* features;
-    int64_t* index;
-    long agents, image;
-};
-
 static void linear_of(const Block& b, const bf16* x, long rows, long first, long last, bf16* out, long threads) {
-    const long inner = b.heads * b.width;
+    const long inner = b.inner();
     normed_linear(x, rows, b.dim, b.norm1.weight, b.norm1.bias, b.norm1.eps, b.qkv.packed + first * inner * b.dim,
                   b.qkv.bias + first * inner, (last - first) * inner, out, threads);
 }
 
-// The halves of a stretch for some images, see `stretch`.
-static void run(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
-                const float* bias, const Memory& memory, const Look& look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
-                bf16* query, long threads) {
+void run(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
+         const float* bias, const Memory& memory, const Look& look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
+         bf16* query, long threads) {
     const long start = bounds[0];  // attention is given whole arrays, what concerns single rows only its own
     for (long half = first; half < last; half++, x = out) {
         const Block& b = blocks[half / 2];
-        const long inner = b.heads * b.width, own = start * b.dim;
+        const long inner = b.inner(), own = start * b.dim;
         if (half % 2) {
             residual_mlp(x + own, rows, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden,
                          b.fc2.packed, b.fc2.bias, b.fc2.scale, out + own, threads);
@@ -89,7 +39,7 @@ static void run(const Block* blocks, long first, long last, const bf16* x, long 
     }
     if (!next && !query) return;
     const Block& b = blocks[last / 2];
-    const long inner = b.heads * b.width;
+    const long inner = b.inner();
     if (next) linear_of(b, x + start * b.dim, rows, 1, 3, next + start * 2 * inner, threads);
     if (query) {
         std::vector<bf16> firsts(images * b.dim);
@@ -103,23 +53,28 @@ static void run(const Block* blocks, long first, long last, const bf16* x, long 
                 look.agents, look.image, threads);
 }
 
+long images_at_once(const Block& b, long rows, long images, long threads) {
+    const long weights = b.dim * (4 * b.inner() + 2 * b.hidden), row = 2 * b.dim + 4 * b.inner();
+    const long fits = CACHE * images / (rows * row);
+    if (images < 2 * threads || fits < 1 || weights > CACHE) return 0;
+    const long least = images < 8 * threads ? 1 : 3;  // rounds, so that no thread waits long for the last images
+    const long rounds = std::max(least, (images + threads * fits / 2) / (threads * fits));
+    return (images + rounds * threads - 1) / (rounds * threads);
+}
+
+extern "C" {
+
 // Halves first..last - 1 of `blocks` (2 i is the attention of block i, 2 i + 1 its MLP) on x [rows, dim], to `out`; the
 // first attention looks at `memory` where there is one. qkv [rows, 3, heads, width] holds the last other attention's
 // afterwards; heard [rows, heads * width] is for us to write in. Where they are wanted, keys and values
 // [rows, 2, heads, width] of an attention that comes next, queries [images, heads, width] of each image's first row, and
 // what agents observe of both.
-//
-// A thread takes a few images through the whole stretch where their rows fit its cache together with a block's weights.
 void stretch(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
              const float* bias, const Memory* memory, const Look* look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
              bf16* query, long threads) {
     const Block& b = blocks[first / 2];
-    const long inner = b.heads * b.width, weights = b.dim * (4 * inner + 2 * b.hidden);
-    const long row = 2 * b.dim + 4 * inner, fits = CACHE * images / (rows * row);  // images
-    const long least = images < 8 * threads ? 1 : 3;  // rounds, so that no thread waits long for the last images
-    const long rounds = std::max(least, (images + threads * fits / 2) / (threads * std::max(1L, fits)));
-    const long some = (images + rounds * threads - 1) / (rounds * threads);
-    if (images < 2 * threads || fits < 1 || weights > CACHE) {
+    const long some = images_at_once(b, rows, images, threads);
+    if (!some) {
         run(blocks, first, last, x, rows, bounds, images, bias, *memory, *look, qkv, heard, out, next, query, threads);
         return;
     }
@@ -132,7 +87,7 @@ void stretch(const Block* blocks, long first, long last, const bf16* x, long row
         if (its.agents) its.features -= image * its.prefix * (b.heads + 6), its.index -= image * its.prefix;  // of agents alone
         its.image = image;
         run(blocks, first, last, x, bounds[end] - bounds[image], bounds + image, end - image, bias, own, its, qkv, heard, out, next,
-            query ? query + image * inner : nullptr, 1);
+            query ? query + image * b.inner() : nullptr, 1);
     }
 }
 
@@ -141,7 +96,7 @@ void stretch(const Block* blocks, long first, long last, const bf16* x, long row
 void close_block(const Block* block, const bf16* qkv, const bf16* x, long rows, const int64_t* bounds, long images, long prefix,
                  const float* bias, bf16* normed, bf16* out, long threads) {
     const Block& b = *block;
-    const long few = images * prefix, inner = b.heads * b.width;
+    const long few = images * prefix, inner = b.inner();
     std::vector<bf16> query(few * inner), asked(few * b.heads * b.dim), heard(asked.size()), spoken(few * inner);
     std::vector<int64_t> asking(images + 1);
     for (long image = 0; image <= images; image++) asking[image] = image * prefix * b.heads;

@@ -259,7 +259,8 @@ void observe(const bf16* keys, long key_row, long key_head, const bf16* values, 
     }
 }
 
-// Rows, sizes and positions of those who stay, with whoever leaves absorbed, and for each agent who stands for it.
+// Rows, sizes and positions of those who stay, with whoever leaves absorbed, and, where it is wanted, for each agent who
+// stands for it.
 // keep [agents]; kept [images + 1] bounds of the rows left.
 void absorb(const bf16* values, long value_row, long value_head, long heads, long width, const bf16* x, long columns,
             const float* size, const int64_t* position, const uint8_t* keep, const int64_t* bounds, const int64_t* kept,
@@ -281,10 +282,10 @@ void absorb(const bf16* values, long value_row, long value_head, long heads, lon
             target.assign(leaving.size(), 0), absorbed.assign(keepers.size(), {});
             if (!leaving.empty())
                 absorbers(h, first + prefix, agents, leaving.data(), leaving.size(), keepers.data(), keepers.size(), target.data());
-            for (int a : keepers) absorber[before + a] = before + a;
-            for (size_t i = 0; i < leaving.size(); i++) {
-                absorbed[target[i]].push_back(prefix + leaving[i]);
-                absorber[before + leaving[i]] = before + keepers[target[i]];
+            for (size_t i = 0; i < leaving.size(); i++) absorbed[target[i]].push_back(prefix + leaving[i]);
+            if (absorber) {
+                for (int a : keepers) absorber[before + a] = before + a;
+                for (size_t i = 0; i < leaving.size(); i++) absorber[before + leaving[i]] = before + keepers[target[i]];
             }
             const Rows rows{x + first * columns, size ? size + first : nullptr, columns};
             for (long i = 0; i < prefix + long(keepers.size()); i++) {

@@ -66,21 +66,32 @@ class Backbone:
         return self.model.patch_embed.proj.weight.device
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added.
-
-        Every forward pass begins here, and here our own kernels look whether the weights are still those they know.
-        """
-        model, patches = self.model, self.model.patch_embed
-        measured = self.attend in (fastest_attention, ruled_attention)
-        self._weights = own = weights_of(model) if measured and kernels.take(images) else None
-        usual = (patches.proj.in_channels, *(patches.img_size or ()))
-        if own is None or own.patches is None or images.shape[1:] != usual:
-            x = model._pos_embed(patches(images))
-        else:  # what a patch adds to is what timm makes of patches that are zero
-            grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
-            start = model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]
+        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
+        own = self.renew(images)
+        start = own and self.start(own, images)
+        if own is None or own.patches is None or start is None:
+            x = self.model._pos_embed(self.model.patch_embed(images))
+        else:
             x = kernels.embed(images, own.patches, self.patch_size[0], start, self.prefix)
-        return model.norm_pre(model.patch_drop(x))
+        return self.model.norm_pre(self.model.patch_drop(x))
+
+    def renew(self, images: Tensor) -> Weights | None:
+        """Look whether the weights are still those that our own kernels know; them, where these run such images.
+
+        Every forward pass begins here.
+        """
+        measured = self.attend in (fastest_attention, ruled_attention)
+        self._weights = weights_of(self.model) if measured and kernels.take(images) else None
+        return self._weights
+
+    def start(self, own: Weights, images: Tensor) -> Tensor | None:
+        """[prefix + N, C] what tokens are before their patches are added to them: what timm makes of patches that are
+        zero. None where timm embeds such images itself."""
+        model, patches = self.model, self.model.patch_embed
+        if own.patches is None or images.shape[1:] != (patches.proj.in_channels, *(patches.img_size or ())):
+            return None
+        grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
+        return model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]
 
     def run(
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,

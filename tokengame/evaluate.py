@@ -208,9 +208,7 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | N
         (native, seconds_native), ((played, pruned), seconds_pruned) = results["native"], results["pruned"]
         scores.seconds.append((len(images), seconds_native, seconds_pruned))
         score(scores, fast, batch, native.float(), pruned.float(), played)
-        state = played.state
-        alive = state.position[state.agent_rows].cpu()
-        scores.positions += alive.split(state.agents.counts)
+        scores.positions += [image.nonzero().squeeze(1) for image in played.alive.cpu()]
     return scores
 
 

@@ -120,13 +120,11 @@ class TokenGame:
         """Run a state without decisions left to the end of the game."""
         return self._advance(state, self._starts_at(state.stage))
 
-    def spare(self, state: State, images: Tensor) -> State:
-        """Some images [b] of a state about to decide, run to the end of the game with all their agents."""
-        state = replace(state, heads=None, similarity=None).take(images)
-        x = self.backbone.run(self._decides_before(state.stage), self.end, state.x, state.layout, state.bias).x
-        size = torch.ones_like(x[:, 0], dtype=torch.float32) if self.merge and state.size is None else state.size
-        kept = (*state.kept, *[state.agents.count] * (len(self.stages) - state.stage))
-        return replace(state, x=x, size=size, kept=kept)
+    def spared(self, tokens: Tensor) -> Tensor:
+        """[b, classes] what is predicted of tokens [b, prefix + N, C] before the first decision when all of them stay."""
+        layout = Layout([tokens.shape[1]] * len(tokens), tokens.device)
+        x = self.backbone.run(self._decides_before(0), self.end, tokens.flatten(0, 1), layout).x
+        return self.backbone.predict(self.end, x, layout)
 
     def play(self, images: Tensor, decide: Decide, threshold: float = 0.0) -> State:
         """A whole game, deterministic: an agent stays where its keep logit exceeds `threshold`."""

@@ -14,63 +14,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokengame import whole
 from tokengame.game import TokenGame
-from tokengame.state import Decide, State
+from tokengame.state import Decide
+from tokengame.whole import Whole
 
 
 @dataclass(frozen=True)
 class Played:
     """A batch of B images at the end of their games."""
 
-    once: State
-    """of each image at the end of its game"""
     prediction: Tensor
     """[B, classes]"""
+    first: tuple[Tensor, ...]
+    """[B] agents alive after each decision of the games"""
+    alive: Tensor
+    """[B, N] bool: the agents at the end, at the last look"""
     again: Tensor
     """[b] images that were looked at twice"""
-    whole: State | None = None
-    """of those, with all agents"""
-
-    @property
-    def state(self) -> State:
-        """Of each image at the end; who was looked at twice has all agents."""
-        return self.once if self.whole is None else self.once.replaced(self.again, self.whole)
-
-    @property
-    def first(self) -> tuple[Tensor, ...]:
-        """[B] agents alive after each decision of the games"""
-        return self.once.kept
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """[B] agents alive after each decision, at the last look"""
-        if self.whole is None:
-            return self.once.kept
-        both = zip(self.once.kept, self.whole.kept, strict=True)
-        return tuple(first.index_copy(0, self.again, last) for first, last in both)
+        """[B] agents alive after each decision, at the last look; who is looked at twice has them all"""
+        return tuple(kept.index_fill(0, self.again, self.total) for kept in self.first)
 
     @property
     def total(self) -> int:
         """Agents of each image at the start."""
-        return self.once.total
+        return self.alive.shape[1]
 
 
 def play(game: TokenGame, images: Tensor, decide: Decide, threshold: float) -> Played:
     """Whole games on [B, channels, height, width], deterministic; see `TokenGame.play`."""
     margin = margin_at(game, threshold)
-    if not margin:  # and nothing of the beginning needs to be remembered
-        state = game.play(images, decide, threshold)
-        nobody = torch.zeros(0, dtype=torch.long, device=state.x.device)
-        return Played(state, game.logits(state), nobody)
-    opening, logits = game.turn(game.begin(images), decide)
-    state = game.play_on(opening, logits, decide, threshold)
-    prediction = game.logits(state)
-    again = in_doubt(prediction, margin)
+    settings = game, images, decide, threshold, margin > 0
+    over = whole.play(*settings) or _step_by_step(*settings)
+    again = in_doubt(over.prediction, margin) if margin else over.alive.new_zeros(0, dtype=torch.long)
     if not len(again):
-        return Played(state, prediction, again)
-    whole = game.spare(opening, again)
-    native = game.backbone.predict(game.end, whole.x, whole.layout, whole.size)
-    return Played(state, prediction.index_copy(0, again, native), again, whole)
+        return Played(over.prediction, over.kept, over.alive, again)
+    assert over.opening is not None
+    native = game.spared(over.opening.index_select(0, again))
+    prediction, alive = over.prediction.index_copy(0, again, native), over.alive.index_fill(0, again, True)
+    return Played(prediction, over.kept, alive, again)
+
+
+def _step_by_step(game: TokenGame, images: Tensor, decide: Decide, threshold: float, opening: bool) -> Whole:
+    state, logits = game.turn(game.begin(images), decide)
+    tokens = state.x.unflatten(0, (len(images), -1)) if opening else None
+    state = game.play_on(state, logits, decide, threshold)
+    return Whole(game.logits(state), state.kept, state.alive, tokens)
 
 
 def margin_at(game: TokenGame, threshold: float) -> float:

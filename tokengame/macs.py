@@ -52,7 +52,7 @@ def decision_macs(game: TokenGame, actor: Any, deciding: Tensor) -> Tensor:
 
 
 def second_look_macs(game: TokenGame, agents: int) -> float:
-    """MACs of an image of `agents` patch tokens from its first decision on, all of which stay (`TokenGame.spare`)."""
+    """MACs of an image of `agents` patch tokens from its first decision on, all of which stay (`TokenGame.spared`)."""
     backbone, first = game.backbone, game.stages[0]
     rows = torch.tensor(float(agents + backbone.prefix))
     macs = head_macs(backbone.model, rows - (0 if backbone.model.pool_include_prefix else backbone.prefix))

@@ -138,9 +138,7 @@ class PrunedViT(nn.Module):
             obs = self.game.observe(state)
             logits = self.actor(obs)
             state = self.game.step(state, logits > thresholds.index_select(0, obs.scene), logits)
-            living = state.agents.image * state.total + state.position[state.agent_rows]
-            flat = torch.zeros(len(images) * state.total, dtype=torch.bool, device=living.device)
-            alive.append(flat.index_fill_(0, living, True).view(len(images), -1))
+            alive.append(state.alive)
         return torch.stack(alive)
 
     def macs(self, played: Played) -> tuple[float, Tensor]:

@@ -134,6 +134,13 @@ class State:
         """[A] the agents' rows among all rows"""
         return self.agents.behind(self.prefix)
 
+    @property
+    def alive(self) -> Tensor:
+        """[B, N] bool: which agents are left"""
+        places = self.agents.image * self.total + self.of_agents(self.position)
+        flat = torch.zeros(self.layout.images * self.total, dtype=torch.bool, device=places.device)
+        return flat.index_fill_(0, places, True).view(-1, self.total)
+
     def of_agents(self, rows: Tensor) -> Tensor:
         """[M, ...] -> [A, ...], without the prefix tokens."""
         if self.layout.uniform:
@@ -167,24 +174,6 @@ class State:
         """The same with every image `times` times in a row."""
         images = torch.arange(self.layout.images, device=self.x.device)
         return self.take(images.repeat_interleave(times))
-
-    def replaced(self, images: Tensor, others: State) -> State:
-        """This finished game with the games `others` in place of those of the `images` [b]."""
-        size = None
-        if self.size is not None and others.size is not None:
-            size = torch.cat([self.size, others.size])
-        both = State(
-            x=torch.cat([self.x, others.x]),
-            position=torch.cat([self.position, others.position]),
-            layout=Layout(self.layout.counts + others.layout.counts, self.x.device),
-            agents=Layout(self.agents.counts + others.agents.counts, self.x.device),
-            total=self.total,
-            dither=self.dither,
-            size=size,
-            kept=tuple(torch.cat(numbers) for numbers in zip(self.kept, others.kept, strict=True)),
-        )
-        whose = torch.arange(self.layout.images, device=self.x.device)
-        return both.take(whose.index_copy(0, images, len(whose) + torch.arange(len(images), device=self.x.device)))
 
 
 Decide = Callable[[Observation], Tensor]

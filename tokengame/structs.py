@@ -76,3 +76,26 @@ class LookStruct(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("features", "index")],
         *[(name, ctypes.c_long) for name in ("agents", "image")],
     )
+
+
+class GameStruct(ctypes.Structure):
+    """As in csrc/game.cpp."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("depth", ctypes.c_long),
+        *[(name, LinearStruct) for name in ("patches", "head")],
+        ("norm", NormStruct),
+        *[(name, ctypes.c_void_p) for name in ("start", "last_qkv")],
+        *[(name, ctypes.c_long) for name in ("channels", "height", "width", "patch", "prefix", "classes")],
+        ("stages", ctypes.c_void_p),
+        ("decisions", ctypes.c_long),
+        *[(name, ctypes.c_void_p) for name in ("lines", "dither")],
+        ("threshold", ctypes.c_double),
+    )
+
+
+class ResultsStruct(ctypes.Structure):
+    """As in csrc/game.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("prediction", "opening", "kept", "alive"))

@@ -1,0 +1,146 @@
+// A whole game in one call, from pixels to predictions: a thread plays a few images to their end while their rows are in
+// its cache, and meets nobody before.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "network.h"
+
+struct Game {  // a merge game, its policy a line in what agents observe
+    const Block* blocks;
+    long depth;
+    Linear patches, head;
+    Norm norm;
+    const bf16 *start, *last_qkv;  // [prefix + agents, dim], see `embed`; the last block's own weight, see `close_block`
+    long channels, height, width, patch, prefix, classes;
+    const int64_t* stages;  // blocks
+    long decisions;
+    const float *lines, *dither;  // [decisions, heads + 6 + 1], the last a bias; [agents]
+    double threshold;
+
+    long agents() const { return height / patch * (width / patch); }
+    long rows() const { return prefix + agents(); }
+    long dim() const { return blocks->dim; }
+    long end() const { return 2 * depth - 2; }  // the last block is closed
+};
+
+struct Results {
+    bf16 *prediction, *opening;  // [images, classes]; null or [images, rows, dim] before the first decision
+    int64_t* kept;  // [decisions, images]
+    uint8_t* alive;  // [images, agents] at the end
+};
+
+struct Packed {  // rows of some images
+    std::unique_ptr<bf16[]> x;
+    std::vector<float> size, bias;
+    std::vector<int64_t> position, bounds;
+
+    Packed(long rows, long dim, long images) : x(new bf16[rows * dim]), size(rows), bias(rows), position(rows), bounds(images + 1) {}
+};
+
+class Table {  // at which a thread plays
+    const Game& game;
+    const long threads, inner, columns;
+    Packed now, then;  // then: before the latest decision
+    std::unique_ptr<bf16[]> qkv, heard, next, query;
+    std::vector<float> features;
+    std::vector<uint8_t> keep;
+
+    // Who stays in an image, by what its `agents` observe: at least the one who wants most to.
+    long decide(const float* line, const float* seen, long agents, uint8_t* stays) const {
+        long kept = 0, best = 0;
+        float most = -INFINITY;
+        for (long a = 0; a < agents; a++, seen += columns) {
+            float logit = line[columns];
+            for (long c = 0; c < columns; c++) logit += line[c] * seen[c];
+            if (logit > most) most = logit, best = a;
+            kept += stays[a] = logit > float(game.threshold);
+        }
+        if (!kept) stays[best] = kept = 1;
+        return kept;
+    }
+
+    void begin(const bf16* images, long number) {
+        embed(images, number, game.channels, game.height, game.width, game.patch, game.patches.packed, game.patches.bias,
+              game.dim(), game.start, game.prefix, now.x.get(), threads);
+        for (long image = 0; image <= number; image++) now.bounds[image] = image * game.rows();
+        for (long row = 0; row < number * game.rows(); row++) now.position[row] = std::max(-1L, row % game.rows() - game.prefix);
+    }
+
+    // Runs to the decision of a stage, from the one before; what agents observe is in `features`.
+    void turn(long stage, long number, const Memory& memory) {
+        const long first = stage ? 2 * game.stages[stage - 1] : 0, rows = now.bounds[number];
+        const Look look{now.position.data(), game.dither, game.agents(), game.prefix, features.data(), nullptr, rows - game.prefix * number, 0};
+        run(game.blocks, first, 2 * game.stages[stage], now.x.get(), rows, now.bounds.data(), number, stage ? now.bias.data() : nullptr,
+            memory, look, qkv.get(), heard.get(), now.x.get(), next.get(), query.get(), threads);
+    }
+
+    // Whoever leaves is absorbed; what is left can still hear it once.
+    Memory remove(long stage, long number, int64_t* kept) {
+        const Block& b = *game.blocks;
+        const float* sizes = stage ? now.size.data() : nullptr;
+        for (long image = 0; image < number; image++) {
+            const long first = now.bounds[image] - image * game.prefix, agents = now.bounds[image + 1] - now.bounds[image] - game.prefix;
+            kept[image] = decide(game.lines + stage * (columns + 1), features.data() + first * columns, agents, keep.data() + first);
+            then.bounds[image + 1] = then.bounds[image] + game.prefix + kept[image];
+        }
+        absorb(next.get() + inner, 2 * inner, b.width, b.heads, b.width, now.x.get(), b.dim, sizes, now.position.data(), keep.data(),
+               now.bounds.data(), then.bounds.data(), number, game.prefix, then.x.get(), then.size.data(), then.position.data(), nullptr, threads);
+        for (long row = 0; row < then.bounds[number]; row++) then.bias[row] = std::log(then.size[row]);
+        std::swap(now, then);
+        return {next.get(), next.get() + inner, 2 * inner, b.width, 2 * inner, b.width, then.bounds.data(), stage ? then.bias.data() : nullptr};
+    }
+
+    void finish(long number, const Memory& memory, bf16* prediction) {
+        const Block& last = game.blocks[game.depth - 1];
+        const long first = 2 * game.stages[game.decisions - 1], rows = now.bounds[number];
+        run(game.blocks, first, game.end(), now.x.get(), rows, now.bounds.data(), number, now.bias.data(), memory, {}, qkv.get(),
+            heard.get(), now.x.get(), nullptr, nullptr, threads);
+        bf16 *normed = heard.get(), *closed = then.x.get();
+        close_block(&last, game.last_qkv, now.x.get(), rows, now.bounds.data(), number, game.prefix, now.bias.data(), normed, closed, threads);
+        for (long image = 1; image < number; image++)  // the class token alone
+            std::memmove(closed + image * game.dim(), closed + image * game.prefix * game.dim(), game.dim() * sizeof(bf16));
+        normed_linear(closed, number, game.dim(), game.norm.weight, game.norm.bias, game.norm.eps, game.head.packed, game.head.bias,
+                      game.classes, prediction, threads);
+    }
+
+  public:
+    Table(const Game& game, long images, long threads)
+        : game(game), threads(threads), inner(game.blocks->inner()), columns(game.blocks->heads + 6),
+          now(images * game.rows(), game.dim(), images), then(images * game.rows(), game.dim(), images),
+          qkv(new bf16[images * game.rows() * 3 * inner]), heard(new bf16[images * game.rows() * std::max(inner, game.dim())]),
+          next(new bf16[images * game.rows() * 2 * inner]), query(new bf16[images * inner]),
+          features(images * game.agents() * columns), keep(images * game.agents()) {}
+
+    // Images first..first + number - 1 of `all`, from their pixels to the end.
+    void play(const bf16* images, long first, long number, long all, const Results& to) {
+        begin(images + first * game.channels * game.height * game.width, number);
+        Memory memory{};
+        for (long stage = 0; stage < game.decisions; stage++) {
+            turn(stage, number, memory);
+            const long size = game.rows() * game.dim();
+            if (!stage && to.opening) std::memcpy(to.opening + first * size, now.x.get(), number * size * sizeof(bf16));
+            memory = remove(stage, number, to.kept + stage * all + first);
+        }
+        finish(number, memory, to.prediction + first * game.classes);
+        for (long image = 0; image < number; image++)
+            for (long row = now.bounds[image] + game.prefix; row < now.bounds[image + 1]; row++)
+                to.alive[(first + image) * game.agents() + now.position[row]] = 1;
+    }
+};
+
+extern "C" void play(const Game* game, const bf16* images, long number, const Results* to, long threads) {
+    const long some = images_at_once(*game->blocks, number * game->rows(), number, threads);
+    if (!some) {
+        Table(*game, number, threads).play(images, 0, number, number, *to);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        Table table(*game, some, 1);
+#pragma omp for schedule(dynamic)
+        for (long first = 0; first < number; first += some) table.play(images, first, std::min(some, number - first), number, *to);
+    }
+}

@@ -1,0 +1,88 @@
+"""Whole games in one call of our own kernels: csrc/game.cpp.
+
+What `TokenGame.play` does step by step, with the same kernels, for a merge game whose policy is a line. A thread plays a
+few images to their end while they are in its cache: nobody waits for others at decisions, and nothing goes through
+Python in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokengame import kernels
+from tokengame.backbone import Backbone
+from tokengame.game import TokenGame
+from tokengame.networks import ContextActor
+from tokengame.ops import ordered_dither
+from tokengame.structs import GameStruct, ResultsStruct
+
+
+class Whole(NamedTuple):
+    """B images whose games are over."""
+
+    prediction: Tensor
+    """[B, classes]"""
+    kept: tuple[Tensor, ...]
+    """[B] agents alive after each decision"""
+    alive: Tensor
+    """[B, N] bool: which of them at the end"""
+    opening: Tensor | None
+    """[B, prefix + N, C] tokens before the first decision, where they are wanted"""
+
+
+@torch.no_grad()
+def play(game: TokenGame, images: Tensor, decide: Any, threshold: float, opening: bool) -> Whole | None:
+    """`TokenGame.play` and `logits` on [B, channels, height, width]; None where that has to be done step by step.
+
+    Args:
+        game: what is played.
+        images: the batch.
+        decide, threshold: the policy.
+        opening: whether tokens before the first decision are wanted.
+    """
+    backbone, stages = game.backbone, list(game.stages)
+    own = backbone.renew(images) if _is_line(game, decide) else None
+    start = own and backbone.start(own, images)
+    if own is None or own.patches is None or own.head is None or start is None:
+        return None
+    (norm, head), images, start = own.head, images.contiguous(), start.contiguous()
+    agents, last = len(start) - backbone.prefix, backbone.blocks[-1].attn.qkv.weight.detach()
+    lines = (decide.line @ decide.fold.T).contiguous()  # [T, heads + 7]
+    dither = ordered_dither(*backbone.model.patch_embed.grid_size)
+    where = torch.tensor(stages)
+    prediction = images.new_empty(len(images), len(head.bias))
+    kept = torch.empty(len(stages), len(images), dtype=torch.long)
+    alive = torch.zeros(len(images), agents, dtype=torch.bool)
+    tokens = images.new_empty(len(images), *start.shape) if opening else None
+    played = GameStruct(
+        ctypes.addressof(own.blocks), backbone.depth, own.patches.struct, head.struct, norm, start.data_ptr(),
+        last.data_ptr(), *images.shape[1:], backbone.patch_size[0], backbone.prefix, len(head.bias), where.data_ptr(),
+        len(stages), lines.data_ptr(), dither.data_ptr(), threshold,
+    )  # fmt: skip
+    found = [0 if tensor is None else tensor.data_ptr() for tensor in (prediction, tokens, kept, alive)]
+    threads = torch.get_num_threads()
+    kernels.call("play", ctypes.byref(played), images, len(images), ctypes.byref(ResultsStruct(*found)), threads)
+    return Whole(prediction[:, : head.outputs], kept.unbind(0), alive, tokens)
+
+
+def _is_line(game: TokenGame, decide: Any) -> bool:
+    """Whether the game is one of csrc/game.cpp, and nobody watches its policy."""
+    backbone, model = game.backbone, game.backbone.model
+    return (
+        type(game) is TokenGame
+        and type(backbone) is Backbone
+        and game.merge
+        and game.features
+        and bool(game.stages)
+        and game.end == 2 * backbone.depth - 2
+        and model.has_class_token
+        and type(model.norm_pre) is nn.Identity
+        and type(decide) is ContextActor
+        and not (decide._forward_hooks or decide._forward_pre_hooks)
+        and decide.line.dtype == torch.float32
+        and decide.line.device.type == "cpu"
+    )
