@@ -10,9 +10,11 @@ from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
 
+from tokengame import kernels
 from tokengame.cli import main
 from tokengame.config import TrainConfig, merge
 from tokengame.networks import build_actor
+from tokengame.ops import Layout
 from tokengame.policy import Policy, actor_shape, fingerprint
 from tokengame.train import Trainer
 
@@ -99,3 +101,37 @@ def place(tmp_path_factory):
     small = ["--updates", "2", "--batch-size", "4"]
     assert main(["train", *flags, *small, "--output", str(root / "policy.safetensors"), "--rollouts", "2"]) == 0
     return root, flags, small
+
+
+# Models and rows for kernels of our own
+
+
+needs_kernels = pytest.mark.skipif(
+    kernels.library() is None, reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
+)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["avx512", "amx"])
+def level(request):
+    """Instructions that the kernels are held to."""
+    if kernels.library().set_up(request.param) != request.param:
+        pytest.skip("no AMX in this processor")
+    yield
+    kernels.library().set_up(2)
+
+
+def half_vit(seed=0, **changes):
+    return tiny_vit(seed, **({"embed_dim": 64, "num_heads": 2} | changes)).bfloat16()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def layout_of(counts):
+    return Layout(counts, torch.device("cpu"))
+
+
+def off(found, exact):
+    """How far off, as a share."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())

@@ -4,61 +4,28 @@ import copy
 import ctypes
 import mmap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_vit
+from conftest import half_vit, layout_of, needs_kernels, normal, off
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokengame import kernels
 from tokengame.backbone import Backbone
-from tokengame.blocks import Heads
 from tokengame.config import GameConfig
-from tokengame.decisions import absorb, features_of, similarity_of
 from tokengame.game import TokenGame
-from tokengame.ops import Layout, ordered_dither
-from tokengame.state import State
 from tokengame.testing import Scripted
 
-pytestmark = pytest.mark.skipif(
-    kernels.library() is None, reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
-)
+pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")
 both_transitions = pytest.mark.parametrize("transition", ["drop", "merge"])
-
-
-@pytest.fixture(scope="module", params=[1, 2], ids=["avx512", "amx"])
-def level(request):
-    """Instructions that the kernels are held to."""
-    if kernels.library().set_up(request.param) != request.param:
-        pytest.skip("no AMX in this processor")
-    yield
-    kernels.library().set_up(2)
-
-
-def half_vit(seed=0, **changes):
-    return tiny_vit(seed, **({"embed_dim": 64, "num_heads": 2} | changes)).bfloat16()
 
 
 @pytest.fixture
 def model():
     return half_vit()
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def layout_of(counts):
-    return Layout(counts, torch.device("cpu"))
-
-
-def off(found, exact):
-    """How far off, as a share."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def game_of(model, transition="drop"):
@@ -191,79 +158,6 @@ def test_what_pytorch_refuses_is_refused(model):
     model.head.float()
     with pytest.raises(RuntimeError, match="dtype"):
         played(game_of(model), normal(2, 3, 32, 32))
-
-
-# Decisions
-
-some_agents = st.lists(st.sampled_from([1, 16, 33]) | st.integers(1, 70), min_size=1, max_size=4)
-a_state = {"counts": some_agents | st.integers(2, 40).map(lambda n: [n, n]), "prefix": st.integers(1, 2),
-           "heads": st.integers(1, 3), "width": st.sampled_from([32, 64]), "sized": st.booleans(),
-           "seed": st.integers(0, 99)}  # fmt: skip
-
-
-def about_to_decide(counts, prefix, heads, width, sized, seed):
-    """Random rows, of which `counts` agents of each image are left of 70; keys and values are parts of one tensor."""
-    layout, generator = layout_of([prefix + n for n in counts]), torch.Generator().manual_seed(seed)
-    q, k, v = normal(layout.rows, 3, heads, width, seed=seed).unbind(1)
-    left = [torch.randperm(70, generator=generator)[:n].sort().values for n in counts]
-    position = torch.cat([part for own in left for part in (torch.full((prefix,), -1), own)])
-    size = torch.randint(1, 6, (layout.rows,), generator=generator).float() if sized else None
-    x = normal(layout.rows, 96, seed=seed + 1) * torch.rand(layout.rows, 1, generator=generator).bfloat16()
-    seen = Heads(layout.first(q), k, v, width**-0.5)
-    return State(x, position, layout, layout_of(counts), 70, ordered_dither(7, 10), size, seen)
-
-
-@both_levels
-@given(**a_state)
-@torch.no_grad()
-def test_agents_observe_what_float32_does(heads, **random):
-    state = about_to_decide(heads=heads, **random)
-    seen, agents = state.heads, state.agents
-    exact = Heads(seen.query.float(), seen.keys.float(), seen.values.float(), seen.scale)
-    alike = similarity_of(state, exact)
-    expected, found = features_of(replace(state, similarity=alike), exact, True), features_of(state, seen, True)
-    for columns, most in ((range(heads + 2), 1e-3), ([heads + 2], 5e-3), ([heads + 3], 1e-6), ([heads + 5], 0)):
-        assert float((found - expected)[:, columns].abs().max()) <= most
-    centred = agents.pad(expected[:, heads])
-    ahead = centred[:, None] - centred[:, :, None]  # who is ahead by a hair may count or not
-    least, most = (agents.unpad(alike.where(ahead > hair, -1).amax(2).clamp(min=-1)) for hair in (1e-3, -1e-3))
-    assert ((found[:, heads + 4] > least - 5e-3) & (found[:, heads + 4] < most + 5e-3)).all()
-    found[:, [heads + 2, heads + 4]] = 0
-    assert torch.equal(features_of(state, seen, False), found), "without comparing"
-
-
-@both_levels
-@given(**a_state, share=st.sampled_from([0.0, 0.2, 0.9, 1.0]))
-@torch.no_grad()
-def test_absorbing_equals_loops_in_double_precision_and_no_patch_is_lost(share, seed, **random):
-    state = about_to_decide(**random, seed=seed)
-    keep = torch.rand(state.agents.rows, generator=torch.Generator().manual_seed(seed)) < share
-    keep[state.agents.start + state.agents.count // 2] = True
-    left = layout_of([n + state.prefix for n in state.agents.per_image(keep)])
-    found, row, groups, first = absorb(state, keep, left), state.agent_rows.tolist(), [], 0
-    x, values = state.x.double(), state.heads.values[..., : random["width"] // 2].flatten(1).double()
-    size = torch.ones(len(x)) if state.size is None else state.size
-    for count in state.agents.counts:
-        own = range(first, first + count)
-        keepers = [agent for agent in own if keep[agent]]
-        joins = {keeper: [row[keeper]] for keeper in keepers}
-        for agent in own:
-            chosen = int(found.absorber[agent])
-            assert chosen in (keepers if agent not in keepers else [agent])
-            if agent not in keepers:
-                alike = F.cosine_similarity(values[row[agent]], values[[row[k] for k in keepers]])
-                assert alike[keepers.index(chosen)] > alike.max() - 2e-3, "somebody was more alike, and not by rounding"
-                joins[chosen].append(row[agent])
-        groups += [[row[own[0]] - state.prefix + place] for place in range(state.prefix)] + list(joins.values())
-        first += count
-    assert torch.equal(found.position, state.position[[rows[0] for rows in groups]])
-    assert found.size.tolist() == [float(size[rows].sum()) for rows in groups]
-    for after, before in zip(found.size.split(left.counts), size.split(state.layout.counts), strict=True):
-        assert after.sum() == before.sum()
-    for after, rows in zip(found.x, groups, strict=True):
-        expected = F.normalize((x[rows] * size[rows, None]).sum(0), dim=0) * x[rows].norm(dim=1).max()
-        torch.testing.assert_close(after.double(), expected, atol=1e-5, rtol=2**-8)
-        assert len(rows) > 1 or torch.equal(after, state.x[rows[0]]), "who absorbs nobody does not change"
 
 
 # Stepping aside

@@ -44,15 +44,20 @@ def test_equals_playing_every_image_alone(transition, batch, margin, threshold, 
     """Nobody to many in doubt; whoever is has the native prediction, and is where a game without losers ends."""
     game, actor = games(transition, margin)
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    found = looks.play(game, images, actor, threshold)
-    place = 0
+    found, edges = looks.play(game, images, actor, threshold), []
+
+    def decide(obs):
+        logits = actor(obs)
+        edges.append(float((logits - threshold).abs().min()))
+        return logits
+
     for number in range(batch):
-        first = game.play(images[number : number + 1], actor, threshold)
+        first = game.play(images[number : number + 1], decide, threshold)
         prediction = game.logits(first)[0]
         second, best = sorted(prediction.softmax(0).tolist())[-2:]
         dial = 1 / (1 + 2.718281828459045**-threshold)
         at_dial = 2 * (1 - dial) * margin
-        if abs(best - second - at_dial) < 1e-4:
+        if abs(best - second - at_dial) < 1e-4 or min(edges) < 1e-5:
             return  # another batch rounds otherwise
         last = first
         assert (number in found.again.tolist()) == (best - second < at_dial)
@@ -62,11 +67,8 @@ def test_equals_playing_every_image_alone(transition, batch, margin, threshold, 
         torch.testing.assert_close(found.prediction[number], prediction, atol=1e-4, rtol=1e-4)
         assert [int(n[number]) for n in found.first] == [int(n) for n in first.kept]
         assert [int(n[number]) for n in found.kept] == [int(n) for n in last.kept]
-        rows = last.layout.rows
-        assert torch.equal(found.state.position[place : place + rows], last.position)
-        torch.testing.assert_close(found.state.x[place : place + rows], last.x, atol=1e-4, rtol=1e-4)
-        place += rows
-    assert place == found.state.layout.rows
+        left = last.position[last.agent_rows]
+        assert found.alive[number].nonzero().squeeze(1).tolist() == left.tolist()
 
 
 def fast_of(transition, margin, dial, model=MODEL):
@@ -127,7 +129,7 @@ def test_trace_shows_the_last_look():
     assert 0 < len(played.again) < 6
     assert torch.equal(trace.sum(2), torch.stack(played.kept))
     assert not torch.equal(torch.stack(played.kept), torch.stack(played.first))
-    assert torch.equal(trace[-1].nonzero()[:, 1], played.state.position[played.state.agent_rows])
+    assert torch.equal(trace[-1], played.alive)
 
 
 @torch.no_grad()

@@ -67,8 +67,7 @@ class Backbone:
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
-        own = self.renew(images)
-        start = own and self.start(own, images)
+        own, start = self.renew(images), self.start(images)
         if own is None or own.patches is None or start is None:
             x = self.model._pos_embed(self.model.patch_embed(images))
         else:
@@ -84,14 +83,17 @@ class Backbone:
         self._weights = weights_of(self.model) if measured and kernels.take(images) else None
         return self._weights
 
-    def start(self, own: Weights, images: Tensor) -> Tensor | None:
-        """[prefix + N, C] what tokens are before their patches are added to them: what timm makes of patches that are
-        zero. None where timm embeds such images itself."""
-        model, patches = self.model, self.model.patch_embed
-        if own.patches is None or images.shape[1:] != (patches.proj.in_channels, *(patches.img_size or ())):
+    def start(self, images: Tensor) -> Tensor | None:
+        """[prefix + N, C] what tokens are before their patches are added to them, where our own kernels embed.
+
+        None where timm does it: without such kernels, or for images of another size than the model's own.
+        """
+        own, model, patches = self._weights, self.model, self.model.patch_embed
+        usual = (patches.proj.in_channels, *(patches.img_size or ()))
+        if own is None or own.patches is None or images.shape[1:] != usual:
             return None
         grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
-        return model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]
+        return model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]  # what timm makes of patches that are zero
 
     def run(
         self, first: int, last: int, x: Tensor, layout: Layout, bias: Tensor | None = None,

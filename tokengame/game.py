@@ -121,7 +121,7 @@ class TokenGame:
         return self._advance(state, self._starts_at(state.stage))
 
     def spared(self, tokens: Tensor) -> Tensor:
-        """[b, classes] what is predicted of tokens [b, prefix + N, C] before the first decision when all of them stay."""
+        """[b, classes] what is predicted of tokens [b, prefix + N, C] before the first decision if all of them stay."""
         layout = Layout([tokens.shape[1]] * len(tokens), tokens.device)
         x = self.backbone.run(self._decides_before(0), self.end, tokens.flatten(0, 1), layout).x
         return self.backbone.predict(self.end, x, layout)

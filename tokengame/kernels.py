@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,8 @@ from tokengame.structs import Linear, LookStruct, MemoryStruct, NormStruct
 
 SIDE = 32
 """what widths must be multiples of"""
+INTERFACE = 1
+"""as in csrc/network.h"""
 LEVELS = {"none": 0, "avx512": 1, "amx": 2}
 """instructions to use at most, by the environment variable TOKENGAME_KERNELS"""
 
@@ -42,6 +45,13 @@ def library() -> ctypes.CDLL | None:
     try:  # threads are those of PyTorch: its OpenMP is in the process already
         kernels = ctypes.CDLL(found.origin)
     except OSError:
+        return None
+    if not hasattr(kernels, "interface") or kernels.interface() != INTERFACE:
+        warnings.warn(
+            f"{found.origin} was compiled for another version of tokengame, so PyTorch's slower kernels are used: "
+            "install tokengame again (pip install .)",
+            stacklevel=2,
+        )
         return None
     kernels.peek.restype = ctypes.c_ulonglong
     return kernels if kernels.set_up(LEVELS.get(os.environ.get("TOKENGAME_KERNELS", "amx"), 2)) else None

@@ -114,8 +114,13 @@ class ContextActor(nn.Module):
         if obs.turn is not None:
             line = torch.mv(self.fold, self.line[obs.turn])
             return torch.addmv(line[-1:].expand(len(features)), features, line[:-1])
-        line = (self.line @ self.fold.T).index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F]
+        line = self.lines.index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F + 1]
         return (features * line[:, :-1]).sum(1) + line[:, -1]
+
+    @property
+    def lines(self) -> Tensor:
+        """[T, heads + features + bias] of each stage, in features as they are observed"""
+        return self.line @ self.fold.T
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""

@@ -1,7 +1,7 @@
 """Whole games in one call of our own kernels: csrc/game.cpp.
 
-What `TokenGame.play` does step by step, with the same kernels, for a merge game whose policy is a line. A thread plays a
-few images to their end while they are in its cache: nobody waits for others at decisions, and nothing goes through
+What `TokenGame.play` does step by step, with the same kernels, for a merge game whose policy is a line. A thread plays
+a few images to their end while they are in its cache: nobody waits for others at decisions, and nothing goes through
 Python in between.
 """
 
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokengame import kernels
 from tokengame.backbone import Backbone
 from tokengame.game import TokenGame
+from tokengame.kernels import call
 from tokengame.networks import ContextActor
 from tokengame.ops import ordered_dither
 from tokengame.structs import GameStruct, ResultsStruct
@@ -34,7 +34,6 @@ class Whole(NamedTuple):
     """[B, prefix + N, C] tokens before the first decision, where they are wanted"""
 
 
-@torch.no_grad()
 def play(game: TokenGame, images: Tensor, decide: Any, threshold: float, opening: bool) -> Whole | None:
     """`TokenGame.play` and `logits` on [B, channels, height, width]; None where that has to be done step by step.
 
@@ -44,28 +43,25 @@ def play(game: TokenGame, images: Tensor, decide: Any, threshold: float, opening
         decide, threshold: the policy.
         opening: whether tokens before the first decision are wanted.
     """
-    backbone, stages = game.backbone, list(game.stages)
+    backbone, stages = game.backbone, torch.tensor(game.stages, device="cpu")
     own = backbone.renew(images) if _is_line(game, decide) else None
-    start = own and backbone.start(own, images)
+    start = backbone.start(images) if own else None
     if own is None or own.patches is None or own.head is None or start is None:
         return None
-    (norm, head), images, start = own.head, images.contiguous(), start.contiguous()
-    agents, last = len(start) - backbone.prefix, backbone.blocks[-1].attn.qkv.weight.detach()
-    lines = (decide.line @ decide.fold.T).contiguous()  # [T, heads + 7]
-    dither = ordered_dither(*backbone.model.patch_embed.grid_size)
-    where = torch.tensor(stages)
-    prediction = images.new_empty(len(images), len(head.bias))
-    kept = torch.empty(len(stages), len(images), dtype=torch.long)
-    alive = torch.zeros(len(images), agents, dtype=torch.bool)
-    tokens = images.new_empty(len(images), *start.shape) if opening else None
+    start, lines = start.contiguous(), decide.lines.contiguous()
+    last, dither = backbone.blocks[-1].attn.qkv.weight, ordered_dither(*backbone.model.patch_embed.grid_size)
+    images, (norm, head) = images.contiguous(), own.head
     played = GameStruct(
         ctypes.addressof(own.blocks), backbone.depth, own.patches.struct, head.struct, norm, start.data_ptr(),
-        last.data_ptr(), *images.shape[1:], backbone.patch_size[0], backbone.prefix, len(head.bias), where.data_ptr(),
+        last.data_ptr(), *images.shape[1:], backbone.patch_size[0], backbone.prefix, len(head.bias), stages.data_ptr(),
         len(stages), lines.data_ptr(), dither.data_ptr(), threshold,
     )  # fmt: skip
-    found = [0 if tensor is None else tensor.data_ptr() for tensor in (prediction, tokens, kept, alive)]
-    threads = torch.get_num_threads()
-    kernels.call("play", ctypes.byref(played), images, len(images), ctypes.byref(ResultsStruct(*found)), threads)
+    prediction = images.new_empty(len(images), len(head.bias))
+    tokens = images.new_empty(len(images), *start.shape) if opening else None
+    kept = torch.empty(len(stages), len(images), dtype=torch.long, device="cpu")
+    alive = torch.zeros(len(images), len(start) - backbone.prefix, dtype=torch.bool, device="cpu")
+    found = ResultsStruct(*(0 if t is None else t.data_ptr() for t in (prediction, tokens, kept, alive)))
+    call("play", ctypes.byref(played), images, len(images), ctypes.byref(found), torch.get_num_threads())
     return Whole(prediction[:, : head.outputs], kept.unbind(0), alive, tokens)
 
 

@@ -1,0 +1,172 @@
+"""Whole games in one call against the same games step by step, and when it steps aside for them."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import half_vit, needs_kernels, normal, off, policy_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokengame import kernels, looks, whole
+from tokengame.backbone import Backbone
+from tokengame.compiled import CompiledGame
+from tokengame.config import GameConfig
+from tokengame.game import TokenGame
+from tokengame.networks import START, ContextActor, TokenActor
+from tokengame.runtime import prune
+
+pytestmark = needs_kernels
+MODELS = {
+    "plain": half_vit(),
+    "another seed, 257 rows": half_vit(1, img_size=128),
+    "registers": half_vit(reg_tokens=2),
+    "layer scale": half_vit(init_values=1.0),
+    "one head": half_vit(num_heads=1),
+    "any size": half_vit(dynamic_img_size=True),
+    "not square": half_vit(img_size=(48, 80), patch_size=16),
+    "classes that fill no tile": half_vit(num_classes=45),
+}
+
+
+def game_of(model, stages=(1, 2), transition="merge"):
+    return TokenGame(Backbone(model), GameConfig(stages=stages, transition=transition))
+
+
+def actor_of(game, seed=0):
+    """A policy to which every feature matters."""
+    actor = ContextActor(game.backbone.heads, len(game.stages), START["merge"])
+    noise = torch.randn(actor.line.shape, generator=torch.Generator().manual_seed(seed))
+    actor.line.data.add_(0.3 * noise)
+    return actor.requires_grad_(False)
+
+
+def images_for(model, number, seed=0):
+    return normal(number, 3, *model.patch_embed.img_size, seed=seed)
+
+
+def same(found, expected):
+    """The same agents have left, and the rows that remain are the same bytes."""
+    assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
+    assert torch.equal(found.alive, expected.alive)
+    assert off(found.prediction, expected.prediction) < 1e-3
+    assert (found.opening is None) == (expected.opening is None)
+    assert found.opening is None or torch.equal(found.opening, expected.opening)
+
+
+@pytest.mark.usefixtures("level")
+@settings(max_examples=60)
+@given(key=st.sampled_from(list(MODELS)), number=st.integers(1, 11), seed=st.integers(0, 99),
+       stages=st.sampled_from([(0,), (2,), (0, 1), (1, 2), (0, 1, 2)]), opening=st.booleans(),
+       threshold=st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 2.0, 99.0]))  # fmt: skip
+@torch.no_grad()
+def test_equals_the_game_step_by_step(key, number, stages, opening, threshold, seed):
+    """From everybody stays to one of each image does."""
+    game, images = game_of(MODELS[key], stages), images_for(MODELS[key], number, seed)
+    settings = game, images, actor_of(game, seed), threshold, opening
+    same(whole.play(*settings), looks._step_by_step(*settings))
+
+
+@pytest.mark.usefixtures("level", "two_threads")
+@torch.no_grad()
+def test_an_image_has_the_same_bytes_in_any_batch_and_for_any_threads():
+    model = MODELS["another seed, 257 rows"]
+    game, images = game_of(model), images_for(model, 24)
+    actor = actor_of(game)
+    together = whole.play(game, images, actor, 0.3, False)
+    assert len(set(together.kept[1].tolist())) > 5, "every image has its own count"
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for some in (slice(0, 24), slice(5, 6), slice(3, 10)):
+            found = whole.play(game, images[some], actor, 0.3, False)
+            assert torch.equal(found.prediction, together.prediction[some])
+            assert torch.equal(found.alive, together.alive[some])
+
+
+def test_two_callers_at_once_do_not_meet():
+    model = MODELS["plain"]
+    game, images = game_of(model), images_for(model, 6)
+    actor = actor_of(game)
+
+    @torch.no_grad()
+    def predicted(number):
+        return whole.play(game, images[: number + 1], actor, 0.0, False).prediction
+
+    expected = [predicted(number) for number in range(6)]
+    with ThreadPoolExecutor(2) as pool:
+        for index, found in enumerate(pool.map(lambda n: predicted(n % 6), range(60))):
+            assert torch.equal(found, expected[index % 6])
+
+
+@torch.inference_mode()
+def test_a_pruned_model_plays_this_way_and_looks_twice_at_whom_it_should(monkeypatch):
+    model = half_vit()
+    policy = policy_for(model)
+    policy.card["game"]["second_look"] = 0.05
+    fast, images = prune(model, policy, 0.5), images_for(model, 12)
+    found = fast.play(images)
+    assert 0 < len(found.again) < 12
+    assert torch.equal(fast.trace(images)[-1], found.alive)
+    monkeypatch.setattr(TokenGame, "turn", lambda *_: pytest.fail("step by step"))
+    assert torch.equal(fast(images), found.prediction)
+    monkeypatch.undo()
+    monkeypatch.setattr(whole, "play", lambda *_: None)
+    expected = fast.play(images)
+    assert torch.equal(found.again, expected.again)
+    assert off(found.prediction, expected.prediction) < 1e-3
+    assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
+
+
+@torch.no_grad()
+def test_what_it_does_not_do_is_done_step_by_step():
+    model = half_vit()
+    game, images = game_of(model), images_for(model, 2)
+    actor = actor_of(game)
+
+    def plays(game=game, images=images, actor=actor):
+        return whole.play(game, images, actor, 0.0, False) is not None
+
+    assert plays()
+    assert not plays(game_of(model, transition="drop"))
+    assert not plays(game_of(model, (1, 3))), "patches play in the last block too"
+    assert not plays(CompiledGame(game.backbone, game.config))
+    assert not plays(TokenGame(game.backbone, game.config, features=False))
+    assert not plays(actor=lambda obs: obs.attention)
+    assert not plays(actor=TokenActor(64, 16, (8, 8)))
+    assert not plays(actor=actor_of(game).double())
+    assert not plays(images=images.float())
+    assert not plays(images=images[:, :, :24])
+    for changes in ({"class_token": False, "global_pool": "avg"}, {"pre_norm": True}, {"img_size": 16, "patch_size": 4},
+                    {"name": "deit_tiny_distilled_patch16_224"}):  # fmt: skip
+        other = half_vit(**changes)
+        assert not plays(game_of(other), images_for(other, 2)), changes
+    with torch.enable_grad():
+        assert not plays()
+    with kernels.on_pytorch():
+        assert not plays()
+    watched = actor_of(game)
+    watched.register_forward_hook(lambda *_: None)
+    assert not plays(actor=watched)
+    model.blocks[1].mlp.register_forward_hook(lambda *_: None)
+    assert not plays()
+
+
+@torch.no_grad()
+def test_changed_weights_count_at_once():
+    model = half_vit()
+    game, images = game_of(model), images_for(model, 3)
+    actor = actor_of(game)
+    for part in (model.blocks[-1].attn.qkv.weight, model.pos_embed, model.head.bias, actor.line):
+        before = whole.play(game, images, actor, 0.0, False).prediction
+        part.data.add_(torch.randn_like(part))
+        settings = game, images, actor, 0.0, False
+        after = whole.play(*settings)
+        assert not torch.equal(after.prediction, before)
+        same(after, looks._step_by_step(*settings))
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERFACE", -1)
+    with pytest.warns(UserWarning, match="install tokengame again"):
+        assert kernels.library.__wrapped__() is None
