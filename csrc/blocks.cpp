@@ -1,11 +1,12 @@
 // Several halves of blocks in one call: what lies between two decisions, without the way back to Python.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "network.h"
 
-constexpr long CACHE = 512 * 1024;  // numbers that a thread's cache holds beside what streams through it
+constexpr long ROWS = 800;  // that a thread takes through blocks: weights come in anew for them, and they stay in its cache
 
 static void linear_of(const Block& b, const bf16* x, long rows, long first, long last, bf16* out, long threads) {
     const long inner = b.inner();
@@ -53,13 +54,10 @@ void run(const Block* blocks, long first, long last, const bf16* x, long rows, c
                 look.agents, look.image, threads);
 }
 
-long images_at_once(const Block& b, long rows, long images, long threads) {
-    const long weights = b.dim * (4 * b.inner() + 2 * b.hidden), row = 2 * b.dim + 4 * b.inner();
-    const long fits = CACHE * images / (rows * row);
-    if (images < 2 * threads || fits < 1 || weights > CACHE) return 0;
+long groups_of(long rows, long images, long threads) {
+    if (images < 2 * threads) return 1;
     const long least = images < 8 * threads ? 1 : 3;  // rounds, so that no thread waits long for the last images
-    const long rounds = std::max(least, (images + threads * fits / 2) / (threads * fits));
-    return (images + rounds * threads - 1) / (rounds * threads);
+    return std::min(images, threads * std::max(least, std::lround(double(rows) / (ROWS * threads))));
 }
 
 extern "C" {
@@ -73,14 +71,14 @@ void stretch(const Block* blocks, long first, long last, const bf16* x, long row
              const float* bias, const Memory* memory, const Look* look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
              bf16* query, long threads) {
     const Block& b = blocks[first / 2];
-    const long some = images_at_once(b, rows, images, threads);
-    if (!some) {
+    const long groups = groups_of(rows, images, threads);
+    if (groups == 1) {
         run(blocks, first, last, x, rows, bounds, images, bias, *memory, *look, qkv, heard, out, next, query, threads);
         return;
     }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long image = 0; image < images; image += some) {
-        const long end = std::min(images, image + some);
+    for (long group = 0; group < groups; group++) {
+        const long image = images * group / groups, end = images * (group + 1) / groups;
         Memory own = *memory;
         Look its = *look;
         if (own.keys) own.bounds += image;

@@ -132,15 +132,18 @@ class Table {  // at which a thread plays
 };
 
 extern "C" void play(const Game* game, const bf16* images, long number, const Results* to, long threads) {
-    const long some = images_at_once(*game->blocks, number * game->rows(), number, threads);
-    if (!some) {
+    const long groups = groups_of(number * game->rows(), number, threads), most = (number + groups - 1) / groups;
+    if (groups == 1) {
         Table(*game, number, threads).play(images, 0, number, number, *to);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
-        Table table(*game, some, 1);
+        Table table(*game, most, 1);
 #pragma omp for schedule(dynamic)
-        for (long first = 0; first < number; first += some) table.play(images, first, std::min(some, number - first), number, *to);
+        for (long group = 0; group < groups; group++) {
+            const long first = number * group / groups, end = number * (group + 1) / groups;
+            table.play(images, first, end - first, number, *to);
+        }
     }
 }

@@ -47,9 +47,9 @@ void run(const Block* blocks, long first, long last, const bf16* x, long rows, c
          const float* bias, const Memory& memory, const Look& look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
          bf16* query, long threads);
 
-// How many images a thread takes through several halves at a time, so that their rows stay in its cache together with a
-// block's weights; 0 where all threads shall take all images together.
-long images_at_once(const Block& block, long rows, long images, long threads);
+// Into how many groups images are dealt, of which a thread takes one at a time through several halves; 1: all threads
+// take all images together.
+long groups_of(long rows, long images, long threads);
 
 extern "C" {
 
