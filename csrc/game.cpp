@@ -18,7 +18,7 @@ struct Game {  // a merge game, its policy a line in what agents observe
     const int64_t* stages;  // blocks
     long decisions;
     const float *lines, *dither;  // [decisions, heads + 6 + 1], the last a bias; [agents]
-    double threshold;
+    const float* cuts;  // [decisions, images]: whose logit is above it stays
 
     long agents() const { return height / patch * (width / patch); }
     long rows() const { return prefix + agents(); }
@@ -49,14 +49,14 @@ class Table {  // at which a thread plays
     std::vector<uint8_t> keep;
 
     // Who stays in an image, by what its `agents` observe: at least the one who wants most to.
-    long decide(const float* line, const float* seen, long agents, uint8_t* stays) const {
+    long decide(const float* line, float cut, const float* seen, long agents, uint8_t* stays) const {
         long kept = 0, best = 0;
         float most = -INFINITY;
         for (long a = 0; a < agents; a++, seen += columns) {
             float logit = line[columns];
             for (long c = 0; c < columns; c++) logit += line[c] * seen[c];
             if (logit > most) most = logit, best = a;
-            kept += stays[a] = logit > float(game.threshold);
+            kept += stays[a] = logit > cut;
         }
         if (!kept) stays[best] = kept = 1;
         return kept;
@@ -78,12 +78,12 @@ class Table {  // at which a thread plays
     }
 
     // Whoever leaves is absorbed; what is left can still hear it once.
-    Memory remove(long stage, long number, int64_t* kept) {
+    Memory remove(long stage, long number, const float* cuts, int64_t* kept) {
         const Block& b = *game.blocks;
         const float* sizes = stage ? now.size.data() : nullptr;
         for (long image = 0; image < number; image++) {
             const long first = now.bounds[image] - image * game.prefix, agents = now.bounds[image + 1] - now.bounds[image] - game.prefix;
-            kept[image] = decide(game.lines + stage * (columns + 1), features.data() + first * columns, agents, keep.data() + first);
+            kept[image] = decide(game.lines + stage * (columns + 1), cuts[image], features.data() + first * columns, agents, keep.data() + first);
             then.bounds[image + 1] = then.bounds[image] + game.prefix + kept[image];
         }
         absorb(next.get() + inner, 2 * inner, b.width, b.heads, b.width, now.x.get(), b.dim, sizes, now.position.data(), keep.data(),
@@ -122,7 +122,7 @@ class Table {  // at which a thread plays
             turn(stage, number, memory);
             const long size = game.rows() * game.dim();
             if (!stage && to.opening) std::memcpy(to.opening + first * size, now.x.get(), number * size * sizeof(bf16));
-            memory = remove(stage, number, to.kept + stage * all + first);
+            memory = remove(stage, number, game.cuts + stage * all + first, to.kept + stage * all + first);
         }
         finish(number, memory, to.prediction + first * game.classes);
         for (long image = 0; image < number; image++)

@@ -13,6 +13,7 @@ from tokengame import kernels, looks, whole
 from tokengame.backbone import Backbone
 from tokengame.compiled import CompiledGame
 from tokengame.config import GameConfig
+from tokengame.forced import forced_model
 from tokengame.game import TokenGame
 from tokengame.networks import START, ContextActor, TokenActor
 from tokengame.runtime import prune
@@ -28,6 +29,11 @@ MODELS = {
     "not square": half_vit(img_size=(48, 80), patch_size=16),
     "classes that fill no tile": half_vit(num_classes=45),
 }
+
+
+class Reluctant(ContextActor):
+    def forward(self, obs):
+        return super().forward(obs).clamp(min=0.1)
 
 
 def game_of(model, stages=(1, 2), transition="merge"):
@@ -118,6 +124,17 @@ def test_a_pruned_model_plays_this_way_and_looks_twice_at_whom_it_should(monkeyp
     assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
 
 
+@torch.inference_mode()
+def test_decisions_forced_to_wished_shares_are_taken_this_way_too(monkeypatch):
+    fast = forced_model(half_vit(), GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
+    images = images_for(fast.model, 8)
+    wished = fast.actor.force(fast, images, 2)
+    found = fast.play(images)
+    assert torch.equal(torch.stack(found.kept), wished[:, :8])
+    monkeypatch.setattr(whole, "play", lambda *_: None)
+    assert torch.equal(fast.play(images).alive, found.alive)
+
+
 @torch.no_grad()
 def test_what_it_does_not_do_is_done_step_by_step():
     model = half_vit()
@@ -135,6 +152,7 @@ def test_what_it_does_not_do_is_done_step_by_step():
     assert not plays(actor=lambda obs: obs.attention)
     assert not plays(actor=TokenActor(64, 16, (8, 8)))
     assert not plays(actor=actor_of(game).double())
+    assert not plays(actor=Reluctant(game.backbone.heads, 2, START["merge"])), "its class says it is more than a line"
     assert not plays(images=images.float())
     assert not plays(images=images[:, :, :24])
     for changes in ({"class_token": False, "global_pool": "avg"}, {"pre_norm": True}, {"img_size": 16, "patch_size": 4},

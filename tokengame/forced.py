@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError
-from tokengame.networks import Actor, build_actor
+from tokengame.networks import Actor, Lines, build_actor
 from tokengame.runtime import PrunedViT, by_rule
 from tokengame.state import Observation
 
@@ -50,6 +50,12 @@ class ForcedKeep(nn.Module):
         cut = self._cut(obs, logits)
         self.cuts.append(cut)
         return logits - cut[obs.scene]
+
+    @property
+    def lines(self) -> Lines | None:
+        """Those of the actor, shifted; None while the shifts are being found."""
+        ours = getattr(self.actor, "lines", None)
+        return ours and Lines(ours.weights, self.table) if len(self.table) else None
 
     def force(self, fast: PrunedViT, images: Tensor, draws: int = 1) -> Tensor:
         """Find the shifts for a batch [B, channels, height, width].

@@ -82,6 +82,15 @@ class TokenActor(nn.Module):
         return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
 
 
+class Lines(NamedTuple):
+    """Decisions that are linear in what is observed, whom `whole` can take in the midst of its own kernels."""
+
+    weights: Tensor
+    """[T, heads + features + 1] of each stage, the last a bias"""
+    cuts: Tensor | None = None
+    """[T, B] what is taken from the logits of each image, or None"""
+
+
 class ContextActor(nn.Module):
     """Attention features -> keep logit, a line at each stage; holds at any resolution.
 
@@ -114,13 +123,13 @@ class ContextActor(nn.Module):
         if obs.turn is not None:
             line = torch.mv(self.fold, self.line[obs.turn])
             return torch.addmv(line[-1:].expand(len(features)), features, line[:-1])
-        line = self.lines.index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F + 1]
+        line = self.lines.weights.index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F + 1]
         return (features * line[:, :-1]).sum(1) + line[:, -1]
 
     @property
-    def lines(self) -> Tensor:
-        """[T, heads + features + bias] of each stage, in features as they are observed"""
-        return self.line @ self.fold.T
+    def lines(self) -> Lines:
+        """Of each stage, in features as they are observed."""
+        return Lines(self.line @ self.fold.T)
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""

@@ -90,8 +90,7 @@ class GameStruct(ctypes.Structure):
         *[(name, ctypes.c_long) for name in ("channels", "height", "width", "patch", "prefix", "classes")],
         ("stages", ctypes.c_void_p),
         ("decisions", ctypes.c_long),
-        *[(name, ctypes.c_void_p) for name in ("lines", "dither")],
-        ("threshold", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in ("lines", "dither", "cuts")],
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokengame.backbone import Backbone
 from tokengame.game import TokenGame
 from tokengame.kernels import call
-from tokengame.networks import ContextActor
+from tokengame.networks import Lines
 from tokengame.ops import ordered_dither
 from tokengame.structs import GameStruct, ResultsStruct
 
@@ -44,17 +44,21 @@ def play(game: TokenGame, images: Tensor, decide: Any, threshold: float, opening
         opening: whether tokens before the first decision are wanted.
     """
     backbone, stages = game.backbone, torch.tensor(game.stages, device="cpu")
-    own = backbone.renew(images) if _is_line(game, decide) else None
+    lines = _lines_of(decide) if _fits(game) else None
+    own = backbone.renew(images) if lines else None
     start = backbone.start(images) if own else None
-    if own is None or own.patches is None or own.head is None or start is None:
+    if lines is None or own is None or own.patches is None or own.head is None or start is None:
         return None
-    start, lines = start.contiguous(), decide.lines.contiguous()
+    start, weights = start.contiguous(), lines.weights.contiguous()
+    cuts = torch.full((len(stages), len(images)), threshold, device="cpu", dtype=torch.float32)
+    if lines.cuts is not None:
+        cuts += lines.cuts
     last, dither = backbone.blocks[-1].attn.qkv.weight, ordered_dither(*backbone.model.patch_embed.grid_size)
     images, (norm, head) = images.contiguous(), own.head
     played = GameStruct(
         ctypes.addressof(own.blocks), backbone.depth, own.patches.struct, head.struct, norm, start.data_ptr(),
         last.data_ptr(), *images.shape[1:], backbone.patch_size[0], backbone.prefix, len(head.bias), stages.data_ptr(),
-        len(stages), lines.data_ptr(), dither.data_ptr(), threshold,
+        len(stages), weights.data_ptr(), dither.data_ptr(), cuts.data_ptr(),
     )  # fmt: skip
     prediction = images.new_empty(len(images), len(head.bias))
     tokens = images.new_empty(len(images), *start.shape) if opening else None
@@ -65,8 +69,8 @@ def play(game: TokenGame, images: Tensor, decide: Any, threshold: float, opening
     return Whole(prediction[:, : head.outputs], kept.unbind(0), alive, tokens)
 
 
-def _is_line(game: TokenGame, decide: Any) -> bool:
-    """Whether the game is one of csrc/game.cpp, and nobody watches its policy."""
+def _fits(game: TokenGame) -> bool:
+    """Whether the game is one of csrc/game.cpp."""
     backbone, model = game.backbone, game.backbone.model
     return (
         type(game) is TokenGame
@@ -77,8 +81,14 @@ def _is_line(game: TokenGame, decide: Any) -> bool:
         and game.end == 2 * backbone.depth - 2
         and model.has_class_token
         and type(model.norm_pre) is nn.Identity
-        and type(decide) is ContextActor
-        and not (decide._forward_hooks or decide._forward_pre_hooks)
-        and decide.line.dtype == torch.float32
-        and decide.line.device.type == "cpu"
     )
+
+
+def _lines_of(decide: Any) -> Lines | None:
+    """Of a policy whose class says that it is that and no more; None where somebody watches, or it is elsewhere."""
+    if "lines" not in vars(type(decide)) or decide._forward_hooks or decide._forward_pre_hooks:
+        return None
+    lines: Lines | None = decide.lines
+    if lines is None or lines.weights.dtype != torch.float32 or lines.weights.device.type != "cpu":
+        return None
+    return lines
