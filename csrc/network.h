@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-constexpr int INTERFACE = 1;  // to be raised with every change of what Python calls or lays out, in kernels.py too
-
 using bf16 = uint16_t;
 
 struct Norm {

@@ -5,13 +5,13 @@ namespace tokengame {
 
 bool has_amx = false;
 
-struct Norm {
+struct LayerNorm {
     const float *weight, *bias;  // [K]
     float eps;
 };
 
 // x [width] normed as LayerNorm does; 32 numbers each `apart` from the last 32.
-static void normed_row(const bf16* x, long width, Norm norm, bf16* to, long apart) {
+static void normed_row(const bf16* x, long width, LayerNorm norm, bf16* to, long apart) {
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (long k = 0; k < width; k += 16) sum = _mm512_add_ps(sum, load(x + k));
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
@@ -28,7 +28,7 @@ static void normed_row(const bf16* x, long width, Norm norm, bf16* to, long apar
 }
 
 // Staged rows [rows, width], normed.
-static void stage_normed(const bf16* from, long rows, long width, Norm norm, bf16* to) {
+static void stage_normed(const bf16* from, long rows, long width, LayerNorm norm, bf16* to) {
     for (long r = 0; r < rows; r++)
         normed_row(from + r * width, width, norm, to + r / SIDE * SIDE * width + r % SIDE * SIDE, BLOCK);
 }
@@ -66,7 +66,7 @@ static void products(const bf16* a, long rows, long inputs, const bf16* packed, 
 
 static thread_local std::vector<bf16> staged_memory, hidden_memory;
 
-struct Linear {
+struct Layer {
     const bf16* packed;  // [inputs, outputs]
     const float *bias, *scale;  // [outputs]; scale may be null: LayerScale
     long inputs, outputs;
@@ -84,7 +84,7 @@ struct Linear {
 };
 
 // out [M, outputs] = [residual +] linear([norm] x [M, inputs])
-static void linear_rows(const bf16* x, long rows, const Norm* norm, Linear linear, const bf16* residual, bf16* out, long threads) {
+static void linear_rows(const bf16* x, long rows, const LayerNorm* norm, Layer linear, const bf16* residual, bf16* out, long threads) {
     const long size = rows_at_once(rows, linear.inputs, linear.inputs * linear.outputs, threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -137,7 +137,7 @@ void pack_weight(const bf16* weight, long outputs, long inputs, bf16* packed) { 
 
 void normed_linear(const bf16* x, long rows, long inputs, const float* weight, const float* shift, float eps,
                    const bf16* packed, const float* bias, long outputs, bf16* out, long threads) {
-    Norm norm{weight, shift, eps};
+    LayerNorm norm{weight, shift, eps};
     linear_rows(x, rows, &norm, {packed, bias, nullptr, inputs, outputs}, nullptr, out, threads);
 }
 
@@ -149,8 +149,8 @@ void residual_linear(const bf16* x, long rows, long inputs, const bf16* packed, 
 // out = x + scale * second(gelu(first(norm(x))))
 void residual_mlp(const bf16* x, long rows, long width, const float* weight, const float* shift, float eps, const bf16* packed1,
          const float* bias1, long hidden, const bf16* packed2, const float* bias2, const float* scale, bf16* out, long threads) {
-    Norm norm{weight, shift, eps};
-    Linear first{packed1, bias1, nullptr, width, hidden}, second{packed2, bias2, scale, hidden, width};
+    LayerNorm norm{weight, shift, eps};
+    Layer first{packed1, bias1, nullptr, width, hidden}, second{packed2, bias2, scale, hidden, width};
     const long size = rows_at_once(rows, hidden, 2 * width * hidden, threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -176,7 +176,7 @@ void residual_mlp(const bf16* x, long rows, long width, const float* weight, con
 void embed(const bf16* images, long number, long channels, long height, long width, long patch, const bf16* packed,
            const float* bias, long outputs, const bf16* start, long prefix, bf16* out, long threads) {
     const Grid grid{channels, height, width, patch};
-    const Linear linear{packed, bias, nullptr, grid.inputs(), outputs};
+    const Layer linear{packed, bias, nullptr, grid.inputs(), outputs};
     const long patches = grid.patches(), rows = number * patches, size = rows_at_once(rows, grid.inputs(), 0, threads);
     for (long image = 0; image < number; image++)
         std::memcpy(out + image * (prefix + patches) * outputs, start, prefix * outputs * sizeof(bf16));
@@ -230,7 +230,7 @@ void each_head_linear(const bf16* x, long rows, long heads, long inner, const bf
     Tiles tiles;
     bf16* a = scratch(staged_memory, SIDE * inner);
     for (long head = 0; head < heads; head++) {
-        const Linear linear{packed + head * outer * inner, bias + head * outer, nullptr, inner, outer};
+        const Layer linear{packed + head * outer * inner, bias + head * outer, nullptr, inner, outer};
         for (long first = 0; first < rows; first += SIDE) {
             const long some = std::min(SIDE, rows - first);
             stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);

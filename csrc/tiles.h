@@ -13,11 +13,12 @@
 #include <cstring>
 #include <vector>
 
+#include "network.h"
+
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 
 namespace tokengame {
 
-using bf16 = uint16_t;
 constexpr long SIDE = 32;                // rows and columns of a product
 constexpr long BLOCK = SIDE * SIDE;      // numbers of a staged step
 constexpr long PANEL = 16;               // columns of a packed panel

@@ -137,6 +137,8 @@ UNSUPPORTED = {
     "SwiGLU": lambda: half_vit(name="vit_giant_patch14_dinov2", mlp_ratio=4),
     "gate": lambda: with_part("blocks.1", "attn", Attention(64, 2, qkv_bias=True, gated=True)),
     "more heads in a block": lambda: with_part("blocks.1", "attn", Attention(64, 4, attn_head_dim=64)),
+    "something in place of a dropout": lambda: with_part("blocks.1.mlp", "drop1", nn.Hardtanh()),
+    "something in place of a dropped path": lambda: with_part("blocks.1", "drop_path1", nn.Hardtanh()),
     "no plain weight": lambda: with_part("blocks.1.mlp.fc1", "weight", nn.Parameter(Doubling(normal(256, 64)))),
 }
 

@@ -1,5 +1,6 @@
 """Whole games in one call against the same games step by step, and when it steps aside for them."""
 
+import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,8 +9,10 @@ import torch
 from conftest import half_vit, needs_kernels, normal, off, policy_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tokengame import kernels, looks, whole
+from tokengame.anatomy import peak_memory, time_shares
 from tokengame.backbone import Backbone
 from tokengame.compiled import CompiledGame
 from tokengame.config import GameConfig
@@ -163,9 +166,17 @@ def test_what_it_does_not_do_is_done_step_by_step():
         assert not plays()
     with kernels.on_pytorch():
         assert not plays()
-    watched = actor_of(game)
+    watched, changed = actor_of(game), actor_of(game)
     watched.register_forward_hook(lambda *_: None)
     assert not plays(actor=watched)
+    changed.forward = lambda obs: obs.attention
+    assert not plays(actor=changed)
+    other = game_of(model)
+    other.observe = lambda state: TokenGame.observe(other, state)
+    assert not plays(other)
+    other = game_of(copy.deepcopy(model))
+    other.backbone.model.patch_drop = nn.Hardtanh()
+    assert not plays(other)
     model.blocks[1].mlp.register_forward_hook(lambda *_: None)
     assert not plays()
 
@@ -184,7 +195,27 @@ def test_changed_weights_count_at_once():
         same(after, looks._step_by_step(*settings))
 
 
-def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERFACE", -1)
+@torch.no_grad()
+def test_a_policy_of_another_shape_is_refused_as_step_by_step():
+    game, images = game_of(MODELS["plain"]), images_for(MODELS["plain"], 2)
+    for other in (game_of(MODELS["plain"], (1,)), game_of(MODELS["one head"])):
+        with pytest.raises((IndexError, RuntimeError)):
+            looks.play(game, images, actor_of(other), 0.0)
+
+
+@torch.inference_mode()
+def test_anatomy_sees_every_part():
+    model = half_vit(img_size=64)
+    fast = forced_model(model, GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
+    images = images_for(model, 8)
+    fast.actor.force(fast, images)
+    shares = time_shares(fast, images)
+    assert all(shares[part] > 0 for part in ("policy", "packing", "projections and MLP", "embedding and head"))
+    rows = 8 * 65 * 64 * 2 / 2**20  # MiB of one copy of the tokens
+    assert rows < peak_memory(lambda: fast(images), images.device) < 50 * rows
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "_checksum_of", lambda _: 1)
     with pytest.warns(UserWarning, match="install tokengame again"):
         assert kernels.library.__wrapped__() is None

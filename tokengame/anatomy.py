@@ -52,7 +52,7 @@ def _watching(fast: PrunedViT, watch: Stopwatch, images: Tensor) -> Iterator[Non
     """Shadow the methods of this one game with timed ones, for as long as the context lasts.
 
     Our own kernels run attention, projections and MLPs of a stretch of blocks, and what a merge game's agents observe,
-    in one call: all of it is then counted with projections and MLPs.
+    in one call: all of it is then counted with projections and MLPs. A game that is watched is played step by step.
     """
     game, backbone = fast.game, fast.game.backbone
     attend = backbone.attend

@@ -67,7 +67,8 @@ class Backbone:
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
-        own, start = self.renew(images), self.start(images)
+        own = self.renew(images)
+        start = self.start(images, own)
         if own is None or own.patches is None or start is None:
             x = self.model._pos_embed(self.model.patch_embed(images))
         else:
@@ -83,12 +84,12 @@ class Backbone:
         self._weights = weights_of(self.model) if measured and kernels.take(images) else None
         return self._weights
 
-    def start(self, images: Tensor) -> Tensor | None:
+    def start(self, images: Tensor, own: Weights | None) -> Tensor | None:
         """[prefix + N, C] what tokens are before their patches are added to them, where our own kernels embed.
 
         None where timm does it: without such kernels, or for images of another size than the model's own.
         """
-        own, model, patches = self._weights, self.model, self.model.patch_embed
+        model, patches = self.model, self.model.patch_embed
         usual = (patches.proj.in_channels, *(patches.img_size or ()))
         if own is None or own.patches is None or images.shape[1:] != usual:
             return None

@@ -13,6 +13,7 @@ from tokengame.errors import TokenGameError
 from tokengame.networks import Actor, Lines, build_actor
 from tokengame.runtime import PrunedViT, by_rule
 from tokengame.state import Observation
+from tokengame.whole import lines_of
 
 SPREAD = 0.15
 """standard deviation of an image's share kept, relative to the mean: what learned policies show on ImageNet"""
@@ -54,8 +55,8 @@ class ForcedKeep(nn.Module):
     @property
     def lines(self) -> Lines | None:
         """Those of the actor, shifted; None while the shifts are being found."""
-        ours = getattr(self.actor, "lines", None)
-        return ours and Lines(ours.weights, self.table) if len(self.table) else None
+        ours = lines_of(self.actor)
+        return Lines(ours.weights, self.table) if ours is not None and len(self.table) else None
 
     def force(self, fast: PrunedViT, images: Tensor, draws: int = 1) -> Tensor:
         """Find the shifts for a batch [B, channels, height, width].

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -30,8 +32,8 @@ from tokengame.structs import Linear, LookStruct, MemoryStruct, NormStruct
 
 SIDE = 32
 """what widths must be multiples of"""
-INTERFACE = 1
-"""as in csrc/network.h"""
+SOURCES = Path(__file__).parents[1] / "csrc"
+"""what the kernels are compiled from, in a checkout of the repository"""
 LEVELS = {"none": 0, "avx512": 1, "amx": 2}
 """instructions to use at most, by the environment variable TOKENGAME_KERNELS"""
 
@@ -46,15 +48,25 @@ def library() -> ctypes.CDLL | None:
         kernels = ctypes.CDLL(found.origin)
     except OSError:
         return None
-    if not hasattr(kernels, "interface") or kernels.interface() != INTERFACE:
+    if SOURCES.is_dir() and _checksum(kernels) != _checksum_of(SOURCES):
         warnings.warn(
-            f"{found.origin} was compiled for another version of tokengame, so PyTorch's slower kernels are used: "
-            "install tokengame again (pip install .)",
+            f"{found.origin} was not compiled from {SOURCES}, so PyTorch's slower kernels are used: "
+            "install tokengame again (make, or pip install -e .)",
             stacklevel=2,
         )
         return None
-    kernels.peek.restype = ctypes.c_ulonglong
+    kernels.peek.restype, kernels.workspace.restype = ctypes.c_ulonglong, ctypes.c_long
     return kernels if kernels.set_up(LEVELS.get(os.environ.get("TOKENGAME_KERNELS", "amx"), 2)) else None
+
+
+def _checksum(kernels: ctypes.CDLL) -> int | None:
+    """Of the sources that a library was compiled from."""
+    return kernels.sources() & 0xFFFFFFFF if hasattr(kernels, "sources") else None
+
+
+def _checksum_of(folder: Path) -> int:
+    """Of sources, as setup.py has it."""
+    return crc32(b"".join(path.read_bytes() for kind in ("*.cpp", "*.h") for path in sorted(folder.glob(kind))))
 
 
 _WANTED = ContextVar("wanted", default=True)

@@ -86,7 +86,7 @@ class Lines(NamedTuple):
     """Decisions that are linear in what is observed, whom `whole` can take in the midst of its own kernels."""
 
     weights: Tensor
-    """[T, heads + features + 1] of each stage, the last a bias"""
+    """[T, F] of each stage, a bias last"""
     cuts: Tensor | None = None
     """[T, B] what is taken from the logits of each image, or None"""
 
@@ -123,7 +123,7 @@ class ContextActor(nn.Module):
         if obs.turn is not None:
             line = torch.mv(self.fold, self.line[obs.turn])
             return torch.addmv(line[-1:].expand(len(features)), features, line[:-1])
-        line = self.lines.weights.index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F + 1]
+        line = self.lines.weights.index_select(0, obs.stage).index_select(0, obs.scene)  # [A, F]
         return (features * line[:, :-1]).sum(1) + line[:, -1]
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NormStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
+    """As in csrc/network.h."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
 
@@ -21,13 +21,13 @@ class NormStruct(ctypes.Structure):
 
 
 class LinearStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
+    """As in csrc/network.h."""
 
     _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
 
 
 class BlockStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
+    """As in csrc/network.h."""
 
     _fields_ = (
         *[(name, NormStruct) for name in ("norm1", "norm2")],
@@ -58,7 +58,7 @@ class Linear:
 
 
 class MemoryStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
+    """As in csrc/network.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("keys", "values")],
@@ -68,7 +68,7 @@ class MemoryStruct(ctypes.Structure):
 
 
 class LookStruct(ctypes.Structure):
-    """As in csrc/blocks.cpp."""
+    """As in csrc/network.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("position", "dither")],

@@ -9,13 +9,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module
 
 from tokengame.kernels import SIDE, call
 from tokengame.structs import BlockStruct, Linear, NormStruct
+
+DROPS = (nn.Identity, nn.Dropout, DropPath)
+"""what does nothing but in training"""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def _of_patches(patch_embed: Any) -> Linear | None:
 def _of_head(model: Any, tensors: list[Tensor]) -> tuple[NormStruct, Linear] | None:
     norm, head = model.norm, model.head
     plain = type(model) is VisionTransformer and model.global_pool == "token" and type(model.fc_norm) is nn.Identity
+    plain = plain and type(model.head_drop) in DROPS
     if not plain or not _is_norm(norm) or type(head) is not nn.Linear or not _fits(head.in_features):
         return None
     return NormStruct.of(norm.weight, norm.bias, norm.eps, tensors), pack(head.weight, head.bias)
@@ -165,9 +169,11 @@ def _plain(block: Any) -> bool:
     if not _is_norm(block.norm1) or not _is_norm(block.norm2):
         return False
     nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
     scales = (block.ls1, block.ls2)
     return (
         all(type(part) is nn.Identity for part in nothing)
+        and all(type(drop) in DROPS for drop in drops)
         and all(type(scale) in (nn.Identity, LayerScale) for scale in scales)
         and getattr(attn, "gate", None) is None
     )
