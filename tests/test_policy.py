@@ -71,9 +71,10 @@ def test_dial_zero_is_native_and_more_prunes_more(model, path, images):
 @torch.no_grad()
 def test_trace_says_who_stays(model, path, images):
     fast = tokengame.prune(model, path, dial=0.8)
-    trace, state = fast.trace(images), fast.play(images).state
+    trace, state = fast.trace(images), fast.game.play(images, fast.actor, threshold(0.8))
     assert torch.equal(trace.sum(2), torch.stack(state.kept))
     assert torch.equal(trace[-1].nonzero()[:, 1], state.position[state.agent_rows])
+    assert torch.equal(trace[-1], fast.play(images).alive)
     assert not (trace[1] & ~trace[0]).any()
 
 
