@@ -10,5 +10,5 @@ from tokengame.errors import TokenGameError
 from tokengame.policy import Policy
 from tokengame.runtime import PrunedViT, prune
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 __all__ = ["Policy", "PrunedViT", "TokenGameError", "prune"]
