@@ -2,7 +2,8 @@
 python runs/clock_of.py results/compare_*.csv build/seeds/*/compare.csv
 
 The first file is the timed run. At each compute a method has the mean agreement of the other runs and the speed of the
-first, linear between settings; of all computes at which the agreement is reached the fastest counts.
+first, linear between settings; of all computes at which the agreement is reached the fastest counts. Speed-ups are over
+native beside the method, call by call; images a second are as the machine was in the method's turn.
 """
 
 import csv
@@ -14,7 +15,9 @@ import numpy as np
 from tokengame.compare import LEVELS
 from tokengame.console import show_rows
 
-KEYS = {"method": "speedup", "on PyTorch's kernels": "speedup_pytorch"}
+KEYS = {
+    "method": "speedup", "on PyTorch's kernels": "speedup_pytorch", "images a second": "images_per_second_pruned"
+}  # fmt: skip
 COMPUTE = np.linspace(0.4, 1.0, 601)
 
 
@@ -27,14 +30,14 @@ def curve(rows: list[dict[str, str]], method: str, name: str) -> np.ndarray:
 
 
 timed, *others = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
-for title, key in KEYS.items():
+for (title, key), form in zip(KEYS.items(), (".2f", ".2f", ".0f"), strict=True):
     table = []
     for method in dict.fromkeys(row["method"] for row in timed):
         speed = curve(timed, method, key)
         agreement = np.mean([curve(rows, method, "agreement") for rows in others], 0)
         found = {level: speed[(agreement >= level) & ~np.isnan(speed)] for level in LEVELS}
         if any(len(speeds) for speeds in found.values()):
-            cells = {str(level): f"{speeds.max():.2f}" if len(speeds) else "-" for level, speeds in found.items()}
+            cells = {str(level): f"{speeds.max():{form}}" if len(speeds) else "-" for level, speeds in found.items()}
             table.append({title: method} | cells)
     if table:
         show_rows(table)
