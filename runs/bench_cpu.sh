@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The speed tables of README.md: about 50 minutes on two cores, with nothing else running; a fifth of that with
-# "--dtypes bfloat16 --seconds 7" (options are those of bench). CSV files go to results/.
+# "--dtypes bfloat16 --seconds 6" (options are those of bench). CSV files go to results/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 options=(--keep 0.7 0.49 0.34 --batch-sizes 1 8 32 --seconds 12 "$@")
