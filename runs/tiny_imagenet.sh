@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tiny-ImageNet (64 x 64 photos, shown at 224 x 224): a policy learned on 9,600 of its training images, then that one and
 # the shipped one on the 5,000 validation images, and both against the peers on 1,000 of them. About
-# twelve minutes on two cores with AMX, an hour and a half on one without (DTYPE=float32 there); speeds need two that do
+# eleven minutes on two cores with AMX, an hour and a half on one without (DTYPE=float32 there); speeds need two that do
 # nothing else. The policy that ships as vit_tiny_patch16_224_tiny_imagenet was learned in float32.
 set -euo pipefail
 cd "$(dirname "$0")/.."
