@@ -1,4 +1,4 @@
-// Several halves of blocks in one call: what lies between two decisions, without the way back to Python.
+// Several half-blocks in one call: all that is computed between two decisions, without returning to Python.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,108 +6,120 @@
 
 #include "network.h"
 
-constexpr long ROWS = 800;  // that a thread takes through blocks: weights come in anew for them, and they stay in its cache
+namespace tokengame {
 
-static void linear_of(const Block& b, const bf16* x, long rows, long first, long last, bf16* out, long threads) {
+// Rows of a group, about: enough for the weights, which are read anew for each group, few enough to stay in a core's cache.
+constexpr long ROWS_PER_GROUP = 800;
+
+// x [rows, dim] -> out [rows, last - first, heads, width]: parts first .. last - 1 of the queries (0), keys (1) and values (2)
+// of norm1(x).
+static void normed_qkv(const Block& b, const bf16* x, long rows, long first, long last, bf16* out, long threads) {
     const long inner = b.inner();
     normed_linear(x, rows, b.dim, b.norm1.weight, b.norm1.bias, b.norm1.eps, b.qkv.packed + first * inner * b.dim,
                   b.qkv.bias + first * inner, (last - first) * inner, out, threads);
 }
 
-void run(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
-         const float* bias, const Memory& memory, const Look& look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
-         bf16* query, long threads) {
-    const long start = bounds[0];  // attention is given whole arrays, what concerns single rows only its own
+void run_group(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* cu_seqlens, long images,
+               const float* bias, const CachedKeysValues& cached, const ObservationRequest& request, bf16* qkv, bf16* attended,
+               bf16* out, bf16* next_keys_values, bf16* next_query, long threads) {
+    const long start = cu_seqlens[0];  // attention adds it itself; functions of single rows get pointers to the group's rows
     for (long half = first; half < last; half++, x = out) {
         const Block& b = blocks[half / 2];
-        const long inner = b.inner(), own = start * b.dim;
+        const long inner = b.inner(), offset = start * b.dim;
         if (half % 2) {
-            residual_mlp(x + own, rows, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden,
-                         b.fc2.packed, b.fc2.bias, b.fc2.scale, out + own, threads);
+            residual_mlp(x + offset, rows, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden,
+                         b.fc2.packed, b.fc2.bias, b.fc2.scale, out + offset, threads);
             continue;
         }
-        if (half == first && memory.keys) {
-            bf16* q = qkv + 2 * start * inner;  // rows of these images begin where they do in [rows, 3, heads, width]
-            linear_of(b, x + own, rows, 0, 1, q + start * inner, threads);
-            attention(q, inner, b.width, memory.keys, memory.key_row, memory.key_head, memory.values, memory.value_row,
-                      memory.value_head, bounds, memory.bounds, images, b.heads, b.width, memory.bias, b.scale, heard, threads);
+        if (half == first && cached.keys) {
+            bf16* q = qkv + 2 * start * inner;  // so that the group's queries begin where its rows of qkv begin
+            normed_qkv(b, x + offset, rows, 0, 1, q + start * inner, threads);
+            attention(q, inner, b.width, cached.keys, cached.key_row, cached.key_head, cached.values, cached.value_row,
+                      cached.value_head, cu_seqlens, cached.cu_seqlens, images, b.heads, b.width, cached.bias, b.scale, attended,
+                      threads);
         } else {
-            linear_of(b, x + own, rows, 0, 3, qkv + start * 3 * inner, threads);
-            attention(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width, bounds,
-                      bounds, images, b.heads, b.width, bias, b.scale, heard, threads);
+            normed_qkv(b, x + offset, rows, 0, 3, qkv + start * 3 * inner, threads);
+            attention(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width, cu_seqlens,
+                      cu_seqlens, images, b.heads, b.width, bias, b.scale, attended, threads);
         }
-        residual_linear(heard + start * inner, rows, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, x + own, out + own, threads);
+        residual_linear(attended + start * inner, rows, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, x + offset,
+                        out + offset, threads);
     }
-    if (!next && !query) return;
+    if (!next_keys_values && !next_query) return;
     const Block& b = blocks[last / 2];
     const long inner = b.inner();
-    if (next) linear_of(b, x + start * b.dim, rows, 1, 3, next + start * 2 * inner, threads);
-    if (query) {
-        std::vector<bf16> firsts(images * b.dim);
+    if (next_keys_values) normed_qkv(b, x + start * b.dim, rows, 1, 3, next_keys_values + start * 2 * inner, threads);
+    if (next_query) {
+        std::vector<bf16> first_rows(images * b.dim);
         for (long image = 0; image < images; image++)
-            std::memcpy(firsts.data() + image * b.dim, x + bounds[image] * b.dim, b.dim * sizeof(bf16));
-        linear_of(b, firsts.data(), images, 0, 1, query, threads);
+            std::memcpy(first_rows.data() + image * b.dim, x + cu_seqlens[image] * b.dim, b.dim * sizeof(bf16));
+        normed_qkv(b, first_rows.data(), images, 0, 1, next_query, threads);
     }
-    if (look.agents)
-        observe(next, 2 * inner, b.width, next + inner, 2 * inner, b.width, b.heads, b.width, query, b.scale, bounds, images, look.prefix,
-                bias, look.position, look.dither, look.agents_at_start, 1, look.features, look.index,
-                look.agents, look.image, threads);
+    if (request.batch_agents)
+        observe(next_keys_values, 2 * inner, b.width, next_keys_values + inner, 2 * inner, b.width, b.heads, b.width, next_query,
+                b.scale, cu_seqlens, images, request.prefix, bias, request.position, request.dither, request.total_agents, 1,
+                request.features, request.index, request.batch_agents, request.first_image, threads);
 }
 
 long groups_of(long rows, long images, long threads) {
     if (images < 2 * threads) return 1;
-    const long least = images < 8 * threads ? 1 : 3;  // rounds, so that no thread waits long for the last images
-    return std::min(images, threads * std::max(least, std::lround(double(rows) / (ROWS * threads))));
+    const long least = images < 8 * threads ? 1 : 3;  // groups of a thread, so that none waits long for the last group
+    return std::min(images, threads * std::max(least, std::lround(double(rows) / (ROWS_PER_GROUP * threads))));
 }
+
+}  // namespace tokengame
+
+using namespace tokengame;
 
 extern "C" {
 
-// Halves first..last - 1 of `blocks` (2 i is the attention of block i, 2 i + 1 its MLP) on x [rows, dim], to `out`; the
-// first attention looks at `memory` where there is one. qkv [rows, 3, heads, width] holds the last other attention's
-// afterwards; heard [rows, heads * width] is for us to write in. Where they are wanted, keys and values
-// [rows, 2, heads, width] of an attention that comes next, queries [images, heads, width] of each image's first row, and
-// what agents observe of both.
-void stretch(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* bounds, long images,
-             const float* bias, const Memory* memory, const Look* look, bf16* qkv, bf16* heard, bf16* out, bf16* next,
-             bf16* query, long threads) {
+void run_half_blocks(const Block* blocks, long first, long last, const bf16* x, long rows, const int64_t* cu_seqlens,
+                     long images, const float* bias, const CachedKeysValues* cached, const ObservationRequest* request,
+                     bf16* qkv, bf16* attended, bf16* out, bf16* next_keys_values, bf16* next_query, long threads) {
     const Block& b = blocks[first / 2];
     const long groups = groups_of(rows, images, threads);
     if (groups == 1) {
-        run(blocks, first, last, x, rows, bounds, images, bias, *memory, *look, qkv, heard, out, next, query, threads);
+        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, qkv, attended, out, next_keys_values,
+                  next_query, threads);
         return;
     }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long group = 0; group < groups; group++) {
         const long image = images * group / groups, end = images * (group + 1) / groups;
-        Memory own = *memory;
-        Look its = *look;
-        if (own.keys) own.bounds += image;
-        if (its.agents) its.features -= image * its.prefix * (b.heads + 6), its.index -= image * its.prefix;  // of agents alone
-        its.image = image;
-        run(blocks, first, last, x, bounds[end] - bounds[image], bounds + image, end - image, bias, own, its, qkv, heard, out, next,
-            query ? query + image * b.inner() : nullptr, 1);
+        CachedKeysValues group_cached = *cached;
+        ObservationRequest group_request = *request;
+        if (group_cached.keys) group_cached.cu_seqlens += image;
+        if (group_request.batch_agents) {  // `observe` subtracts the prefix tokens of the group's images only
+            group_request.features -= image * group_request.prefix * (b.heads + EXTRA_FEATURES);
+            group_request.index -= image * group_request.prefix;
+        }
+        group_request.first_image = image;
+        run_group(blocks, first, last, x, cu_seqlens[end] - cu_seqlens[image], cu_seqlens + image, end - image, bias,
+                  group_cached, group_request, qkv, attended, out, next_keys_values,
+                  next_query ? next_query + image * b.inner() : nullptr, 1);
     }
 }
 
-// The last block for the first `prefix` rows of each image alone: out [images * prefix, dim]. Keys and values are never
-// computed: queries go through the key matrix, what they hear through the value matrix. qkv: the layer's own weight.
-void close_block(const Block* block, const bf16* qkv, const bf16* x, long rows, const int64_t* bounds, long images, long prefix,
-                 const float* bias, bf16* normed, bf16* out, long threads) {
+// Keys and values are not computed: with q.(K n) = (K^T q).n, each query is multiplied by the key matrix of its head instead
+// ("folded"), attends to the normed rows themselves, and what it finds is multiplied by the value matrix.
+void last_block(const Block* block, const bf16* qkv, const bf16* x, long rows, const int64_t* cu_seqlens, long images,
+                long prefix, const float* bias, bf16* normed, bf16* out, long threads) {
     const Block& b = *block;
-    const long few = images * prefix, inner = b.inner();
-    std::vector<bf16> query(few * inner), asked(few * b.heads * b.dim), heard(asked.size()), spoken(few * inner);
-    std::vector<int64_t> asking(images + 1);
-    for (long image = 0; image <= images; image++) asking[image] = image * prefix * b.heads;
+    const long tokens = images * prefix, inner = b.inner();
+    std::vector<bf16> query(tokens * inner), folded(tokens * b.heads * b.dim), found(folded.size()), attended(tokens * inner);
+    std::vector<int64_t> query_cu_seqlens(images + 1);  // every head is a query of its own
+    for (long image = 0; image <= images; image++) query_cu_seqlens[image] = image * prefix * b.heads;
     for (long image = 0; image < images; image++)
-        std::memcpy(out + image * prefix * b.dim, x + bounds[image] * b.dim, prefix * b.dim * sizeof(bf16));
-    linear_of(b, out, few, 0, 1, query.data(), threads);
+        std::memcpy(out + image * prefix * b.dim, x + cu_seqlens[image] * b.dim, prefix * b.dim * sizeof(bf16));
+    normed_qkv(b, out, tokens, 0, 1, query.data(), threads);
     norm_rows(x, rows, b.dim, b.norm1.weight, b.norm1.bias, b.norm1.eps, normed, threads);
-    each_head(query.data(), few, b.heads, b.width, qkv + inner * b.dim, b.dim, asked.data());
-    attention(asked.data(), b.dim, 0, normed, b.dim, 0, normed, b.dim, 0, asking.data(), bounds, images, 1, b.dim, bias, b.scale,
-              heard.data(), threads);
-    each_head_linear(heard.data(), few, b.heads, b.dim, b.qkv.packed + 2 * inner * b.dim, b.qkv.bias + 2 * inner, b.width, spoken.data());
-    residual_linear(spoken.data(), few, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, out, out, threads);
-    residual_mlp(out, few, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden, b.fc2.packed,
+    each_head(query.data(), tokens, b.heads, b.width, qkv + inner * b.dim, b.dim, folded.data());
+    attention(folded.data(), b.dim, 0, normed, b.dim, 0, normed, b.dim, 0, query_cu_seqlens.data(), cu_seqlens, images, 1, b.dim,
+              bias, b.scale, found.data(), threads);
+    each_head_linear(found.data(), tokens, b.heads, b.dim, b.qkv.packed + 2 * inner * b.dim, b.qkv.bias + 2 * inner, b.width,
+                     attended.data());
+    residual_linear(attended.data(), tokens, inner, b.proj.packed, b.proj.bias, b.proj.scale, b.dim, out, out, threads);
+    residual_mlp(out, tokens, b.dim, b.norm2.weight, b.norm2.bias, b.norm2.eps, b.fc1.packed, b.fc1.bias, b.hidden, b.fc2.packed,
                  b.fc2.bias, b.fc2.scale, out, threads);
 }
 }

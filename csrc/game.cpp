@@ -1,5 +1,5 @@
-// A whole game in one call, from pixels to predictions: a thread plays a few images to their end while their rows are in
-// its cache, and meets nobody before.
+// The fused forward: a whole forward pass with pruning in one call, from pixels to logits. A thread runs one group of images
+// from beginning to end while their rows are in its cache, without waiting for other threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -8,37 +8,15 @@
 
 #include "network.h"
 
-struct Game {  // a merge game, its policy a line in what agents observe
-    const Block* blocks;
-    long depth;
-    Linear patches, head;
-    Norm norm;
-    const bf16 *start, *last_qkv;  // [prefix + agents, dim], see `embed`; the last block's own weight, see `close_block`
-    long channels, height, width, patch, prefix, classes;
-    const int64_t* stages;  // blocks
-    long decisions;
-    const float *lines, *dither;  // [decisions, heads + 6 + 1], the last a bias; [agents]
-    const float* cuts;  // [decisions, images]: whose logit is above it stays
+namespace tokengame {
 
-    long agents() const { return height / patch * (width / patch); }
-    long rows() const { return prefix + agents(); }
-    long dim() const { return blocks->dim; }
-    long end() const { return 2 * depth - 2; }  // the last block is closed
-};
-
-struct Results {
-    bf16 *prediction, *opening;  // [images, classes]; null or [images, rows, dim] before the first decision
-    int64_t* kept;  // [decisions, images]
-    uint8_t* alive;  // [images, agents] at the end
-};
-
-class Space {  // memory that is given out piece by piece; without any, how much of it would be
+class Arena {  // hands out memory piece by piece; with a null pointer it only counts how much is needed
     char* const memory;
 
   public:
-    long used = 0;
+    long used = 0;  // bytes
 
-    explicit Space(char* memory) : memory(memory) {}
+    explicit Arena(char* memory) : memory(memory) {}
     template <class T>
     T* take(long number) {
         T* at = memory ? (T*)(memory + used) : nullptr;
@@ -47,146 +25,163 @@ class Space {  // memory that is given out piece by piece; without any, how much
     }
 };
 
-struct Packed {  // rows of some images
-    bf16* x;
-    float *size, *bias;
-    int64_t *position, *bounds;
+struct PackedRows {  // rows of a group of images
+    bf16* x;  // [rows, dim]
+    float *size, *bias;  // [rows]
+    int64_t *position, *cu_seqlens;  // [rows], [images + 1]
 
-    Packed(Space& space, long rows, long dim, long images)
-        : x(space.take<bf16>(rows * dim)), size(space.take<float>(rows)), bias(space.take<float>(rows)),
-          position(space.take<int64_t>(rows)), bounds(space.take<int64_t>(images + 1)) {}
+    PackedRows(Arena& arena, long rows, long dim, long images)
+        : x(arena.take<bf16>(rows * dim)), size(arena.take<float>(rows)), bias(arena.take<float>(rows)),
+          position(arena.take<int64_t>(rows)), cu_seqlens(arena.take<int64_t>(images + 1)) {}
 };
 
-class Table {  // at which a thread plays
-    const Game& game;
-    const long threads, inner, columns;
-    Packed now, then;  // then: before the latest decision
-    bf16 *qkv, *heard, *next, *query;
-    float* features;
-    uint8_t* keep;
+class Worker {  // runs groups of images, one after the other, in its own working memory
+    const FusedGame& game;
+    const long threads, inner, columns;  // columns: features of an agent
+    PackedRows now, spare;  // spare: receives the kept rows of a decision, then the two are swapped
+    bf16 *qkv, *attended, *next_keys_values, *next_query;  // as in run_half_blocks
+    float* features;  // [agents, columns]
+    uint8_t* keep;  // [agents]
 
-    // Who stays in an image, by what its `agents` observe: at least the one who wants most to.
-    long decide(const float* line, float cut, const float* seen, long agents, uint8_t* stays) const {
+    // features [agents, columns] of an image, policy [columns + 1] -> keep [agents]: whether an agent's logit is above the
+    // threshold; if none is, the agent with the highest logit is kept. Returns how many are kept.
+    long decide(const float* policy, float threshold, const float* features, long agents, uint8_t* keep) const {
         long kept = 0, best = 0;
-        float most = -INFINITY;
-        for (long a = 0; a < agents; a++, seen += columns) {
-            float logit = line[columns];
-            for (long c = 0; c < columns; c++) logit += line[c] * seen[c];
-            if (logit > most) most = logit, best = a;
-            kept += stays[a] = logit > cut;
+        float highest = -INFINITY;
+        for (long a = 0; a < agents; a++, features += columns) {
+            float logit = policy[columns];
+            for (long c = 0; c < columns; c++) logit += policy[c] * features[c];
+            if (logit > highest) highest = logit, best = a;
+            kept += keep[a] = logit > threshold;
         }
-        if (!kept) stays[best] = kept = 1;
+        if (!kept) keep[best] = kept = 1;
         return kept;
     }
 
-    void begin(const bf16* images, long number) {
-        embed(images, number, game.channels, game.height, game.width, game.patch, game.patches.packed, game.patches.bias,
+    void embed_images(const bf16* pixels, long images) {
+        embed(pixels, images, game.channels, game.height, game.width, game.patch, game.patches.packed, game.patches.bias,
               game.dim(), game.start, game.prefix, now.x, threads);
-        for (long image = 0; image <= number; image++) now.bounds[image] = image * game.rows();
-        for (long row = 0; row < number * game.rows(); row++) now.position[row] = std::max(-1L, row % game.rows() - game.prefix);
+        for (long image = 0; image <= images; image++) now.cu_seqlens[image] = image * game.rows();
+        for (long row = 0; row < images * game.rows(); row++) now.position[row] = std::max(-1L, row % game.rows() - game.prefix);
     }
 
-    // Runs to the decision of a stage, from the one before; what agents observe is in `features`.
-    void turn(long stage, long number, const Memory& memory) {
-        const long first = stage ? 2 * game.stages[stage - 1] : 0, rows = now.bounds[number];
-        const Look look{now.position, game.dither, game.agents(), game.prefix, features, nullptr, rows - game.prefix * number, 0};
-        run(game.blocks, first, 2 * game.stages[stage], now.x, rows, now.bounds, number, stage ? now.bias : nullptr,
-            memory, look, qkv, heard, now.x, next, query, threads);
+    // Runs the half-blocks between the previous decision and the decision of this stage. Writes `features`.
+    void run_to_decision(long stage, long images, const CachedKeysValues& cached) {
+        const long first = stage ? 2 * game.stages[stage - 1] : 0, rows = now.cu_seqlens[images];
+        const ObservationRequest request{now.position, game.dither, game.agents(), game.prefix, features, nullptr,
+                                         rows - game.prefix * images, 0};
+        run_group(game.blocks, first, 2 * game.stages[stage], now.x, rows, now.cu_seqlens, images, stage ? now.bias : nullptr,
+                  cached, request, qkv, attended, now.x, next_keys_values, next_query, threads);
     }
 
-    // Whoever leaves is absorbed; what is left can still hear it once.
-    Memory remove(long stage, long number, const float* cuts, int64_t* kept) {
+    // Decides, and merges the pruned tokens into kept ones. Returns the keys and values of all tokens before the decision:
+    // the next attention still uses them, so that the kept tokens attend to the pruned ones once more.
+    CachedKeysValues prune(long stage, long images, const float* thresholds, int64_t* kept) {
         const Block& b = *game.blocks;
         const float* sizes = stage ? now.size : nullptr;
-        then.bounds[0] = 0;
-        for (long image = 0; image < number; image++) {
-            const long first = now.bounds[image] - image * game.prefix, agents = now.bounds[image + 1] - now.bounds[image] - game.prefix;
-            kept[image] = decide(game.lines + stage * (columns + 1), cuts[image], features + first * columns, agents, keep + first);
-            then.bounds[image + 1] = then.bounds[image] + game.prefix + kept[image];
+        spare.cu_seqlens[0] = 0;
+        for (long image = 0; image < images; image++) {
+            const long first = now.cu_seqlens[image] - image * game.prefix;
+            const long agents = now.cu_seqlens[image + 1] - now.cu_seqlens[image] - game.prefix;
+            kept[image] = decide(game.linear + stage * (columns + 1), thresholds[image], features + first * columns, agents,
+                                 keep + first);
+            spare.cu_seqlens[image + 1] = spare.cu_seqlens[image] + game.prefix + kept[image];
         }
-        absorb(next + inner, 2 * inner, b.width, b.heads, b.width, now.x, b.dim, sizes, now.position, keep,
-               now.bounds, then.bounds, number, game.prefix, then.x, then.size, then.position, nullptr, threads);
-        for (long row = 0; row < then.bounds[number]; row++) then.bias[row] = std::log(then.size[row]);
-        std::swap(now, then);
-        return {next, next + inner, 2 * inner, b.width, 2 * inner, b.width, then.bounds, stage ? then.bias : nullptr};
+        absorb(next_keys_values + inner, 2 * inner, b.width, b.heads, b.width, now.x, b.dim, sizes, now.position, keep,
+               now.cu_seqlens, spare.cu_seqlens, images, game.prefix, spare.x, spare.size, spare.position, nullptr, threads);
+        for (long row = 0; row < spare.cu_seqlens[images]; row++) spare.bias[row] = std::log(spare.size[row]);
+        std::swap(now, spare);  // now: the kept rows; spare: the rows before the decision
+        return {next_keys_values, next_keys_values + inner, 2 * inner, b.width, 2 * inner, b.width, spare.cu_seqlens,
+                stage ? spare.bias : nullptr};
     }
 
-    void finish(long number, const Memory& memory, bf16* prediction) {
+    // Runs what follows the last decision -> logits [images, classes]. Overwrites `spare` and `attended`.
+    void finish(long images, const CachedKeysValues& cached, bf16* logits) {
         const Block& last = game.blocks[game.depth - 1];
-        const long first = 2 * game.stages[game.decisions - 1], rows = now.bounds[number];
-        run(game.blocks, first, game.end(), now.x, rows, now.bounds, number, now.bias, memory, {}, qkv,
-            heard, now.x, nullptr, nullptr, threads);
-        bf16 *normed = heard, *closed = then.x;
-        close_block(&last, game.last_qkv, now.x, rows, now.bounds, number, game.prefix, now.bias, normed, closed, threads);
-        for (long image = 1; image < number; image++)  // the class token alone
-            std::memmove(closed + image * game.dim(), closed + image * game.prefix * game.dim(), game.dim() * sizeof(bf16));
-        normed_linear(closed, number, game.dim(), game.norm.weight, game.norm.bias, game.norm.eps, game.head.packed, game.head.bias,
-                      game.classes, prediction, threads);
+        const long first = 2 * game.stages[game.stage_count - 1], rows = now.cu_seqlens[images];
+        run_group(game.blocks, first, game.end(), now.x, rows, now.cu_seqlens, images, now.bias, cached, {}, qkv, attended, now.x,
+                  nullptr, nullptr, threads);
+        bf16 *normed = attended, *prefix_rows = spare.x;
+        last_block(&last, game.last_qkv, now.x, rows, now.cu_seqlens, images, game.prefix, now.bias, normed, prefix_rows,
+                   threads);
+        for (long image = 1; image < images; image++)  // the class token is the first prefix token
+            std::memmove(prefix_rows + image * game.dim(), prefix_rows + image * game.prefix * game.dim(),
+                         game.dim() * sizeof(bf16));
+        normed_linear(prefix_rows, images, game.dim(), game.norm.weight, game.norm.bias, game.norm.eps, game.head.packed,
+                      game.head.bias, game.classes, logits, threads);
     }
 
   public:
-    Table(const Game& game, long images, long threads, Space& space)
-        : game(game), threads(threads), inner(game.blocks->inner()), columns(game.blocks->heads + 6),
-          now(space, images * game.rows(), game.dim(), images), then(space, images * game.rows(), game.dim(), images),
-          qkv(space.take<bf16>(images * game.rows() * 3 * inner)),
-          heard(space.take<bf16>(images * game.rows() * std::max(inner, game.dim()))),
-          next(space.take<bf16>(images * game.rows() * 2 * inner)), query(space.take<bf16>(images * inner)),
-          features(space.take<float>(images * game.agents() * columns)), keep(space.take<uint8_t>(images * game.agents())) {}
+    // For groups of up to `images` images.
+    Worker(const FusedGame& game, long images, long threads, Arena& arena)
+        : game(game), threads(threads), inner(game.blocks->inner()), columns(game.blocks->heads + EXTRA_FEATURES),
+          now(arena, images * game.rows(), game.dim(), images), spare(arena, images * game.rows(), game.dim(), images),
+          qkv(arena.take<bf16>(images * game.rows() * 3 * inner)),
+          attended(arena.take<bf16>(images * game.rows() * std::max(inner, game.dim()))),
+          next_keys_values(arena.take<bf16>(images * game.rows() * 2 * inner)), next_query(arena.take<bf16>(images * inner)),
+          features(arena.take<float>(images * game.agents() * columns)), keep(arena.take<uint8_t>(images * game.agents())) {}
 
-    // Images first..first + number - 1 of `all`, from their pixels to the end.
-    void play(const bf16* images, long first, long number, long all, const Results& to) {
-        begin(images + first * game.channels * game.height * game.width, number);
-        Memory memory{};
-        for (long stage = 0; stage < game.decisions; stage++) {
-            turn(stage, number, memory);
+    // The forward pass of images first .. first + images - 1 of a batch of batch_images. pixels and results: of the batch.
+    void forward(const bf16* pixels, long first, long images, long batch_images, const FusedResults& results) {
+        embed_images(pixels + first * game.channels * game.height * game.width, images);
+        CachedKeysValues cached{};
+        for (long stage = 0; stage < game.stage_count; stage++) {
+            run_to_decision(stage, images, cached);
             const long size = game.rows() * game.dim();
-            if (!stage && to.opening) std::memcpy(to.opening + first * size, now.x, number * size * sizeof(bf16));
-            memory = remove(stage, number, game.cuts + stage * all + first, to.kept + stage * all + first);
+            if (!stage && results.tokens_before)
+                std::memcpy(results.tokens_before + first * size, now.x, images * size * sizeof(bf16));
+            cached = prune(stage, images, game.thresholds + stage * batch_images + first,
+                           results.kept + stage * batch_images + first);
         }
-        finish(number, memory, to.prediction + first * game.classes);
-        for (long image = 0; image < number; image++)
-            for (long row = now.bounds[image] + game.prefix; row < now.bounds[image + 1]; row++)
-                to.alive[(first + image) * game.agents() + now.position[row]] = 1;
+        finish(images, cached, results.logits + first * game.classes);
+        for (long image = 0; image < images; image++)
+            for (long row = now.cu_seqlens[image] + game.prefix; row < now.cu_seqlens[image + 1]; row++)
+                results.alive[(first + image) * game.agents() + now.position[row]] = 1;
     }
 };
 
-struct Plan {
-    long groups, most, tables;  // of images; how many in one; groups at a time
+struct Schedule {  // how the images of a batch are spread over threads
+    long groups, group_size, workers;  // groups of images; most images of a group; groups that run at the same time
 
-    Plan(const Game& game, long number, long threads)
-        : groups(groups_of(number * game.rows(), number, threads)), most((number + groups - 1) / groups), tables(std::min(groups, threads)) {}
+    Schedule(const FusedGame& game, long images, long threads)
+        : groups(groups_of(images * game.rows(), images, threads)), group_size((images + groups - 1) / groups),
+          workers(std::min(groups, threads)) {}
 
-    long size(const Game& game) const {  // bytes of a table
-        Space space(nullptr);
-        Table(game, most, 1, space);
-        return space.used;
+    long worker_bytes(const FusedGame& game) const {  // working memory of a worker
+        Arena arena(nullptr);
+        Worker(game, group_size, 1, arena);
+        return arena.used;
     }
 };
+
+}  // namespace tokengame
+
+using namespace tokengame;
 
 extern "C" {
 
-// Bytes of memory that `play` works in.
-long workspace(const Game* game, long number, long threads) {
-    const Plan plan(*game, number, threads);
-    return plan.tables * plan.size(*game);
+long fused_workspace(const FusedGame* game, long images, long threads) {
+    const Schedule schedule(*game, images, threads);
+    return schedule.workers * schedule.worker_bytes(*game);
 }
 
-void play(const Game* game, const bf16* images, long number, const Results* to, char* memory, long threads) {
-    const Plan plan(*game, number, threads);
-    const long size = plan.size(*game);
-    if (plan.groups == 1) {  // not within a parallel region: those of the kernels would make new threads every time
-        Space space(memory);
-        Table(*game, number, threads, space).play(images, 0, number, number, *to);
+void fused_forward(const FusedGame* game, const bf16* pixels, long images, const FusedResults* results, char* memory,
+                   long threads) {
+    const Schedule schedule(*game, images, threads);
+    const long bytes = schedule.worker_bytes(*game);
+    if (schedule.groups == 1) {  // outside a parallel region: those inside the kernels would create new threads every time
+        Arena arena(memory);
+        Worker(*game, images, threads, arena).forward(pixels, 0, images, images, *results);
         return;
     }
-#pragma omp parallel num_threads(plan.tables)
+#pragma omp parallel num_threads(schedule.workers)
     {
-        Space space(memory + omp_get_thread_num() * size);
-        Table table(*game, plan.most, 1, space);
+        Arena arena(memory + omp_get_thread_num() * bytes);
+        Worker worker(*game, schedule.group_size, 1, arena);
 #pragma omp for schedule(dynamic)
-        for (long group = 0; group < plan.groups; group++) {
-            const long first = number * group / plan.groups, end = number * (group + 1) / plan.groups;
-            table.play(images, first, end - first, number, *to);
+        for (long group = 0; group < schedule.groups; group++) {
+            const long first = images * group / schedule.groups, end = images * (group + 1) / schedule.groups;
+            worker.forward(pixels, first, end - first, images, *results);
         }
     }
 }

@@ -1,4 +1,4 @@
-// What a block does to each row: norm, linear layers, activation, residual. Weights are packed once.
+// What a block does to each row on its own: norm, linear layers, activation, residual. Weights are packed once.
 #include "tiles.h"
 
 namespace tokengame {
@@ -6,12 +6,12 @@ namespace tokengame {
 bool has_amx = false;
 
 struct LayerNorm {
-    const float *weight, *bias;  // [K]
+    const float *weight, *bias;  // [width]
     float eps;
 };
 
-// x [width] normed as LayerNorm does; 32 numbers each `apart` from the last 32.
-static void normed_row(const bf16* x, long width, LayerNorm norm, bf16* to, long apart) {
+// x [width] -> to: norm(x), in pieces of 32 numbers that are `stride` apart.
+static void normed_row(const bf16* x, long width, LayerNorm norm, bf16* to, long stride) {
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (long k = 0; k < width; k += 16) sum = _mm512_add_ps(sum, load(x + k));
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
@@ -24,41 +24,41 @@ static void normed_row(const bf16* x, long width, LayerNorm norm, bf16* to, long
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(x + k), mean), scale);
         return _mm512_fmadd_ps(y, _mm512_loadu_ps(norm.weight + k), _mm512_loadu_ps(norm.bias + k));
     };
-    for (long k = 0; k < width; k += SIDE) store(to + k / SIDE * apart, normed(k), normed(k + 16));
+    for (long k = 0; k < width; k += SIDE) store(to + k / SIDE * stride, normed(k), normed(k + 16));
 }
 
-// Staged rows [rows, width], normed.
+// from [rows, width] -> to: norm(from), staged.
 static void stage_normed(const bf16* from, long rows, long width, LayerNorm norm, bf16* to) {
     for (long r = 0; r < rows; r++)
         normed_row(from + r * width, width, norm, to + r / SIDE * SIDE * width + r % SIDE * SIDE, BLOCK);
 }
 
-// Rows that a thread takes at a time, of `width` numbers at their widest: they stay in its cache while it goes through
-// `weights` numbers, and the more weights there are the more rows shall go through them at once.
+// Rows that a thread takes at a time. width: numbers of a row at its widest; weights: numbers of all weights. The rows stay
+// in the cache while all weights pass through it; the more weights, the more rows should share one pass.
 static long rows_at_once(long rows, long width, long weights, long threads) {
     const long cache = std::clamp(weights, 128 * 1024L, 512 * 1024L);  // numbers of 2 bytes
     const long fits = std::max(SIDE, cache / width / SIDE * SIDE);
-    const long rounds = std::max(1L, std::lround(double(rows) / (fits * threads)));  // so that no thread waits long
+    const long rounds = std::max(1L, std::lround(double(rows) / (fits * threads)));  // equal ones, so that no thread waits long
     return up((rows + rounds * threads - 1) / (rounds * threads), SIDE);
 }
 
-// Calls with(row, column, c [32]) for 32 columns of each row of the product of staged rows and packed weights
-// [inputs, outputs]: while the tiles work on one block, of the block before.
-template <class With>
-static void products(const bf16* a, long rows, long inputs, const bf16* packed, long outputs, With with) {
+// a [rows, inputs] staged, packed [inputs, outputs]: calls epilogue(row, column, c) for each row and every 32nd column, with
+// c [32] of their product. The epilogue of a block runs on the vector units while the tiles compute the next block.
+template <class Epilogue>
+static void products(const bf16* a, long rows, long inputs, const bf16* packed, long outputs, Epilogue epilogue) {
     alignas(64) float memory[2][BLOCK];
     const long steps = inputs / SIDE;
-    long row = 0, column = 0, count = 0;  // the block before
-    float *now = memory[0], *before = memory[1];
+    long row = 0, column = 0, count = 0;  // of the previous block; count: its rows
+    float *now = memory[0], *previous = memory[1];
     auto finish = [&](long from, long to) {
-        for (long r = from; r < to; r++) with(row + r, column, before + r * SIDE);
+        for (long r = from; r < to; r++) epilogue(row + r, column, previous + r * SIDE);
     };
     for (long next = 0; next < outputs; next += SIDE)
         for (long first = 0; first < rows; first += SIDE) {
             const long some = std::min(SIDE, rows - first);
             product(a + first * inputs, packed + next * inputs, steps, some, now,
                     [&](long s) { finish(count * s / steps, count * (s + 1) / steps); });
-            std::swap(now, before);
+            std::swap(now, previous);
             row = first, column = next, count = some;
         }
     finish(0, count);
@@ -66,25 +66,30 @@ static void products(const bf16* a, long rows, long inputs, const bf16* packed, 
 
 static thread_local std::vector<bf16> staged_memory, hidden_memory;
 
-struct Layer {
+struct Layer {  // a linear layer
     const bf16* packed;  // [inputs, outputs]
-    const float *bias, *scale;  // [outputs]; scale may be null: LayerScale
+    const float *bias, *scale;  // [outputs]; scale is the LayerScale that follows, or null
     long inputs, outputs;
 
+    // c [16]: columns column .. column + 15 of a row of the product -> (c + bias) * scale
     __m512 of(const float* c, long column) const {
         __m512 y = _mm512_add_ps(_mm512_loadu_ps(c), _mm512_loadu_ps(bias + column));
         return scale ? _mm512_mul_ps(y, _mm512_loadu_ps(scale + column)) : y;
     }
-    // 32 columns of a row: out = [residual +] (c + bias) * scale
+    // c [32]: columns of a row of the product -> out[column ..] = [residual[column ..] +] (c + bias) * scale
     void write(const float* c, long column, const bf16* residual, bf16* out) const {
         __m512 low = of(c, column), high = of(c + 16, column + 16);
-        if (residual) low = _mm512_add_ps(low, load(residual + column)), high = _mm512_add_ps(high, load(residual + column + 16));
+        if (residual) {
+            low = _mm512_add_ps(low, load(residual + column));
+            high = _mm512_add_ps(high, load(residual + column + 16));
+        }
         store(out + column, low, high);
     }
 };
 
-// out [M, outputs] = [residual +] linear([norm] x [M, inputs])
-static void linear_rows(const bf16* x, long rows, const LayerNorm* norm, Layer linear, const bf16* residual, bf16* out, long threads) {
+// x [rows, inputs] -> out [rows, outputs]: [residual +] linear([norm](x)); norm and residual may be null.
+static void linear_rows(const bf16* x, long rows, const LayerNorm* norm, Layer linear, const bf16* residual, bf16* out,
+                        long threads) {
     const long size = rows_at_once(rows, linear.inputs, linear.inputs * linear.outputs, threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -105,14 +110,15 @@ static void linear_rows(const bf16* x, long rows, const LayerNorm* norm, Layer l
     }
 }
 
-struct Grid {  // of an image
+struct Grid {  // the patches of an image
     long channels, height, width, patch;
 
     long columns() const { return width / patch; }
     long patches() const { return height / patch * columns(); }
     long inputs() const { return channels * patch * patch; }
 
-    // Patches `index` to `index` + `some` - 1, all in one row of the grid, as rows of staged blocks from row `first` on.
+    // image [channels, height, width] -> to: pixels of the patches index .. index + some - 1, which lie in one row of the grid,
+    // as staged rows first .. first + some - 1.
     void stage(const bf16* image, long index, long some, long first, bf16* to) const {
         const bf16* corner = image + index / columns() * patch * width + index % columns() * patch;
         for (long k = 0; k < inputs(); k += patch) {
@@ -132,53 +138,53 @@ using namespace tokengame;
 
 extern "C" {
 
-// weight [outputs, inputs] as a packed right operand; outputs are filled up to a multiple of 32 with zeros
-void pack_weight(const bf16* weight, long outputs, long inputs, bf16* packed) { pack_rows(weight, inputs, nullptr, outputs, inputs, packed); }
+void pack_weight(const bf16* weight, long outputs, long inputs, bf16* packed) {
+    pack_rows(weight, inputs, nullptr, outputs, inputs, packed);
+}
 
-void normed_linear(const bf16* x, long rows, long inputs, const float* weight, const float* shift, float eps,
+void normed_linear(const bf16* x, long rows, long inputs, const float* norm_weight, const float* norm_bias, float eps,
                    const bf16* packed, const float* bias, long outputs, bf16* out, long threads) {
-    LayerNorm norm{weight, shift, eps};
+    LayerNorm norm{norm_weight, norm_bias, eps};
     linear_rows(x, rows, &norm, {packed, bias, nullptr, inputs, outputs}, nullptr, out, threads);
 }
 
 void residual_linear(const bf16* x, long rows, long inputs, const bf16* packed, const float* bias, const float* scale,
-            long outputs, const bf16* residual, bf16* out, long threads) {
+                     long outputs, const bf16* residual, bf16* out, long threads) {
     linear_rows(x, rows, nullptr, {packed, bias, scale, inputs, outputs}, residual, out, threads);
 }
 
-// out = x + scale * second(gelu(first(norm(x))))
-void residual_mlp(const bf16* x, long rows, long width, const float* weight, const float* shift, float eps, const bf16* packed1,
-         const float* bias1, long hidden, const bf16* packed2, const float* bias2, const float* scale, bf16* out, long threads) {
-    LayerNorm norm{weight, shift, eps};
-    Layer first{packed1, bias1, nullptr, width, hidden}, second{packed2, bias2, scale, hidden, width};
-    const long size = rows_at_once(rows, hidden, 2 * width * hidden, threads);
+void residual_mlp(const bf16* x, long rows, long dim, const float* norm_weight, const float* norm_bias, float eps,
+                  const bf16* packed1, const float* bias1, long hidden, const bf16* packed2, const float* bias2,
+                  const float* scale, bf16* out, long threads) {
+    LayerNorm norm{norm_weight, norm_bias, eps};
+    Layer linear1{packed1, bias1, nullptr, dim, hidden}, linear2{packed2, bias2, scale, hidden, dim};
+    const long size = rows_at_once(rows, hidden, 2 * dim * hidden, threads);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        bf16 *a = scratch(staged_memory, size * width), *h = scratch(hidden_memory, size * hidden);
+        bf16 *a = scratch(staged_memory, size * dim), *h = scratch(hidden_memory, size * hidden);
 #pragma omp for schedule(dynamic)
-        for (long start = 0; start < rows; start += size) {
-            const long some = std::min(size, rows - start);
-            stage_normed(x + start * width, some, width, norm, a);
-            products(a, some, width, packed1, hidden, [&](long row, long column, const float* c) {
+        for (long first = 0; first < rows; first += size) {
+            const long some = std::min(size, rows - first);
+            stage_normed(x + first * dim, some, dim, norm, a);
+            products(a, some, dim, packed1, hidden, [&](long row, long column, const float* c) {
                 bf16* to = h + row / SIDE * SIDE * hidden + column * SIDE + row % SIDE * SIDE;
-                store(to, gelu(first.of(c, column)), gelu(first.of(c + 16, column + 16)));
+                store(to, gelu(linear1.of(c, column)), gelu(linear1.of(c + 16, column + 16)));
             });
-            products(h, some, hidden, packed2, width, [&](long row, long column, const float* c) {
-                const long at = (start + row) * width;
-                second.write(c, column, x + at, out + at);
+            products(h, some, hidden, packed2, dim, [&](long row, long column, const float* c) {
+                const long at = (first + row) * dim;
+                linear2.write(c, column, x + at, out + at);
             });
         }
     }
 }
 
-// out [images, prefix + patches, outputs] = start [prefix + patches, outputs], to patches their convolution added
-void embed(const bf16* images, long number, long channels, long height, long width, long patch, const bf16* packed,
+void embed(const bf16* pixels, long images, long channels, long height, long width, long patch, const bf16* packed,
            const float* bias, long outputs, const bf16* start, long prefix, bf16* out, long threads) {
     const Grid grid{channels, height, width, patch};
     const Layer linear{packed, bias, nullptr, grid.inputs(), outputs};
-    const long patches = grid.patches(), rows = number * patches, size = rows_at_once(rows, grid.inputs(), 0, threads);
-    for (long image = 0; image < number; image++)
+    const long patches = grid.patches(), rows = images * patches, size = rows_at_once(rows, grid.inputs(), 0, threads);
+    for (long image = 0; image < images; image++)
         std::memcpy(out + image * (prefix + patches) * outputs, start, prefix * outputs * sizeof(bf16));
 #pragma omp parallel num_threads(threads)
     {
@@ -190,23 +196,22 @@ void embed(const bf16* images, long number, long channels, long height, long wid
             for (long r = 0, count; r < some; r += count) {
                 const long image = (first + r) / patches, index = (first + r) % patches;
                 count = std::min(some - r, grid.columns() - index % grid.columns());
-                grid.stage(images + image * channels * height * width, index, count, r, a);
+                grid.stage(pixels + image * channels * height * width, index, count, r, a);
             }
             products(a, some, grid.inputs(), packed, outputs, [&](long row, long column, const float* c) {
-                const long image = (first + row) / patches, own = prefix + (first + row) % patches;
-                linear.write(c, column, start + own * outputs, out + (image * (prefix + patches) + own) * outputs);
+                const long image = (first + row) / patches, token = prefix + (first + row) % patches;
+                linear.write(c, column, start + token * outputs, out + (image * (prefix + patches) + token) * outputs);
             });
         }
     }
 }
 
-// out [rows, width] = norm(x)
-void norm_rows(const bf16* x, long rows, long width, const float* weight, const float* shift, float eps, bf16* out, long threads) {
+void norm_rows(const bf16* x, long rows, long dim, const float* norm_weight, const float* norm_bias, float eps, bf16* out,
+               long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long r = 0; r < rows; r++) normed_row(x + r * width, width, {weight, shift, eps}, out + r * width, SIDE);
+    for (long r = 0; r < rows; r++) normed_row(x + r * dim, dim, {norm_weight, norm_bias, eps}, out + r * dim, SIDE);
 }
 
-// out [rows, heads, outer] = x [rows, heads, inner] times a matrix [inner, outer] of each head, rows of weights [heads * inner, outer]
 void each_head(const bf16* x, long rows, long heads, long inner, const bf16* weights, long outer, bf16* out) {
     Tiles tiles;
     bf16 *packed = scratch(hidden_memory, inner * outer), *a = scratch(staged_memory, SIDE * inner);
@@ -219,14 +224,15 @@ void each_head(const bf16* x, long rows, long heads, long inner, const bf16* wei
             for (long column = 0; column < outer; column += SIDE) {
                 product(a, packed + column * inner, inner / SIDE, some, c);
                 for (long r = 0; r < some; r++)
-                    store(out + ((first + r) * heads + head) * outer + column, _mm512_load_ps(c + r * SIDE), _mm512_load_ps(c + r * SIDE + 16));
+                    store(out + ((first + r) * heads + head) * outer + column, _mm512_load_ps(c + r * SIDE),
+                          _mm512_load_ps(c + r * SIDE + 16));
             }
         }
     }
 }
 
-// out [rows, heads, outer] = x [rows, heads, inner] times each head's outputs of a packed layer [inner, heads * outer], its bias added
-void each_head_linear(const bf16* x, long rows, long heads, long inner, const bf16* packed, const float* bias, long outer, bf16* out) {
+void each_head_linear(const bf16* x, long rows, long heads, long inner, const bf16* packed, const float* bias, long outer,
+                      bf16* out) {
     Tiles tiles;
     bf16* a = scratch(staged_memory, SIDE * inner);
     for (long head = 0; head < heads; head++) {

@@ -1,8 +1,9 @@
-// What all kernels are made of: products of 32 x 32 numbers, and vectors of 16 floats.
+// What all kernels are made of: matrix products in blocks of 32 x 32 numbers, and vectors of 16 floats.
 //
-// A left operand is "staged": K / 32 steps of [32 rows, 32 columns] bfloat16, so that a tile of the processor is 1 KiB in
-// a row. A right operand is "packed": panels of 16 columns, each K / 32 steps of [16 pairs of rows, 16 columns, 2].
-// Both lengths are multiples of 32; what is missing is zero. Sums are float32.
+// A left operand [rows, K] is "staged": for every 32 rows, K / 32 steps of [32 rows, 32 columns], so that a tile of the
+// processor is 1 KiB of contiguous memory. A right operand [K, columns] is "packed": for every 16 columns (a panel), K / 32
+// steps of [16 pairs of rows, 16 columns, 2 rows of the pair]. Both are bfloat16, K and columns padded with zeros to multiples
+// of 32; rows that a staged operand lacks may hold anything. Sums are float32.
 #pragma once
 
 #include <immintrin.h>
@@ -24,57 +25,52 @@ constexpr long BLOCK = SIDE * SIDE;      // numbers of a staged step
 constexpr long PANEL = 16;               // columns of a packed panel
 constexpr long STEP = SIDE * PANEL;      // numbers of a packed step
 
-extern bool has_amx;  // otherwise AVX-512 with bfloat16
-
+// n rounded up to a multiple
 inline long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// 16 numbers from memory as float32
 inline __m512 load(const bf16* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
-inline void store(bf16* to, __m512 low, __m512 high) {  // 32 numbers
+// 32 numbers to memory, rounded to bfloat16
+inline void store(bf16* to, __m512 low, __m512 high) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-inline float number(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-// Memory of a thread that is kept from call to call.
+// Working memory for `size` numbers, aligned to 64 bytes. `memory` belongs to a thread and is kept from call to call.
 template <class T>
 T* scratch(std::vector<T>& memory, long size) {
     if (long(memory.size()) < size + 64) memory.resize(size + 64);
     return (T*)((uintptr_t(memory.data()) + 63) / 64 * 64);
 }
 
-// Sets up the tiles of the calling thread, and gives them back as they were: oneDNN remembers how it left them.
+// Configures the AMX tiles of the calling thread while it exists, then restores their previous configuration: oneDNN (in
+// PyTorch) relies on its own between calls.
 class Tiles {
     struct alignas(64) Config {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } before;
+    } previous;
 
   public:
     Tiles() {
         if (!has_amx) return;
         Config ours;
-        _tile_storeconfig(&before);
+        _tile_storeconfig(&previous);
         _tile_loadconfig(&ours);
     }
     ~Tiles() {
         if (!has_amx) return;
-        if (before.palette) _tile_loadconfig(&before);
+        if (previous.palette) _tile_loadconfig(&previous);
         else _tile_release();
     }
     Tiles(const Tiles&) = delete;
 };
 
-// c [32, 32] = a [32, K] staged times b [K, 32], two packed panels; of the rows only the first `rows` are wanted.
-// between(step) is called after every step, with work for the vector units, which the tiles leave idle.
+// a [32, K] staged, b [K, 32] packed (two panels) -> c [32, 32] = a b; only the first `rows` rows need be right. K is 32 *
+// steps. between(step) is called once for each step: other work for the vector units, which are idle while the tiles compute.
 template <class Between>
 inline void product(const bf16* a, const bf16* b, long steps, long rows, float* c, Between between) {
     const bf16* second = b + steps * STEP;
@@ -133,13 +129,14 @@ inline void product(const bf16* a, const bf16* b, long steps, long rows, float* 
     product(a, b, steps, rows, c, [](long) {});
 }
 
-// Up to 32 staged rows from rows `stride` apart; what is in the others does not matter.
+// from [rows, columns] with a stride, up to 32 rows -> to [32, columns] staged; the remaining rows are not written.
 inline void stage(const bf16* from, long stride, long rows, long columns, bf16* to) {
     for (long k = 0; k < columns; k += SIDE)
         for (long r = 0; r < rows; r++) _mm512_storeu_si512(to + k * SIDE + r * SIDE, _mm512_loadu_si512(from + r * stride + k));
 }
 
-inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
+// Transposes 16 x 16 numbers of 32 bits.
+inline void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -165,8 +162,8 @@ inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
     }
 }
 
-// The transpose of rows [n, K] as a packed right operand, so that a product is with each of the rows.
-// Row i is from + index[i] * stride, or from + i * stride without an index.
+// from [rows, columns] with a stride -> to: its transpose [columns, rows], packed. With an index [rows], row i is row index[i]
+// of `from`.
 inline void pack_rows(const bf16* from, long stride, const int* index, long rows, long columns, bf16* to) {
     const long steps = columns / SIDE;
     for (long first = 0; first < up(rows, SIDE); first += PANEL)
@@ -183,7 +180,7 @@ inline void pack_rows(const bf16* from, long stride, const int* index, long rows
         }
 }
 
-// Rows [K, columns] as a packed right operand.
+// from [rows, columns] with a stride -> to: the same matrix [rows, columns], packed.
 inline void pack_columns(const bf16* from, long stride, long rows, long columns, bf16* to) {
     alignas(64) uint16_t low[32], high[32];
     for (int i = 0; i < 32; i++) low[i] = i / 2 + (i % 2) * 32, high[i] = low[i] + 16;
@@ -199,7 +196,7 @@ inline void pack_columns(const bf16* from, long stride, long rows, long columns,
         }
 }
 
-// 2^x to one part in 7,000, a quarter of what rounding to bfloat16 does.
+// 2^x with a relative error of 1 / 7,000, a quarter of the error of rounding to bfloat16.
 inline __m512 exp2(__m512 x) {
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 rest = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(0.05502884f);
@@ -208,9 +205,13 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.99995125f)), whole);
 }
 
-inline __m512 exp(__m512 x) { return exp2(_mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-1e5f))); }
+// e^x with the same error
+inline __m512 exp(__m512 x) {
+    return exp2(_mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-1e5f)));
+}
 
-// x Phi(x) to 4e-5: Phi(x) - 1/2 = x P(x^2), fitted on [-4.25, 4.25], beyond which Phi is 0 or 1.
+// GELU, x Phi(x), with an error of 4e-5: Phi(x) - 1/2 = x P(x^2) with a polynomial P fitted on [-4.25, 4.25]; beyond it Phi is
+// taken as 0 or 1.
 inline __m512 gelu(__m512 x) {
     const __m512 edge = _mm512_set1_ps(4.25f);
     __m512 inner = _mm512_max_ps(_mm512_min_ps(x, edge), _mm512_sub_ps(_mm512_setzero_ps(), edge));

@@ -1,4 +1,4 @@
-"""tokengame makes a trained Vision Transformer faster: its patch tokens play a Markov game for who may stay.
+"""tokengame makes a trained Vision Transformer faster: it removes tokens, and a small learned policy says which.
 
 fast = tokengame.prune(model, "policy.safetensors")
 fast.dial = 0.3
@@ -6,9 +6,10 @@ logits = fast(images)
 model = fast.restore()
 """
 
+from tokengame import kernels
 from tokengame.errors import TokenGameError
-from tokengame.policy import Policy
-from tokengame.runtime import PrunedViT, prune
+from tokengame.policies import Policy
+from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
-__version__ = "0.10.0"
-__all__ = ["Policy", "PrunedViT", "TokenGameError", "prune"]
+__version__ = "0.11.0"
+__all__ = ["Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "kernels", "prune"]

@@ -1,4 +1,4 @@
-from tokengame.cli import entry
+from tokengame.cli.main import entry
 
 if __name__ == "__main__":
     entry()

@@ -5,8 +5,8 @@ What `rl4evit` takes from the paper (Lu et al., ICME 2025, arXiv 2503.23459), nu
  2. Pruned tokens leave for good (`drop`); the class token is never pruned.              `GameConfig.transition`
  3. Observation: the agent's own token and a one-hot agent id.                           `ActorConfig.observation`
  4. Actor shared by all agents, C + N -> 64 -> 256 -> 64 -> 2, tanh, orthogonal.         `ActorConfig.hidden`
- 5. Critic on the agent-specific global state [x_i ; x_CLS], same hidden sizes.          `networks.Critic`
- 6. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `rewards.share`
+ 5. Critic on the agent-specific global state [x_i ; x_CLS], same hidden sizes.          `policies.networks.Critic`
+ 6. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `learning.rewards.share`
  7. PPO clip 0.2, gamma 0.99, GAE lambda 0.95, entropy 0.01, 4 epochs, gradient norm 10, Adam.
 Ours, since we know no published value: alpha = 100 and beta = 1 (about half of 196 tokens in equilibrium), learning
 rate 3e-4, 2 minibatches, 32 images an update. Where their code and paper differ we follow the paper; preset
@@ -34,14 +34,14 @@ class GameConfig:
     stage_count: int = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
-    """what becomes of a pruned token. drop: it leaves before the block. merge: its most similar survivor absorbs it
-    and keeps the greater length of the two, inside the block's attention: it is heard once more, but asks no more"""
-    second_look: float = 0.0
-    """images whose two likeliest classes are less than this apart in probability are run on with all tokens (see
-    `tokengame.looks`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
+    """what becomes of a pruned token. drop: it leaves before the block. merge: the most similar kept token absorbs it
+    inside the block's attention, where its key and value still count; the sum gets the greater length of the two"""
+    cascade_margin: float = 0.0
+    """images whose two likeliest classes are less than this apart in probability fall back to all tokens (see
+    `tokengame.runtime.cascade`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
 
     def __post_init__(self) -> None:
-        require(self.second_look >= 0, f"game.second_look must be 0 or more, not {self.second_look:g}")
+        require(self.cascade_margin >= 0, f"game.cascade_margin must be 0 or more, not {self.cascade_margin:g}")
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.
@@ -69,9 +69,9 @@ class ActorConfig:
     hidden: tuple[int, ...] = (64, 256, 64)
     """widths of the hidden layers, of the actor (token_id) and of the critic"""
     keep: float | None = None
-    """share of the living that stays at each stage when training starts, its square root at the first; when it ends,
-    thresholds are set to keep as many as chance kept in the games learned from; context only.
-    None: the first logits are whatever the weights make of the images"""
+    """share of the tokens kept at each stage when training starts, its square root at the first stage. When training
+    ends, biases are calibrated so that thresholds keep as many tokens as sampling did. Context only.
+    None: biases start at 0"""
 
     def __post_init__(self) -> None:
         require(
@@ -87,13 +87,13 @@ class ActorConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     kind: Literal["share", "target", "fidelity"] = "share"
-    """see `tokengame.rewards`"""
+    """see `tokengame.learning.rewards`"""
     alpha: float = 100.0
-    """share, target: what all survivors of a correctly classified image divide among them"""
+    """share, target: the sum that all kept tokens of a correctly classified image share equally"""
     beta: float = 1.0
-    """share: what one token's staying costs it at each stage"""
+    """share: what a kept token pays at each stage"""
     keep_target: float = 0.7
-    """target: share of the living kept at each stage"""
+    """target: share of the tokens kept at each stage, of those alive before it"""
     target_kl: Annotated[float, tyro.conf.arg(aliases=("--target-kl",))] = 0.06
     """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
     target_drop: Annotated[float | None, tyro.conf.arg(aliases=("--target-drop",))] = None
@@ -102,12 +102,12 @@ class RewardConfig:
     kl_weight: float = 2.4
     """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
     credit: Literal["own", "team"] = "own"
-    """fidelity: whether an agent pays for the compute of its own row, or each, like its KL, for that of the image"""
+    """fidelity: own: an agent pays for the compute of its own row. team: every agent pays for that of the image"""
     kl_clamp: float = 1.5
     """fidelity: largest KL one image can be charged for"""
     temperature: float = 1.0
-    """fidelity: both predictions are softened by it before KL is charged. Above 1 the unlikely classes speak too, and
-    the same number of games says several times as much about their decisions (docs/LOG.md)"""
+    """fidelity: both predictions are softened by it before KL is charged. Above 1 unlikely classes count too, and each
+    game carries several times as much signal (docs/LOG.md)"""
 
     def __post_init__(self) -> None:
         above = {name: getattr(self, name) for name in ("target_kl", "kl_weight", "kl_clamp", "temperature")}
@@ -193,7 +193,7 @@ class FinetuneConfig:
     distill: float = 1.0
     """weight of KL(native || pruned)"""
     labels: float = 0.0
-    """weight of the cross-entropy with the labels; the paper's fine-tuning: 1, with distill 0"""
+    """weight of the cross-entropy with the labels; the paper's fine-tuning has 1, with distill 0"""
     opt: str = "adamw"
     """timm's name of the optimiser"""
     lr: float = 2e-5

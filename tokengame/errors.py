@@ -1,10 +1,10 @@
-"""The one exception users meet: a sentence that says what is wrong, where, and how to mend it."""
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's text, cut to its first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+"""The one exception that users meet: a sentence that says what is wrong, where, and how to fix it."""
 
 
 class TokenGameError(Exception):
-    """Bad input or an impossible request. The command line prints it alone, without a traceback, and exits with 2."""
+    """Bad input or an impossible request. The command line prints it without a traceback and exits with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type where the text is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,42 @@
+"""Which models can run on packed rows: a registry of model families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokengame.backbones.base import Backbone
+from tokengame.backbones.load import load_model
+from tokengame.backbones.timm_vit import TimmViT
+from tokengame.errors import TokenGameError
+
+FAMILIES: tuple[type[Backbone], ...] = (TimmViT,)
+"""the supported model families; the first that accepts a model wraps it"""
+
+__all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "wrap"]
+
+
+def wrap(model: Any) -> Backbone:
+    """The backbone view of `model`.
+
+    Raises:
+        TokenGameError: no family accepts the model, or its family cannot run it exactly.
+    """
+    for family in FAMILIES:
+        if family.accepts(model):
+            return family(model)
+    raise TokenGameError(
+        f"{type(model).__name__} is not a plain timm VisionTransformer: windows, pooled grids, rotary positions or "
+        "other blocks tie a token to its neighbours, so removing it would not be exact"
+    )
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """How images become the input of `model`: input_size, interpolation, mean, std, crop."""
+    return wrap(model).preprocessing()
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """`model` with attention as two products and a softmax; on some processors faster. Weights are shared."""
+    return wrap(model).unfused()

@@ -1,0 +1,207 @@
+"""What the game and its runtime need of a Vision Transformer: the protocol that every model family implements.
+
+A block is two halves: attention with its residual, then MLP with its residual. A family gives both halves in parts, so
+that a backend can put attention inside each image of a packed batch between `project` and `add_attention`. Everything
+else runs through the model's own submodules. A family is one file with one subclass, and one line in
+`backbones.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.kernels.weights import ModelWeights
+from tokengame.packed.heads import Heads
+from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.rows import segment_mean
+
+
+class BlockCosts(NamedTuple):
+    """Multiply-accumulates of one row in the linear layers of a block."""
+
+    query: int
+    keys_values: int
+    output: int
+    """of the attention, after its heads"""
+    mlp: int
+
+
+class KeyValueWeights(NamedTuple):
+    """Linear maps from a normed row to its key and value; a key's bias cancels in the softmax and is left out."""
+
+    key: Tensor
+    """[H, D, C]"""
+    value: Tensor
+    """[H, D, C]"""
+    value_bias: Tensor | None
+    """[H, D]"""
+
+
+class Backbone(ABC):
+    """View of a model that can run on packed rows; the model itself is never changed.
+
+    Args:
+        model: of the family.
+
+    Raises:
+        TokenGameError: the model cannot be run exactly; the sentence names the part and why.
+    """
+
+    model: Any
+    depth: int
+    """blocks"""
+    dim: int
+    """width of a row (C)"""
+    heads: int
+    head_dim: int
+    scale: float
+    """factor on q.k"""
+    prefix: int
+    """prefix tokens (class, distillation, registers), first in each image; they are never pruned"""
+    patch_size: tuple[int, int]
+    input_size: tuple[int, int]
+    """height and width that the model was made for"""
+    patches: int
+    """patch tokens of an image of that size"""
+    has_class_token: bool
+    classes: int
+    """logits of a prediction; 0 for models without a classifier"""
+
+    @abstractmethod
+    def __init__(self, model: Any): ...
+
+    @staticmethod
+    @abstractmethod
+    def accepts(model: Any) -> bool:
+        """Whether `model` is of this family; its constructor may still refuse it with a reason."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[Any]:
+        """The model's blocks, in order."""
+
+    @property
+    @abstractmethod
+    def reads_prefix_only(self) -> bool:
+        """Whether the prediction depends on prefix rows alone, so that patches may leave in the last attention."""
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of [height, width] pixels."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, prefix + N, C], position embedding added."""
+
+    @abstractmethod
+    def norm_attention(self, block: int, x: Tensor) -> Tensor:
+        """The norm before the attention of `block`: [M, C] -> [M, C]."""
+
+    @abstractmethod
+    def project(self, block: int, normed: Tensor, first: int = 0, last: int = 3) -> Tensor:
+        """Queries (0), keys (1) and values (2) from `first` to `last` - 1: [M, C] -> [M, last - first, H, D]."""
+
+    @abstractmethod
+    def add_attention(self, block: int, x: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and residual: rows x [M, C] and attention output [M, H * D] -> [M, C]."""
+
+    @abstractmethod
+    def feed_forward(self, block: int, x: Tensor) -> Tensor:
+        """The MLP of `block` with its norm and residual: [M, C] -> [M, C]."""
+
+    @abstractmethod
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm after the last block: [..., C] -> [..., C]."""
+
+    @abstractmethod
+    def head(self, x: Tensor, layout: RaggedLayout, size: Tensor | None = None) -> Tensor:
+        """Final norm, pooling over the rows that are left, classifier: [M, C] -> [B, classes].
+
+        A merged row of `size` s stands for s patches and weighs as much in average and attention pooling.
+        """
+
+    @abstractmethod
+    def costs(self, block: int) -> BlockCosts:
+        """Multiply-accumulates of one row in the linear layers of `block`."""
+
+    @abstractmethod
+    def embed_macs(self) -> int:
+        """Multiply-accumulates of embedding one patch."""
+
+    @abstractmethod
+    def head_macs(self, rows: Tensor) -> Tensor:
+        """[...] multiply-accumulates of pooling `rows` [...] rows (prefix included) and of the classifier."""
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """How images become the model's input, ready for JSON: input_size, interpolation, mean, std, crop."""
+
+    def key_value_weights(self, _block: int) -> KeyValueWeights | None:
+        """Key and value maps of `block`; None where they are more than linear maps."""
+        return None
+
+    def plain_weights(self) -> ModelWeights | None:
+        """The model's weights for the compiled kernels; None where it does what they do not."""
+        return None
+
+    def constant_tokens(self, _images: Tensor) -> Tensor | None:
+        """[prefix + N, C] what embedding adds to the patches of such images; None where that is not all it does."""
+        return None
+
+    def after_embedding(self, x: Tensor) -> Tensor:
+        """What the model does with embedded tokens [B, prefix + N, C] before its first block."""
+        return x
+
+    @property
+    def embeds_plainly(self) -> bool:
+        """Whether `after_embedding` changes nothing."""
+        return True
+
+    def unfused(self) -> nn.Module:
+        """The native model with attention as two products and a softmax, sharing weights; the model itself where it
+        has no such form."""
+        return self.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def heads_of(self, qkv: Tensor, layout: RaggedLayout) -> Heads:
+        """Heads of an attention whose queries, keys and values are known: qkv [M, 3, H, D]."""
+        q, k, v = qkv.unbind(1)
+        query = layout.first(q)
+        if not self.has_class_token:
+            query = segment_mean(q.flatten(1), layout).view_as(query)
+        return Heads(query, k, v, self.scale)
+
+    def next_heads(self, block: int, x: Tensor, layout: RaggedLayout, keys_values: Tensor) -> Heads:
+        """Heads of the attention of `block` before it has run on rows x [M, C]; keys_values [M, 2, H, D]."""
+        if self.has_class_token:
+            normed = self.norm_attention(block, layout.first(x))
+        else:
+            normed = segment_mean(self.norm_attention(block, x), layout)
+        keys, values = keys_values.unbind(1)
+        return Heads(self.project(block, normed, 0, 1)[:, 0], keys, values, self.scale)
+
+    def last_half(self, after: int) -> int:
+        """The half-block up to which patches are needed, where a game needs them up to half `after`."""
+        return max(2 * self.depth - 2, after) if self.reads_prefix_only else 2 * self.depth
+
+    def shape(self) -> dict[str, int | list[int]]:
+        """What a policy must agree with."""
+        return {
+            "dim": self.dim,
+            "depth": self.depth,
+            "heads": self.heads,
+            "patch": list(self.patch_size),
+            "prefix_tokens": self.prefix,
+            "input_size": list(self.input_size),
+        }

@@ -1,0 +1,311 @@
+"""timm's plain VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, ...) on packed rows.
+
+Blocks run through their own submodules (norm1, attn.qkv, ls1, mlp, ...). Whatever this could get wrong is refused by
+exact type, so that an unknown block never runs approximately.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    SwiGLU,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tokengame.backbones.base import Backbone, BlockCosts, KeyValueWeights
+from tokengame.errors import TokenGameError
+from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.rows import add_in_pieces
+
+ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
+INACTIVE = (nn.Identity, nn.Dropout, DropPath)
+"""modules that do nothing in evaluation mode"""
+
+
+class TimmViT(Backbone):
+    """A timm VisionTransformer or VisionTransformerDistilled of plain pre-norm blocks."""
+
+    def __init__(self, model: Any):
+        check_supported(model)
+        attn = model.blocks[0].attn
+        self.model = model
+        self.depth, self.dim = len(model.blocks), model.embed_dim
+        self.heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.prefix, self.has_class_token = model.num_prefix_tokens, model.has_class_token
+        self.patch_size, self.patches = model.patch_embed.patch_size, model.patch_embed.num_patches
+        self.input_size = tuple(model.patch_embed.img_size or (0, 0))
+        self.classes = model.num_classes
+
+    @staticmethod
+    def accepts(model: Any) -> bool:
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+
+    @property
+    def blocks(self) -> list[Any]:
+        return list(self.model.blocks)
+
+    @property
+    def reads_prefix_only(self) -> bool:
+        return self.model.global_pool == "token" and self.model.attn_pool is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embed.proj.weight.device
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.model.patch_embed.dynamic_feat_size((height, width))
+
+    # Embedding
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.after_embedding(self.model._pos_embed(self.model.patch_embed(images)))
+
+    def after_embedding(self, x: Tensor) -> Tensor:
+        return self.model.norm_pre(self.model.patch_drop(x))
+
+    @property
+    def embeds_plainly(self) -> bool:
+        model = self.model
+        return type(model.norm_pre) is nn.Identity and type(model.patch_drop) in (nn.Identity, PatchDropout)
+
+    def constant_tokens(self, images: Tensor) -> Tensor | None:
+        model, patches = self.model, self.model.patch_embed
+        if images.shape[1:] != (patches.proj.in_channels, *(patches.img_size or ())):
+            return None
+        grid = patches.grid_size if model.dynamic_img_size else (patches.num_patches,)
+        return model._pos_embed(images.new_zeros(1, *grid, self.dim))[0]  # what timm makes of patches that are zero
+
+    # Blocks
+
+    def norm_attention(self, block: int, x: Tensor) -> Tensor:
+        return self.model.blocks[block].norm1(x)
+
+    def project(self, block: int, normed: Tensor, first: int = 0, last: int = 3) -> Tensor:
+        attn = self.model.blocks[block].attn
+        parts, norms = last - first, (attn.q_norm, attn.k_norm)[first:last]
+        width = attn.num_heads * attn.head_dim
+        some = slice(first * width, last * width)
+        if parts < 3 and type(attn.qkv) is nn.Linear:
+            bias = attn.qkv.bias
+            found = F.linear(normed, attn.qkv.weight[some], None if bias is None else bias[some])
+        else:
+            found = attn.qkv(normed)[:, some]
+        heads = found.unflatten(1, (parts, attn.num_heads, attn.head_dim))
+        if all(isinstance(norm, nn.Identity) for norm in norms):
+            return heads
+        normalised = [norm(part) for norm, part in zip(norms, heads.unbind(1), strict=False)]
+        return torch.stack([*normalised, *heads.unbind(1)[len(norms) :]], 1)
+
+    def add_attention(self, block: int, x: Tensor, attended: Tensor) -> Tensor:
+        module = self.model.blocks[block]
+        attn, out = module.attn, module.attn.norm(attended)
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(module.norm1(x)).sigmoid()
+        return x + module.drop_path1(module.ls1(attn.proj_drop(attn.proj(out))))
+
+    def feed_forward(self, block: int, x: Tensor) -> Tensor:
+        module = self.model.blocks[block]
+        return add_in_pieces(lambda rows: module.drop_path2(module.ls2(module.mlp(module.norm2(rows)))), x)
+
+    def key_value_weights(self, block: int) -> KeyValueWeights | None:
+        attn = self.model.blocks[block].attn
+        if type(attn.qkv) is not nn.Linear or not isinstance(attn.k_norm, nn.Identity):
+            return None
+        _, key, value = attn.qkv.weight.view(3, attn.num_heads, attn.head_dim, -1)
+        bias = None if attn.qkv.bias is None else attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
+        return KeyValueWeights(key, value, bias)
+
+    # Head
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
+
+    def head(self, x: Tensor, layout: RaggedLayout, size: Tensor | None = None) -> Tensor:
+        model, x = self.model, self.model.norm(x)
+        if model.attn_pool is not None:
+            return self._attention_pool(x, layout, size)
+        if model.global_pool == "token":
+            return model.forward_head(x[layout.first_rows(self.prefix)].unflatten(0, (layout.images, self.prefix)))
+        rows, mask = layout.pad(x), layout.mask.clone()
+        mask[:, : self._pooled_from] = False
+        pooled = _pool(model.global_pool, rows, mask, None if size is None else layout.pad(size))
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    @property
+    def _pooled_from(self) -> int:
+        """The first row of an image that pooling reads."""
+        return 0 if self.model.pool_include_prefix else self.prefix
+
+    def _attention_pool(self, x: Tensor, layout: RaggedLayout, size: Tensor | None) -> Tensor:
+        rows = x.new_zeros(layout.rows) if size is None else size.log().to(x.dtype)
+        bias = layout.pad(rows, float("-inf"))[:, None, None, self._pooled_from :]
+        pooled = self.model.attn_pool(layout.pad(x)[:, self._pooled_from :], attn_mask=bias)
+        return self.model.head(self.model.head_drop(self.model.fc_norm(pooled)))
+
+    # Costs
+
+    def costs(self, block: int) -> BlockCosts:
+        attn, mlp = self.model.blocks[block].attn, self.model.blocks[block].mlp
+        query = linear_macs(attn.qkv) // 3
+        return BlockCosts(query, 2 * query, linear_macs(attn) - 3 * query, linear_macs(mlp))
+
+    def embed_macs(self) -> int:
+        return self.model.patch_embed.proj.weight.numel()
+
+    def head_macs(self, rows: Tensor) -> Tensor:
+        rows, pool = rows - self._pooled_from, self.model.attn_pool
+        heads = linear_macs(self.model.head) + linear_macs(getattr(self.model, "head_dist", None))
+        if not isinstance(pool, AttentionPoolLatent):
+            return rows * 0 + heads
+        latent = pool.latent_len
+        fixed = latent * (linear_macs(pool.q) + linear_macs(pool.proj) + linear_macs(pool.mlp))
+        return rows * (linear_macs(pool.kv) + 2 * latent * pool.num_heads * pool.head_dim) + fixed + heads
+
+    # The model as a whole
+
+    def preprocessing(self) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = timm.data.resolve_data_config({}, model=self.model)
+        size = self.model.patch_embed.img_size
+        if size is not None:
+            config["input_size"] = (config["input_size"][0], *size)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+    def unfused(self) -> nn.Module:
+        twin = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        for block in twin.blocks:
+            block.attn.fused_attn = False
+        return twin
+
+    def plain_weights(self) -> ModelWeights | None:
+        blocks = self.blocks
+        if not all(_is_plain_block(block) for block in blocks):
+            return None
+        return ModelWeights([_block_weights(block) for block in blocks], self._patch_weights(), self._head_weights())
+
+    def _patch_weights(self) -> LinearWeights | None:
+        embed = self.model.patch_embed
+        proj = embed.proj
+        plain = type(proj) is nn.Conv2d and type(embed.norm) is nn.Identity and not embed.dynamic_img_pad
+        if not plain or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
+            return None
+        return LinearWeights(proj.weight.flatten(1), proj.bias)
+
+    def _head_weights(self) -> tuple[NormWeights, LinearWeights] | None:
+        model = self.model
+        plain = type(model) is VisionTransformer and model.global_pool == "token" and model.attn_pool is None
+        plain = plain and type(model.fc_norm) is nn.Identity and type(model.head_drop) in INACTIVE
+        if not plain or not _is_plain_norm(model.norm) or type(model.head) is not nn.Linear:
+            return None
+        return _norm_weights(model.norm), LinearWeights(model.head.weight, model.head.bias)
+
+
+def linear_macs(module: nn.Module | None) -> int:
+    """Multiply-accumulates of one row through every linear layer of `module`."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)) if module is not None else 0
+
+
+def _pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
+    """Pooling [B, L, C] -> [B, C] over the rows that `mask` [B, L] marks, as timm's `global_pool` of that name."""
+    weight = mask.to(rows.dtype) if size is None else (size * mask).to(rows.dtype)
+    mean = torch.einsum("blc,bl->bc", rows, weight) / weight.sum(1, keepdim=True)
+    if kind == "avg":
+        return mean
+    top = rows.masked_fill(~mask[..., None], float("-inf")).amax(1)
+    return top if kind == "max" else 0.5 * (top + mean)
+
+
+def _is_plain_block(block: Any) -> bool:
+    """Whether a block is norm, attention, exact GELU and layer scale as the kernels compute them, by exact type."""
+    attn, mlp = block.attn, block.mlp
+    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+        return False
+    if not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)):
+        return False
+    if not _is_plain_norm(block.norm1) or not _is_plain_norm(block.norm2):
+        return False
+    nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
+    scales = (block.ls1, block.ls2)
+    return (
+        all(type(part) is nn.Identity for part in nothing)
+        and all(type(drop) in INACTIVE for drop in drops)
+        and all(type(scale) in (nn.Identity, LayerScale) for scale in scales)
+        and getattr(attn, "gate", None) is None
+    )
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    return type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
+
+
+def _norm_weights(norm: Any) -> NormWeights:
+    return NormWeights(norm.weight, norm.bias, norm.eps)
+
+
+def _block_weights(block: Any) -> BlockWeights:
+    attn, mlp = block.attn, block.mlp
+    scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
+    return BlockWeights(
+        norm1=_norm_weights(block.norm1),
+        qkv=LinearWeights(attn.qkv.weight, attn.qkv.bias),
+        proj=LinearWeights(attn.proj.weight, attn.proj.bias, scales[0]),
+        norm2=_norm_weights(block.norm2),
+        fc1=LinearWeights(mlp.fc1.weight, mlp.fc1.bias),
+        fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scales[1]),
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        scale=attn.scale,
+    )
+
+
+def check_supported(model: Any) -> None:
+    """Raise TokenGameError, naming the part, unless `model` can be run exactly on packed rows."""
+    name = type(model).__name__
+    if type(model.patch_embed) is not PatchEmbed:
+        raise TokenGameError(f"{name} embeds patches with {type(model.patch_embed).__name__}; only PatchEmbed is plain")
+    if model.num_prefix_tokens and not model.has_class_token and model.global_pool == "token":
+        raise TokenGameError(f"{name} pools a class token it does not have")
+    if model.global_pool not in ("token", "avg", "avgmax", "max", "map"):
+        raise TokenGameError(f"{name} pools by {model.global_pool!r}: its output depends on every token of the grid")
+    if model.attn_pool is not None and model.attn_pool.pos_embed is not None:
+        raise TokenGameError(f"{name} adds positions in its pooling, which needs the whole grid")
+    for index, block in enumerate(model.blocks):
+        _check_block(f"{name} block {index}", block)
+
+
+def _check_block(where: str, block: Any) -> None:
+    if type(block) is not Block:
+        raise TokenGameError(f"{where} is a {type(block).__name__}; only the pre-norm Block can be split exactly")
+    if type(block.attn) is not Attention:
+        raise TokenGameError(f"{where} attends with {type(block.attn).__name__}; only plain Attention is exact")
+    if not isinstance(block.mlp, ROWWISE_MLPS) or getattr(block.mlp, "use_conv", False):
+        raise TokenGameError(f"{where} has the MLP {type(block.mlp).__name__}, which may mix tokens")
+    mixing = [m for m in block.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    if mixing:
+        raise TokenGameError(
+            f"{where} normalises with {type(mixing[0]).__name__}, whose result depends on other tokens"
+        )

@@ -1,0 +1,126 @@
+"""The backend that runs everywhere: any number format, CPU or GPU, with gradients, on PyTorch's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from tokengame.backbones.base import Backbone
+from tokengame.backends import decisions
+from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens
+from tokengame.kernels.functions import FusedOutput
+from tokengame.packed.attention import Kernel, cross_attention, query_log_attention
+from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
+from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.rows import append_rows, padding_rows
+
+
+class TorchBackend:
+    """Runs a backbone's half-blocks one after the other; see `Backend`.
+
+    Args:
+        backbone: what is run.
+        attention: inside each image; `deterministic_attention` repeats bitwise, `fastest_attention` measures first.
+    """
+
+    name = "PyTorch"
+    section: Callable[[str], AbstractContextManager] = staticmethod(lambda _part: nullcontext())
+
+    def __init__(self, backbone: Backbone, attention: Kernel):
+        self.backbone, self.attention = backbone, attention
+
+    @classmethod
+    def ready(cls, backbone: Backbone, _images: Tensor, attention: Kernel) -> TorchBackend | None:
+        return cls(backbone, attention)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.backbone.embed(images)
+
+    def run(
+        self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None,
+        cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
+    ) -> Stretch:  # fmt: skip
+        backbone, rows, qkv = self.backbone, len(x), None
+        spare = padding_rows(x) if layout.images > 1 else 0
+        x = append_rows(x, spare)
+        for half in range(first, last):
+            block = half // 2
+            if half % 2:
+                x = backbone.feed_forward(block, x)
+            elif half == first and cached is not None:
+                query = backbone.project(block, backbone.norm_attention(block, x), 0, 1)[:rows, 0]
+                with self.section("attention"):
+                    attended = self.cross_attend(query, cached.keys, cached.values, layout, cached.layout, cached.bias)
+                x = backbone.add_attention(block, x, append_rows(attended.flatten(1), spare))
+            else:
+                qkv = backbone.project(block, backbone.norm_attention(block, x))[:rows]
+                with self.section("attention"):
+                    attended = self.attend(qkv, layout, bias)
+                x = backbone.add_attention(block, x, append_rows(attended, spare))
+        if request is None:
+            return Stretch(x[:rows], qkv)
+        keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), 1, 3)[:rows]
+        heads = backbone.next_heads(last // 2, x[:rows], layout, keys_values)
+        with self.section("policy"), torch.no_grad():  # decisions have no gradient
+            observed = self.observe(heads, layout, bias, request)
+        return Stretch(x[:rows], qkv, heads, observed)
+
+    def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
+        backbone, block = self.backbone, self.backbone.depth - 1
+        own = layout.first_rows(backbone.prefix)
+        prefix = x.index_select(0, own)
+        if half % 2 == 0:
+            normed = backbone.norm_attention(block, x)
+            query = backbone.project(block, normed.index_select(0, own), 0, 1)[:, 0]
+            query_layout = RaggedLayout([backbone.prefix] * layout.images, x.device)
+            with self.section("attention"):
+                attended = self._attend_rows(block, query, normed, query_layout, layout, bias)
+            prefix = backbone.add_attention(block, prefix, attended.flatten(1))
+        return backbone.feed_forward(block, prefix)
+
+    def _attend_rows(
+        self, block: int, query: Tensor, normed: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of few queries [Q, H, D] to normed rows [M, C] -> [Q, H, D]."""
+        folded = self.backbone.key_value_weights(block)
+        if folded is None:
+            keys, values = self.backbone.project(block, normed, 1, 3).unbind(1)
+            return self.cross_attend(query, keys, values, query_layout, layout, bias)
+        # q.(K n + c) = (K^T q).n + q.c, the same for all keys of a softmax up to a constant; and as weights a sum to 1,
+        # the sum of a (V n + d) is V (sum of a n) + d. Two products of C x C for every row become two of C for each
+        # query and head.
+        by_head = RaggedLayout([n * query.shape[1] for n in query_layout.counts], normed.device)
+        rows = normed[:, None]  # one head of width C
+        queries = torch.einsum("qhd,hdc->qhc", query, folded.key).flatten(0, 1)[:, None]
+        attended = self.cross_attend(queries, rows, rows, by_head, layout, bias, self.backbone.scale)
+        out = torch.einsum("qhc,hdc->qhd", attended.view(*query.shape[:2], -1), folded.value)
+        return out if folded.value_bias is None else out + folded.value_bias
+
+    def head(self, x: Tensor, layout: RaggedLayout, size: Tensor | None = None) -> Tensor:
+        return self.backbone.head(x, layout, size)
+
+    def attend(self, qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
+        return self.attention(qkv, layout, bias)
+
+    def cross_attend(
+        self, q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
+        bias: Tensor | None = None, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        return cross_attention(q, k, v, query_layout, layout, bias, scale)
+
+    def log_attention(self, heads: Heads, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
+        return query_log_attention(heads, layout, bias)
+
+    def observe(self, heads: Heads, layout: RaggedLayout, bias: Tensor | None, request: ObservationRequest) -> Observed:
+        attention = self.log_attention(heads, layout, bias) if request.features else heads.query
+        return decisions.observe(attention, heads, layout, bias, request)
+
+    def merge(self, tokens: Tokens, keep: Tensor, kept_layout: RaggedLayout) -> Kept:
+        return decisions.merge(tokens, keep, kept_layout)
+
+    def fused(self, _images: Tensor, _request: FusedRequest) -> FusedOutput | None:
+        return None

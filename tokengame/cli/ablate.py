@@ -1,0 +1,90 @@
+"""`ablate`: training without each of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import tyro
+from torch import nn
+
+from tokengame.backbones import preprocessing_of
+from tokengame.cli.common import AT_RATIOS, OnImages
+from tokengame.config import TrainConfig, require
+from tokengame.data.batches import BadImages, Batch, checked, plain_views
+from tokengame.data.datasets import ImageSource, split_images
+from tokengame.files import require_writable, write_csv
+from tokengame.learning.run import TrainingRun, trained_policy
+from tokengame.measure.ablate import across_seeds, by_rules, quality, variants
+from tokengame.measure.conditions import conditions
+from tokengame.measure.evaluate import CALIBRATION_DIALS
+from tokengame.policies import Policy
+from tokengame.report.console import named, progress, show_rows
+from tokengame.runtime import prune
+
+ABLATE_HEADINGS = {"ablation": "without", **AT_RATIOS}
+
+
+@dataclass(kw_only=True)
+class Ablate(OnImages):
+    """Train without each part of learning, over several seeds, and measure on the same held-back images."""
+
+    name: ClassVar[str] = "ablate"
+    examples: ClassVar[str] = (
+        "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations"
+    )
+
+    seeds: int = 3
+    """runs of each; the first has the seed given by --seed"""
+    holdout: float = 0.3
+    """share of the images held back and measured on"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    output: Path = Path("ablations")
+    """folder for ablations.csv, the policies and their logs; runs found there are continued"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("tokengame")
+    )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train all, measure all."""
+        require(self.seeds >= 1, "--seeds must be at least 1")
+        require_writable(self.output / "ablations.csv")
+        model, source = self.load()
+        learn, held = split_images(source, self.holdout, self.seed)
+        found: dict[str, list[dict[str, float]]] = {}
+        for number, (name, config) in enumerate(variants(self.config).items()):
+            for seed in range(self.seed, self.seed + self.seeds):
+                policy = self._policy(model, config, learn, f"{number}_seed{seed}", seed)
+                batches = partial(self._batches, model, held, name)
+                found.setdefault(name, []).append(quality(model, policy, batches))
+                if not number:
+                    for rule, row in by_rules(prune(model, policy), batches, self._dials()).items():
+                        found.setdefault(rule, []).append(row)
+            rows = [
+                {"ablation": name, **across_seeds(results), **conditions(torch.float32, self.torch_device)}
+                for name, results in found.items()
+            ]
+            write_csv(rows, self.output / "ablations.csv")  # keep what is measured, whatever happens later
+        show_rows(rows, ABLATE_HEADINGS)
+        return rows
+
+    def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
+        path, device = self.output / f"{name}.safetensors", self.torch_device
+        training = TrainingRun(
+            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers
+        )
+        return trained_policy(training, partial(named, name))
+
+    @staticmethod
+    def _dials() -> tuple[float, ...]:
+        return CALIBRATION_DIALS[::2]
+
+    def _batches(self, model: nn.Module, source: ImageSource, name: str) -> Iterator[Batch]:
+        views = plain_views(source, preprocessing_of(model))
+        loader = views.loader(32, self.workers)
+        yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))

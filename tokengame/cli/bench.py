@@ -1,0 +1,89 @@
+"""`bench`: speed of any model on random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from tokengame.backbones import load_model, wrap
+from tokengame.backbones.load import EMBEDDED, untrained
+from tokengame.cli.common import Common
+from tokengame.config import GameConfig, require
+from tokengame.files import require_writable, write_csv
+from tokengame.measure.bench import Plan, bench, csv_path
+from tokengame.measure.evaluate import keep_freed_memory
+from tokengame.report.console import console, show_rows, steps
+
+BENCH_HEADINGS = {
+    "dtype": "format",
+    "batch_size": "batch",
+    "native": "native\nis",
+    "images_per_second_native": "native\nimg/s",
+    "images_per_second_pruned": "pruned\nimg/s",
+    "speedup": "speed-\nup",
+    "gmacs_speedup": "by\nGMACs",
+    "efficiency": "effi-\nciency",
+    "verdict": "verdict",
+}
+
+
+@dataclass(kw_only=True)
+class Bench(Common):
+    """Speed of native and pruned, interleaved in one run; random weights serve."""
+
+    name: ClassVar[str] = "bench"
+    examples: ClassVar[str] = (
+        "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
+        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json"
+    )
+
+    backbone: str
+    """timm model name, or "fashion"; weights are random unless --weights is given"""
+    weights: str | None = None
+    """local checkpoint"""
+    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
+    """share of tokens left after each stage, spread over images (synthetic decisions)"""
+    stages: tuple[int, ...] = ()
+    """blocks at which tokens are pruned; empty: evenly spaced"""
+    transition: Literal["drop", "merge"] = "drop"
+    """what becomes of pruned tokens"""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """images a batch"""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
+    """what both models compute in"""
+    seconds: float = 20.0
+    """time spent on each row, after warm-up"""
+    compiled: bool = True
+    """also time what torch.compile makes of both models; of each the fastest counts"""
+    tome: bool = False
+    """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
+    output: Path = Path("results")
+    """folder for the CSV, whose name holds the conditions"""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Time."""
+        require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
+        require(bool(self.dtypes), "--dtypes must name at least one")
+        embedded = self.weights is not None or self.backbone == EMBEDDED
+        model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
+        plan = Plan(
+            GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
+            self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
+            self.tome, keep_freed_memory(),
+        )  # fmt: skip
+        model = self.place(model)
+        backbone = wrap(model)
+        path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
+        require_writable(path)
+        rows: list[dict[str, Any]] = []
+        with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
+            for row in bench(model, self.backbone, plan, next_step):
+                rows.append(row)
+                write_csv(rows, path)  # keep what is measured, whatever happens later
+        show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
+        show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+        return rows

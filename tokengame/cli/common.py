@@ -1,0 +1,147 @@
+"""What commands have in common. Each is a dataclass of its flags with a `run` that returns the JSON document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tokengame.backbones import load_model, wrap
+from tokengame.config import require
+from tokengame.data.batches import BadImages, checked, plain_views
+from tokengame.data.datasets import STREAM, ImageSource, label_images, open_images
+from tokengame.data.hub import HuggingFaceStream
+from tokengame.distributed import Processes, device_of, join_processes
+from tokengame.errors import TokenGameError, first_line
+from tokengame.measure.evaluate import RATIOS, Scores, evaluate, keep_freed_memory
+from tokengame.policies import Policy
+from tokengame.policies.policy import fingerprint
+from tokengame.report.console import console, progress
+from tokengame.runtime import PrunedViT
+
+
+@dataclass(kw_only=True)
+class Common:
+    """Flags of every command."""
+
+    name: ClassVar[str]
+    """as it is typed"""
+    examples: ClassVar[str]
+    """command lines for --help, one a line"""
+    distributed: ClassVar[bool] = False
+    """whether several processes can run it together"""
+    json: bool = False
+    """print one JSON document on stdout, everything else on stderr"""
+    seed: int = 0
+    """of everything random"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
+
+    def rehearsed(self, batch_size: int) -> int:
+        """Images of an update of a dry run: 32 a process, or fewer where the run has fewer."""
+        return min(batch_size, 32 * self.processes.size)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """`model` on the chosen device."""
+        try:
+            return model.to(self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise TokenGameError(f"no device {self.device!r} here ({first_line(error)})") from None
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Those that run this command together; one where no launcher started several."""
+        return join_processes(self._kind)
+
+    @property
+    def torch_device(self) -> str:
+        """The device of this process."""
+        return device_of(self.processes, self._kind)
+
+    @property
+    def _kind(self) -> str:
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+@dataclass(kw_only=True)
+class OnImages(Common):
+    """Flags of commands that run a backbone on images."""
+
+    backbone: str
+    """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
+    images: str
+    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
+    data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000),
+    "fashion-val" (5,000 of the same photos) and, of other photos, "fashion-train" (20,000); "fashion-train:FOLDER" for
+    all photos of the Fashion-MNIST there"""
+    weights: str | None = None
+    """local checkpoint; without one timm downloads its own"""
+    class_map: str | None = None
+    """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
+    split: str = "validation"
+    """of a Hugging Face data set"""
+    workers: int = 1
+    """processes that decode images; none while a CPU is timed"""
+
+    def load(self) -> tuple[nn.Module, ImageSource]:
+        """Model and images to measure on, labelled."""
+        streamed = self.images.startswith(STREAM)
+        require(not streamed, f"{self.images} can be learned from, not measured on: leave out {STREAM}")
+        model, source = self.load_to_learn()
+        assert not isinstance(source, HuggingFaceStream)
+        return model, source
+
+    def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
+        """Model and images or stream, labelled; mistakes that are cheap to find are found first."""
+        require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
+        source = open_images(self.images, self.split, progress)
+        model = self.place(load_model(self.backbone, self.weights))
+        label_images(source, self.class_map, wrap(model).classes)
+        return model, source
+
+    def measure(
+        self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],
+        reference: nn.Module | None = None,
+    ) -> Scores:  # fmt: skip
+        """Native beside pruned on all images of `source`, each process on its part."""
+        own = range(self.processes.rank, len(source.names), self.processes.size)
+        tally, views = BadImages(len(source.names)), plain_views(source, preprocessing, own)
+        keep_freed_memory()
+        # on a CPU, decoding in other processes would take the cores from what is timed
+        loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
+        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference)
+        if self.processes.size > 1:
+            scores.positions = []  # large, and not needed then
+        parts = self.processes.gather((scores, list(tally.reasons.items())))
+        for _, bad in parts[1:]:
+            tally.add(bad)
+        report_bad(tally)
+        return Scores.joined([part for part, _ in parts])
+
+
+def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:
+    """The weights that a policy was made for: `model`, or those that `finetune` wrote beside the policy file."""
+    beside = policy.card["backbone"].get("weights")
+    if beside is None or policy.card["backbone"]["fingerprint"] == fingerprint(wrap(model)):
+        return model
+    first = next(model.parameters())
+    return load_model(name, str(path.parent / beside)).to(first.device, first.dtype).requires_grad_(False)
+
+
+def report_bad(tally: BadImages) -> None:
+    """Say which images were skipped."""
+    if tally.reasons:
+        name, reason = next(iter(tally.reasons.items()))
+        skipped = f"skipped {len(tally.reasons)} unreadable of {tally.total} images"
+        console.print(f"{skipped}, the first is {name}: {reason}", markup=False, soft_wrap=True)
+
+
+AT_RATIOS = {
+    f"{name}_{ratio}": f"{label}\nat {ratio}"
+    for ratio in RATIOS
+    for name, label in (("agreement", "agree"), ("kl", "KL"))
+}

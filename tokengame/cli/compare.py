@@ -1,0 +1,137 @@
+"""`compare`: every method over its range of settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tokengame.backbones import preprocessing_of
+from tokengame.baselines.dynamicvit import DynamicViT, train_dynamicvit
+from tokengame.cli.common import AT_RATIOS, OnImages, report_bad, tuned_weights
+from tokengame.config import require
+from tokengame.data.batches import BadImages, checked, plain_views
+from tokengame.data.datasets import ImageSource, split_images
+from tokengame.data.loader import TrainingLoader
+from tokengame.data.transforms import transform_for
+from tokengame.files import require_writable, write_csv
+from tokengame.measure.compare import baseline_entries, compare, dynamicvit_entries, policy_entries, qualities, speeds
+from tokengame.measure.conditions import conditions
+from tokengame.measure.evaluate import keep_freed_memory
+from tokengame.policies import Policy
+from tokengame.policies.policy import find_policy
+from tokengame.report.console import console, progress, show_rows
+from tokengame.report.figures import frontier_figure
+from tokengame.report.html import markdown, paper_rows
+
+COMPARE_HEADINGS = {
+    "method": "method",
+    "setting": "setting",
+    "gmacs_ratio": "compute",
+    "agreement": "agree-\nment",
+    "kl": "KL",
+    "drop_pp": "points\nlost",
+    "speedup": "speed-\nup",
+}
+
+
+@dataclass(kw_only=True)
+class Compare(OnImages):
+    """Every method over its range of settings: same native model, images, number format, kernels and timing."""
+
+    name: ClassVar[str] = "compare"
+    examples: ClassVar[str] = (
+        "tokengame compare --backbone vit_small_patch16_224 --images val/ --policies policy.safetensors\n"
+        "tokengame compare --backbone vit_tiny_patch16_224 --images images.tar --class-map classes.txt --holdout 0.3 "
+        "--policies mine.safetensors rl4evit.safetensors --dynamicvit-updates 200 --dtype bfloat16"
+    )
+
+    policies: tuple[str, ...] = ()
+    """policy files or names of shipped ones; each is run over its dials, one made by `finetune` on the tuned weights
+    beside it"""
+    dials: tuple[float, ...] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
+    """of the policies"""
+    budgets: bool = False
+    """also let attention and random choose as many tokens in each image as each policy keeps: not timed"""
+    timing: bool = True
+    """also time the methods, one after the other"""
+    holdout: float | None = None
+    """measure only on the share that `train` held back with the same --holdout and --seed"""
+    dynamicvit_updates: int = 0
+    """train DynamicViT's predictor on the images not held back for so many updates; 0 leaves it out"""
+    batch_size: int = 32
+    """images a batch"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what all models compute in"""
+    output: Path = Path("compare")
+    """folder for compare.csv, table.csv and table.md (the paper's layout), qualities.csv (at the same compute),
+    speeds.csv (at the same agreement), frontier.png"""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train what must be trained, measure, draw."""
+        require_writable(self.output / "compare.csv")
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
+        needs = "DynamicViT must be trained on images that it is not measured on"
+        require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
+        policies = [Policy.load(find_policy(path)) for path in self.policies]
+        names = [
+            Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(self.policies, policies, strict=True)
+        ]
+        require(len(set(names)) == len(names), f"policies are told apart by file name, and these are not: {names}")
+        model, source = self.load()
+        learn, held = (source, source) if self.holdout is None else split_images(source, self.holdout, self.seed)
+        model.requires_grad_(False)
+        dynamic = self._train(model, learn) if self.dynamicvit_updates else None
+        model.to(getattr(torch, self.dtype))
+        entries = baseline_entries(model) + (dynamicvit_entries(model, dynamic) if dynamic is not None else [])
+        for name, policy, path in zip(names, policies, self.policies, strict=True):
+            own = tuned_weights(policy, Path(path), model, self.backbone)
+            entries += policy_entries(own, name, policy, self.dials, self.budgets)
+        for entry in entries:
+            entry.is_timed &= self.timing
+        tally = BadImages(len(held.names))
+        keep_freed_memory()
+        loader = self._loader(model, held)
+        rows = compare(model, entries, checked(loader, tally), len(loader), progress)
+        report_bad(tally)
+        circumstances = conditions(getattr(torch, self.dtype), self.torch_device)
+        self._write([row | circumstances for row in rows])
+        return rows
+
+    def _loader(self, model: nn.Module, source: ImageSource) -> DataLoader:
+        """In random order, so that the first batches, on which speed is measured, are like all."""
+        order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return plain_views(source, preprocessing_of(model), order).loader(self.batch_size, self.workers)
+
+    def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:
+        count = self.dynamicvit_updates
+        transform = transform_for(preprocessing_of(model), train=True)
+        loader = TrainingLoader(source, transform, self.seed, self.batch_size, count)
+        batches = checked(loader.loader(workers=self.workers), BadImages(loader.total))
+        return train_dynamicvit(model, progress(batches, "training DynamicViT", count), count, seed=self.seed)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        write_csv(rows, self.output / "compare.csv")
+        quality, table, paper = qualities(rows), speeds(rows), paper_rows(rows)
+        write_csv(paper, self.output / "table.csv")
+        (self.output / "table.md").write_text(markdown(paper))
+        write_csv(quality, self.output / "qualities.csv")
+        (self.output / "frontier.png").write_bytes(frontier_figure(rows, [Path(path).stem for path in self.policies]))
+        blank = dict.fromkeys(COMPARE_HEADINGS, "")
+        show_rows([blank | row for row in rows], COMPARE_HEADINGS)
+        show_rows(quality, {"method": "method", **AT_RATIOS})
+        files = ["compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png"]
+        (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
+        if self.timing:
+            write_csv(table, self.output / "speeds.csv")
+            show_rows(table)
+            files.append("speeds.csv")
+        console.print(f"wrote {', '.join(files)} in {self.output}", markup=False, soft_wrap=True)
+
+
+def _is_tuned(policy: Policy) -> bool:
+    return "weights" in policy.card["backbone"]

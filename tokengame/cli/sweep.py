@@ -1,0 +1,93 @@
+"""`sweep`: how alpha / beta of the reward `share` sets how many tokens are kept (the paper's Figure 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import tyro
+from torch import nn
+
+from tokengame.cli.common import OnImages
+from tokengame.config import RewardConfig, TrainConfig, merge, require
+from tokengame.data.batches import BadImages, checked, plain_views
+from tokengame.data.datasets import ImageSource, split_images
+from tokengame.files import require_writable, write_csv
+from tokengame.learning.run import TrainingRun, trained_policy
+from tokengame.measure.conditions import conditions
+from tokengame.measure.evaluate import evaluate, keep_freed_memory
+from tokengame.measure.sweep import sweep_row
+from tokengame.report.console import console, named, show_rows
+from tokengame.report.figures import sweep_figure
+from tokengame.runtime import prune
+
+SWEEP_HEADINGS = {
+    "alpha_over_beta": "alpha\n/ beta",
+    "keep": "tokens\nkept",
+    "keep_sampled": "in sampled\ngames",
+    "keep_predicted": "pre-\ndicted",
+    "earned": "earned\n/ cost",
+    "gmacs_ratio": "compute",
+    "top1_pruned": "top-1",
+    "reading": "reading",
+}
+
+
+@dataclass(kw_only=True)
+class Sweep(OnImages):
+    """How alpha / beta of the reward `share` sets how many tokens are kept, beside the predicted equilibrium."""
+
+    name: ClassVar[str] = "sweep"
+    examples: ClassVar[str] = (
+        "tokengame sweep --backbone fashion --images fashion\n"
+        "tokengame sweep --backbone deit_small_patch16_224 --images train/ --ratios 40 80 120 160 --updates 1000"
+    )
+
+    ratios: tuple[float, ...] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
+    """values of alpha / beta; beta is 1"""
+    holdout: float = 0.2
+    """share of the images held back and measured on"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    output: Path = Path("sweep")
+    """folder for sweep.csv, sweep.png, the policies and their logs; runs found there are continued"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("rl4evit")
+    )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train a policy a ratio, measure, draw."""
+        require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
+        require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
+        fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
+        require(fixed, "sweep sets alpha and beta itself, by --ratios")
+        require_writable(self.output / "sweep.csv")
+        model, source = self.load()
+        learn, held = split_images(source, self.holdout, self.seed)
+        rows = []
+        for ratio in sorted(self.ratios):
+            rows.append(self._point(model, learn, held, ratio))
+            write_csv(rows, self.output / "sweep.csv")  # keep what is measured, whatever happens later
+        (self.output / "sweep.png").write_bytes(sweep_figure(rows))
+        show_rows(rows, SWEEP_HEADINGS)
+        console.print(f"wrote sweep.csv and sweep.png in {self.output}", markup=False, soft_wrap=True)
+        return rows
+
+    def _point(self, model: nn.Module, learn: ImageSource, held: ImageSource, ratio: float) -> dict[str, Any]:
+        name = f"alpha {ratio:g}"
+        config = merge(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
+        path = self.output / f"alpha{ratio:g}.safetensors"
+        training = TrainingRun(
+            model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, resume=None,
+            workers=self.workers,
+        )  # fmt: skip
+        policy = trained_policy(training, partial(named, name))
+        loader = plain_views(held, training.preprocessing).loader(32, 0)
+        watched = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))
+        keep_freed_memory()
+        scores = evaluate(prune(model, policy), watched)
+        row = sweep_row(ratio, 1.0, scores, training.log.metrics()[-max(1, config.updates // 10) :])
+        return row | conditions(torch.float32, self.torch_device)

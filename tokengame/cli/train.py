@@ -1,0 +1,92 @@
+"""`train`: learn a policy for a backbone and images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, ClassVar
+
+import tyro
+from torch import nn
+
+from tokengame.cli.common import OnImages, report_bad
+from tokengame.config import TrainConfig
+from tokengame.data.datasets import ImageSet, split_images
+from tokengame.files import require_writable
+from tokengame.learning.loop import projection
+from tokengame.learning.run import TrainingRun
+from tokengame.policies import Policy
+from tokengame.report.console import console, progress, show_rows, show_table
+from tokengame.report.html import table, verdict
+from tokengame.runtime import prune
+
+
+@dataclass(kw_only=True)
+class Train(OnImages):
+    """Learn a policy for a backbone and images."""
+
+    name: ClassVar[str] = "train"
+    examples: ClassVar[str] = (
+        "tokengame train --backbone vit_small_patch16_224 --images train/ --output policy.safetensors\n"
+        "tokengame train --backbone vit_tiny_patch16_224 --weights vit.safetensors --images images.tar "
+        "--class-map classes.txt --gmacs-ratio 0.68\n"
+        "tokengame train --backbone vit_small_patch16_224 --images train/ --target-drop 0.5\n"
+        "tokengame train --preset rl4evit --backbone deit_base_patch16_224 --images train/"
+    )
+
+    distributed = True
+    output: Path = Path("policy.safetensors")
+    """the policy file; metrics and checkpoints go beside it, into NAME_log"""
+    holdout: float = 0.2
+    """share of the images held back and measured on at the end; of a stream its first 1,024"""
+    gmacs_ratio: float | None = None
+    """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
+    resume: bool = False
+    """continue from the checkpoint in NAME_log"""
+    checkpoint_every: int = 50
+    """updates between checkpoints"""
+    dry_run: bool = False
+    """load everything, do two updates of 32 images a process, say how long all would take and how much
+    memory; keep nothing"""
+    split: str = "train"
+    """of a Hugging Face data set"""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig.from_preset("tokengame")
+    )
+
+    def run(self) -> dict[str, Any]:
+        """Train, calibrate, validate."""
+        if not self.dry_run:
+            require_writable(self.output)
+        model, source = self.load_to_learn()
+        learn, validate = split_images(source, self.holdout, self.seed)
+        if self.dry_run:
+            return self._rehearse(model, learn)
+        training = self._training(model, learn, self.config, self.output)
+        training.run(progress, self.checkpoint_every)
+        if self.processes.main:
+            training.finish(validate, progress, self.gmacs_ratio)
+            report_bad(training.loop.tally)
+        self.processes.wait()
+        fast = prune(model, Policy.load(self.output))
+        scores = self.measure(fast, validate, 32, training.preprocessing)
+        result = {**training.result(), **scores.summary(), "dial": fast.dial}
+        show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
+        console.print(verdict(result))
+        return result
+
+    def _training(self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path) -> TrainingRun:
+        return TrainingRun(
+            model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=self.resume,
+            workers=self.workers, processes=self.processes,
+        )  # fmt: skip
+
+    def _rehearse(self, model: nn.Module, learn: ImageSet) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
+            training = self._training(model, learn, config, Path(folder) / "policy.safetensors")
+            training.loop.run(progress)
+            result = projection(training.loop, self.config.updates * self.config.batch_size)
+        show_rows([result])
+        return result

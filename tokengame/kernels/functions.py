@@ -1,0 +1,273 @@
+"""The compiled kernels as functions of tensors; see csrc/network.h for what each computes."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokengame.kernels.library import call
+from tokengame.kernels.structs import (
+    CachedKeysValuesStruct,
+    FusedGameStruct,
+    FusedResultsStruct,
+    NormStruct,
+    ObservationRequestStruct,
+    PackedLinear,
+)
+from tokengame.kernels.weights import PackedWeights
+from tokengame.packed.heads import EXTRA_FEATURES, CachedKeysValues, ObservationRequest, Observed
+from tokengame.packed.layout import RaggedLayout
+
+
+def normed_linear(x: Tensor, norm: NormStruct, linear: PackedLinear) -> Tensor:
+    """linear(norm(x)): [M, inputs] -> [M, outputs]."""
+    width = len(linear.bias)
+    out = x.new_empty(len(x), width)
+    weight, bias = (ctypes.c_void_p(pointer) for pointer in (norm.weight, norm.bias))
+    call("normed_linear", x.contiguous(), len(x), linear.inputs, weight, bias, float(norm.eps), linear.packed,
+          linear.bias, width, out, torch.get_num_threads())  # fmt: skip
+    return out[:, : linear.outputs]
+
+
+class HalfBlocks(NamedTuple):
+    """What `run_half_blocks` returns."""
+
+    x: Tensor
+    """[M, C]"""
+    qkv: Tensor | None
+    """[M, 3, H, D] of the last attention among the rows themselves"""
+    next_keys_values: Tensor | None
+    """[M, 2, H, D] of the attention that comes next, where it was requested"""
+    next_query: Tensor | None
+    """[B, H, D] query of each image's first row in it"""
+    observed: Observed | None = None
+    """what agents observe of it"""
+
+
+def run_half_blocks(
+    blocks: Any, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None,
+    cached: CachedKeysValues | None = None, request: ObservationRequest | None = None, class_query: bool = False,
+) -> HalfBlocks:  # fmt: skip
+    """Half-blocks `first` to `last` - 1 in one call; see `Backend.run`.
+
+    Args:
+        blocks: array of `BlockStruct`.
+        first, last: half-blocks.
+        x: [M, C].
+        layout: of the M rows.
+        bias: [M] added to the attention logits of each key, or None.
+        cached: what the first half, an attention, reads in place of the rows' own keys and values.
+        request: asks for keys and values of the next attention, and for observations.
+        class_query: whether each image's first row gives the query of the observations; without it there are none.
+    """
+    heads, width = blocks[0].heads, blocks[0].width
+    x, rows = x.contiguous(), len(x)
+    out = x.new_empty(x.shape) if first < last else x
+    qkv, attended = x.new_empty(rows, 3, heads, width), x.new_empty(rows, max(heads * width, x.shape[1]))
+    keys_values = x.new_empty(rows, 2, heads, width) if request else None
+    query = x.new_empty(layout.images, heads, width) if class_query else None
+    observation, observed = ObservationRequestStruct(), None
+    if request is not None and class_query and request.features:
+        observation, observed = _observation(request, heads)
+    struct, kept_alive = _cached(cached)
+    call("run_half_blocks", blocks, first, last, x, rows, layout.cu_seqlens, layout.images, _floats(bias),
+         ctypes.byref(struct), ctypes.byref(observation), qkv, attended, out, keys_values, query,
+         torch.get_num_threads())  # fmt: skip
+    del kept_alive
+    among_rows = any(half % 2 == 0 for half in range(first + (cached is not None), last))
+    return HalfBlocks(out, qkv if among_rows else None, keys_values, query, observed)
+
+
+def _cached(cached: CachedKeysValues | None) -> tuple[CachedKeysValuesStruct, Any]:
+    """The struct, and what must live as long as it."""
+    if cached is None:
+        return CachedKeysValuesStruct(), None
+    keys, values, bias = _strided(cached.keys), _strided(cached.values), _floats(cached.bias)
+    tensors = (keys[0], values[0], cached.layout.cu_seqlens, bias)
+    where = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return CachedKeysValuesStruct(*where[:2], *keys[1:], *values[1:], *where[2:]), tensors
+
+
+def _observation(request: ObservationRequest, heads: int) -> tuple[ObservationRequestStruct, Observed]:
+    """The struct, and where the kernels write what it asks for."""
+    agents = request.agents.rows
+    features = torch.empty(agents, heads + len(EXTRA_FEATURES), dtype=torch.float32, device="cpu")
+    index = torch.empty(3, agents, dtype=torch.long, device="cpu")
+    at = [tensor.data_ptr() for tensor in (request.position, request.dither, features, index)]
+    struct = ObservationRequestStruct(*at[:2], request.total, request.prefix, *at[2:], agents)
+    return struct, Observed(features, *index)
+
+
+def last_block(block: Any, qkv: Tensor, x: Tensor, layout: RaggedLayout, prefix: int, bias: Tensor | None) -> Tensor:
+    """The last block for the first `prefix` rows of each image alone: [M, C] -> [B * prefix, C].
+
+    Keys and values are never computed (see `backends.pytorch.folded_attention`).
+
+    Args:
+        block: `BlockStruct`.
+        qkv: [3 * H * D, C] the weight of its first layer.
+        x, layout: packed rows.
+        prefix: rows of each image that are computed.
+        bias: [M] added to the attention logits of each key, or None.
+    """
+    normed, out = torch.empty_like(x), x.new_empty(layout.images * prefix, x.shape[1])
+    call("last_block", ctypes.byref(block), qkv.contiguous(), x.contiguous(), len(x), layout.cu_seqlens,
+         layout.images, prefix, _floats(bias), normed, out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def self_attention(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
+    """Attention inside each image: [M, 3, H, D] -> [M, H * D]; pads to 32 rows at most, D a multiple of 32."""
+    q, k, v = qkv.unbind(1)
+    return attention(q, k, v, layout, layout, bias).flatten(1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout, bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """As `packed.attention.cross_attention`; D is a multiple of 32."""
+    out = q.new_empty(q.shape)
+    call("attention", *_strided(q), *_strided(k), *_strided(v), query_layout.cu_seqlens, layout.cu_seqlens,
+         query_layout.images, q.shape[1], q.shape[2], _floats(bias),
+         float(q.shape[2] ** -0.5 if scale is None else scale), out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def embed(images: Tensor, linear: PackedLinear, patch: int, start: Tensor, prefix: int) -> Tensor:
+    """Patches through the linear layer of a patch embedding, added to constant tokens.
+
+    Args:
+        images: [B, channels, height, width].
+        linear: channels * patch^2 inputs.
+        patch: side of a patch: 8, 16 or 32.
+        start: [prefix + N, C] prefix tokens, then position embeddings of the patches.
+        prefix: rows of `start` that are no patches.
+
+    Returns:
+        [B, prefix + N, C]
+    """
+    out = images.new_empty(len(images), *start.shape)
+    call("embed", images.contiguous(), *images.shape, patch, linear.packed, linear.bias, linear.outputs,
+         start.contiguous(), prefix, out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def class_attention(keys: Tensor, query: Tensor, scale: float, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
+    """Log of the attention of queries [B, H, D] to each row [M, H, D] of their image: [M, H]."""
+    out = keys.new_empty(keys.shape[:2], dtype=torch.float32)
+    call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.cu_seqlens,
+         layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def observe(
+    keys: Tensor, values: Tensor, query: Tensor, scale: float, layout: RaggedLayout, bias: Tensor | None,
+    request: ObservationRequest,
+) -> Tensor:  # fmt: skip
+    """[A, H + 6] features of the agents, see `Observation.features`; D is a multiple of 32.
+
+    Args:
+        keys, values: [M, H, D].
+        query: [B, H, D] of the class token.
+        scale: factor on q.k.
+        layout: of the M rows.
+        bias: [M] log sizes, or None.
+        request: where the agents are, and whether values are compared.
+    """
+    heads, width = keys.shape[1:]
+    features = keys.new_empty(request.agents.rows, heads + len(EXTRA_FEATURES), dtype=torch.float32)
+    call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale),
+         layout.cu_seqlens, layout.images, request.prefix, _floats(bias), request.position, request.dither.float(),
+         request.total, int(request.similarity), features, None, 0, 0, torch.get_num_threads())  # fmt: skip
+    return features
+
+
+def merge(
+    values: Tensor, x: Tensor, size: Tensor | None, position: Tensor, keep: Tensor, layout: RaggedLayout,
+    kept_layout: RaggedLayout, prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Merge every pruned token into its most similar kept token; see `Backend.merge`. D and C are multiples of 32.
+
+    Args:
+        values: [M, H, D].
+        x, size, position: [M, C], [M] or None, [M].
+        keep: [A] bool, at least one of each image.
+        layout: of the M rows, the first `prefix` of each image no agents.
+        kept_layout: of the M' rows that are kept.
+        prefix: prefix tokens of an image.
+
+    Returns:
+        rows [M', C], sizes [M'], positions [M'], and for each agent [A] the one that absorbed it
+    """
+    rest, sizes = x.new_empty(kept_layout.rows, x.shape[1]), x.new_empty(kept_layout.rows, dtype=torch.float32)
+    positions = position.new_empty(kept_layout.rows)
+    absorber = position.new_empty(len(keep))
+    call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
+         keep.contiguous(), layout.cu_seqlens, kept_layout.cu_seqlens, layout.images, prefix, rest, sizes, positions,
+         absorber, torch.get_num_threads())  # fmt: skip
+    return rest, sizes, positions, absorber
+
+
+class FusedOutput(NamedTuple):
+    """What a fused forward returns of B images."""
+
+    logits: Tensor
+    """[B, classes]"""
+    kept: tuple[Tensor, ...]
+    """[B] agents alive after each decision"""
+    alive: Tensor
+    """[B, N] bool: the agents that are left at the end"""
+    tokens_before: Tensor | None
+    """[B, prefix + N, C] tokens before the first decision, where they were wanted"""
+
+
+def fused_forward(
+    weights: PackedWeights, images: Tensor, start: Tensor, patch: int, prefix: int, stages: tuple[int, ...],
+    linear: Tensor, thresholds: Tensor, dither: Tensor, tokens_before: bool,
+) -> FusedOutput:  # fmt: skip
+    """Whole merge games under a linear policy, from pixels to logits, in one call.
+
+    Args:
+        weights: of the model, with patch embedding and head.
+        images: [B, channels, height, width].
+        start: as in `embed`.
+        patch, prefix: as in `embed`.
+        stages: blocks that decide; none of them the last.
+        linear: [T, H + 7] weights of the observed features at each stage, a bias last.
+        thresholds: [T, B] a token is kept where its logit exceeds it.
+        dither: [N].
+        tokens_before: whether tokens before the first decision are wanted.
+    """
+    assert weights.patches is not None
+    assert weights.head is not None
+    (norm, head), start, linear, images = weights.head, start.contiguous(), linear.contiguous(), images.contiguous()
+    blocks = torch.tensor(stages, device="cpu")
+    game = FusedGameStruct(
+        ctypes.addressof(weights.blocks), len(weights.blocks), weights.patches.struct, head.struct, norm,
+        start.data_ptr(), weights.last_qkv.data_ptr(), *images.shape[1:], patch, prefix, len(head.bias),
+        blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
+    )  # fmt: skip
+    logits = images.new_empty(len(images), len(head.bias))
+    tokens = images.new_empty(len(images), *start.shape) if tokens_before else None
+    kept = torch.empty(len(blocks), len(images), dtype=torch.long, device="cpu")
+    alive = torch.zeros(len(images), len(start) - prefix, dtype=torch.bool, device="cpu")
+    results = FusedResultsStruct(*(0 if t is None else t.data_ptr() for t in (logits, tokens, kept, alive)))
+    threads = torch.get_num_threads()
+    size = call("fused_workspace", ctypes.byref(game), len(images), threads)
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    call("fused_forward", ctypes.byref(game), images, len(images), ctypes.byref(results), memory, threads)
+    return FusedOutput(logits[:, : head.outputs], kept.unbind(0), alive, tokens)
+
+
+def _strided(heads: Tensor) -> tuple[Tensor, int, int]:
+    """[M, H, D] as its first element and the strides of rows and heads."""
+    heads = heads if heads.stride(2) == 1 else heads.contiguous()
+    return heads, heads.stride(0), heads.stride(1)
+
+
+def _floats(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.float().contiguous()

@@ -1,0 +1,94 @@
+"""Memory layout of the arguments of csrc/, as ctypes structures; field order as in csrc/network.h ."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class NormStruct(ctypes.Structure):
+    """Norm in csrc/network.h: a LayerNorm."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
+
+
+class LinearStruct(ctypes.Structure):
+    """Linear in csrc/network.h: a linear layer with packed weights."""
+
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+
+
+class BlockStruct(ctypes.Structure):
+    """Block in csrc/network.h: a pre-norm transformer block."""
+
+    _fields_ = (
+        *[(name, NormStruct) for name in ("norm1", "norm2")],
+        *[(name, LinearStruct) for name in ("qkv", "proj", "fc1", "fc2")],
+        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden")],
+        ("scale", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear layer's parameters in the order in which the kernels read them."""
+
+    packed: Tensor
+    """[outputs * inputs] bfloat16; outputs rounded up to a multiple of 32, with zeros"""
+    bias: Tensor
+    """[outputs] float32"""
+    scale: Tensor | None
+    """[outputs] float32, a LayerScale that follows, or None"""
+    inputs: int
+    outputs: int
+
+    @property
+    def struct(self) -> LinearStruct:
+        """Pointers for the kernels."""
+        scale = None if self.scale is None else self.scale.data_ptr()
+        return LinearStruct(self.packed.data_ptr(), self.bias.data_ptr(), scale)
+
+
+class CachedKeysValuesStruct(ctypes.Structure):
+    """CachedKeysValues in csrc/network.h."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_long) for name in ("key_row", "key_head", "value_row", "value_head")],
+        *[(name, ctypes.c_void_p) for name in ("cu_seqlens", "bias")],
+    )
+
+
+class ObservationRequestStruct(ctypes.Structure):
+    """ObservationRequest in csrc/network.h."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("position", "dither")],
+        *[(name, ctypes.c_long) for name in ("total_agents", "prefix")],
+        *[(name, ctypes.c_void_p) for name in ("features", "index")],
+        *[(name, ctypes.c_long) for name in ("batch_agents", "first_image")],
+    )
+
+
+class FusedGameStruct(ctypes.Structure):
+    """FusedGame in csrc/network.h."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("depth", ctypes.c_long),
+        *[(name, LinearStruct) for name in ("patches", "head")],
+        ("norm", NormStruct),
+        *[(name, ctypes.c_void_p) for name in ("start", "last_qkv")],
+        *[(name, ctypes.c_long) for name in ("channels", "height", "width", "patch", "prefix", "classes")],
+        ("stages", ctypes.c_void_p),
+        ("stage_count", ctypes.c_long),
+        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds")],
+    )
+
+
+class FusedResultsStruct(ctypes.Structure):
+    """FusedResults in csrc/network.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "tokens_before", "kept", "alive"))

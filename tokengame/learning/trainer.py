@@ -1,0 +1,282 @@
+"""Learning a policy: play several games on each image with packed execution, then update by multi-agent PPO."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.backbones import wrap
+from tokengame.config import TrainConfig
+from tokengame.distributed import Processes
+from tokengame.errors import TokenGameError
+from tokengame.game import Observation, State, TokenGame
+from tokengame.learning.ppo import Experience, gae, normalise, update
+from tokengame.learning.rewards import Outcome, PriceController, fidelity, share, target
+from tokengame.learning.rollout import Rollout, initialise_biases, sample_games, thresholds_for
+from tokengame.measure.fidelity import fidelity_loss
+from tokengame.policies.networks import ContextActor, Critic, build_actor
+from tokengame.runtime.macs import native_macs, pruned_macs
+
+
+def training_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """Resolve "auto": bfloat16 where `accelerate launch --mixed_precision bf16` or the device says so, else float32."""
+    if choice != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16"):
+        raise TokenGameError(f"--mixed_precision {wanted} is not supported; use bf16, or leave it out")
+    if wanted == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Trainer:
+    """Everything that changes while a policy is learned.
+
+    Args:
+        model: of a supported family; games are played on a frozen copy.
+        config: settings.
+        seed: of weights, actions and minibatches.
+        device: to play on.
+        processes: those that train together; each takes its part of every batch.
+
+    Raises:
+        TokenGameError: unsupported model or stages outside it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        seed: int = 0,
+        device: str = "cpu",
+        processes: Processes | None = None,
+    ):
+        self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
+        self.dtype = training_dtype(config.dtype, self.device)
+        frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
+        self.backbone = wrap(frozen)
+        context = config.actor.observation == "context"
+        self.game = TokenGame(self.backbone, config.game, features=context)
+        self.shape: dict[str, Any] = {
+            "dim": self.backbone.dim,
+            "heads": self.backbone.heads,
+            "agents": self.backbone.patches,
+            "stages": len(self.game.stages),
+            "transition": config.game.transition,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.actor = build_actor(config.actor, self.shape).to(self.device)
+            sizes = {k: self.shape[k] for k in ("dim", "heads", "stages")}
+            central = config.ppo.critic == "central"
+            self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context, central=central).to(self.device)
+        steps = ((self.actor, config.ppo.lr), (self.critic, config.ppo.critic_lr or config.ppo.lr))
+        groups = [{"params": list(network.parameters()), "initial_lr": lr} for network, lr in steps]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.controller = PriceController.of(config.reward)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.updates = self.images_seen = 0
+        self.calibrated = config.actor.keep is None
+        """whether all is learned, `calibrate_biases` included"""
+
+    def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """One update on [B, channels, height, width] images: rollouts, rewards, PPO.
+
+        Raises:
+            TokenGameError: the backbone or the reward is not finite; says where.
+        """
+        start, images = self._clock(), images.to(self.device, self.dtype)
+        if self.updates == 0 and self.config.actor.keep is not None:
+            assert isinstance(self.actor, ContextActor)
+            initialise_biases(self.game, self.actor, images, self.config.actor.keep, self.processes)
+        rollout, outcome, metrics = self.rollout(images, labels)
+        played = self._clock()
+        self._anneal()
+        experience = self.experience(rollout, outcome)
+        metrics |= update(
+            self.actor, self.critic, self.optimizer, experience, self.config.ppo, self.generator, self.processes
+        )
+        metrics = self.processes.mean(metrics)
+        if self.config.reward.kind == "fidelity":
+            self.controller.update(self._steered(metrics))
+        self.updates += 1
+        self.images_seen += len(images) * self.processes.size
+        end = self._clock()
+        speed = len(images) * self.processes.size * self.config.rollouts / (end - start)
+        return metrics | {
+            "charts/kl_weight": self.controller.weight,
+            "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "time/rollout": played - start,
+            "time/update": end - played,
+            "time/images_per_second": speed,
+            "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
+        }
+
+    @torch.no_grad()
+    def calibrate_biases(self, batches: Iterable[Tensor]) -> None:
+        """Move the biases so that thresholds keep as many tokens at each stage as sampling kept in training.
+
+        Sampling prunes some of the tokens whose probability to be kept is just below 1; a threshold prunes none.
+        Without this far fewer tokens would be pruned early than was learned.
+
+        Args:
+            batches: [B, channels, height, width] this process's part of each.
+        """
+        assert isinstance(self.actor, ContextActor)
+        found = []
+        for images in batches:
+            images = images.to(self.device, self.dtype)
+            state = self.game.reset(images)
+            kept = torch.stack(sample_games(self.game, state, self.actor, self._noise(state)).final.kept)
+            number = self.processes.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
+            shares = [after / before for before, after in pairwise([state.total, *number.values()])]
+            found.append(thresholds_for(self.game, self.actor, images, shares, self.processes))
+        self.actor.line.data[:, -1] -= torch.stack(found).mean(0)
+        self.calibrated = True
+
+    def _steered(self, metrics: dict[str, float]) -> float:
+        """The metric that the controller steers."""
+        if self.config.reward.target_drop is None:
+            return metrics["game/kl_clamped"]
+        if "game/drop_pp" not in metrics:
+            raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
+        return metrics["game/drop_pp"]
+
+    @torch.no_grad()
+    def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
+        """Play `rollouts` games on each image; the part before the first decision is computed once."""
+        rollouts = self.config.rollouts
+        start = self._clock()
+        native = self.backbone.model(images).float()
+        native_time = self._clock() - start
+        self._require_finite(native, "the native model's prediction")
+        state = self.game.reset(images).repeat(rollouts)
+        rollout = sample_games(self.game, state, self.actor, self._noise(state))
+        pruned = self.game.predict(rollout.final).float()
+        aim = native.repeat_interleave(rollouts, 0)
+        kl, charged = (fidelity_loss(aim, pruned, t) for t in (1.0, self.config.reward.temperature))
+        self._require_finite(kl, "KL(native || pruned)")
+        correct, lost = None, {}
+        if labels is not None:
+            wanted = labels.to(self.device)
+            correct = pruned.argmax(1) == wanted.repeat_interleave(rollouts)
+            top1, native_top1 = (float(right.float().mean()) for right in (correct, native.argmax(1) == wanted))
+            lost = {"game/top1": top1, "game/drop_pp": 100 * (native_top1 - top1)}
+        outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, charged, self._segments(rollout), rollouts)
+        kept = torch.stack(rollout.final.kept).cpu()
+        macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
+        agree = (pruned.argmax(1) == aim.argmax(1)).float().mean()
+        return (
+            rollout,
+            outcome,
+            {
+                "game/kl": float(kl.mean()),
+                "game/kl_clamped": float(kl.clamp(max=self.config.reward.kl_clamp).mean()),
+                "game/agreement": float(agree),
+                "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
+                **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
+                **lost,
+                "time/native_images_per_second": len(images) * self.processes.size / native_time,
+            },
+        )
+
+    def _noise(self, state: State) -> Tensor:
+        """[T, B, N] this process's part of the noise for all games, the same whichever process plays one."""
+        games = state.layout.images
+        shape = (len(self.game.stages), games * self.processes.size, state.total)
+        noise = torch.rand(shape, generator=self.generator)[:, games * self.processes.rank :][:, :games]
+        return noise.to(self.device)
+
+    def _segments(self, rollout: Rollout) -> Tensor:
+        """[T] share of the native compute that one row causes from each decision to the next."""
+        backbone, costs = self.backbone, self.backbone.costs(0)
+        attention_macs = costs.query + costs.keys_values + costs.output
+        attention, keys_values = (macs / (attention_macs + costs.mlp) for macs in (attention_macs, costs.keys_values))
+        decisions = [stage + keys_values * self.game.merge for stage in self.game.stages]
+        blocks, attended = divmod(self.game.end, 2)
+        end, depth = blocks + attention * attended, backbone.depth
+        if self.game.end == 2 * depth - 2 and backbone.key_value_weights(depth - 1) is None:
+            end += keys_values
+        edges = torch.tensor([*decisions, end], device=self.device)
+        return edges.diff() / (depth * rollout.final.total)
+
+    def rewards(self, outcome: Outcome) -> Tensor:
+        """[T, B, N] by the configured reward."""
+        config = self.config.reward
+        if config.kind == "fidelity":
+            return fidelity(outcome, config, self.controller.weight)
+        return {"share": share, "target": target}[config.kind](outcome, config)
+
+    def experience(self, rollout: Rollout, outcome: Outcome) -> Experience:
+        """Rewards, values and advantages of all decisions taken, one row each."""
+        rewards, rows, shape = self.rewards(outcome), rollout.rows, outcome.acting.shape[1:]
+        self._require_finite(rewards, f"reward {self.config.reward.kind!r}")
+        values = torch.zeros_like(rewards)
+        with torch.no_grad():
+            for t, obs in enumerate(rollout.observations):
+                values[t] = values[t].view(-1).index_copy(0, rows[t], self.critic(obs)).view(shape)
+        ppo = self.config.ppo
+        advantages, returns = gae(rewards, values, outcome.acting, outcome.ends, ppo.gamma, ppo.gae_lambda)
+        advantages = normalise(advantages, outcome.acting, self.processes)
+
+        def flat(dense: Tensor) -> Tensor:
+            return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
+
+        obs = Observation.concat(
+            [replace(o, x=o.token.float(), row=None, class_tokens=o.cls.float()) for o in rollout.observations]
+        )
+        action, log_probs = torch.cat(rollout.action), torch.cat(rollout.log_prob)
+        games, agents = shape
+        first = [(t * self.processes.size + self.processes.rank) * games * agents for t in range(len(rows))]
+        index = torch.cat([row + start for row, start in zip(rows, first, strict=True)])
+        possible = len(rows) * self.processes.size * games * agents
+        return Experience(obs, action, log_probs, flat(advantages), flat(returns), index, possible, agents)
+
+    def _clock(self) -> float:
+        """Seconds, after all queued work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _anneal(self) -> None:
+        left = 1 - self.updates / self.config.updates
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * max(left, 0.0)
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        if not values.isfinite().all():
+            raise TokenGameError(f"{what} is not finite in update {self.updates}; check the weights and the images")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "controller": [self.controller.weight, self.controller.mean],
+            "updates": self.updates,
+            "images_seen": self.images_seen,
+            "calibrated": self.calibrated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.controller.weight, self.controller.mean = state["controller"]
+        self.updates, self.images_seen, self.calibrated = state["updates"], state["images_seen"], state["calibrated"]

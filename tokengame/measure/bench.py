@@ -1,0 +1,234 @@
+"""Timing the fastest native model against the pruned one, interleaved in one process, policy included."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.backbones import unfused
+from tokengame.baselines.tome import ToMe, tome_at
+from tokengame.config import GameConfig
+from tokengame.errors import first_line
+from tokengame.measure.conditions import conditions
+from tokengame.measure.profile import peak_memory, time_shares
+from tokengame.measure.synthetic import SyntheticDecisions, synthetic_model
+from tokengame.packed.attention import padded_attention
+from tokengame.runtime import PrunedViT
+from tokengame.runtime.macs import native_macs, pruned_macs
+
+WARM_UP = 2
+"""rounds thrown away"""
+DRAWS = 8
+"""batches of different counts that follow one another"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time. `keep`: see `SyntheticDecisions`; `seconds` for each row, shared by all variants."""
+
+    game: GameConfig
+    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    seconds: float = 20.0
+    seed: int = 0
+    compiled: bool = True
+    """also time what torch.compile makes of both models"""
+    tome: bool = False
+    """also time ToMe at equal GMACs"""
+    keeps_memory: bool = False
+    """that `keep_freed_memory` was called, for the file's name"""
+
+
+def bench(
+    model: nn.Module, name: str, plan: Plan, report: Callable[[str, float], Any] = lambda _name, _share: None
+) -> Iterator[dict[str, Any]]:
+    """Time native against pruned; one row with the JSON keys of `bench` for each number format and batch size.
+
+    Args:
+        model: of a supported family.
+        name: for the rows.
+        plan: what to time.
+        report: called with the name of the current row and the share of its time that has passed.
+
+    Raises:
+        TokenGameError: model not supported, shares do not fit the stages.
+    """
+    for dtype, batch_size in itertools.product(plan.dtypes, plan.batch_sizes):
+        which = f"{str(dtype).removeprefix('torch.')}, batch {batch_size}"
+        report(which, 0.0)
+        fast = synthetic_model(copy.deepcopy(model).to(dtype), plan.game, plan.keep, plan.seed)
+        settings = {
+            "backbone": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "transition": plan.game.transition,
+            "stages": list(fast.game.stages),
+            "device": fast.game.backbone.device.type,
+        }
+        row = _row(fast, batch_size, plan, partial(report, which))
+        yield settings | row | conditions(dtype, fast.game.backbone.device)
+
+
+@torch.inference_mode()
+def _row(fast: PrunedViT, batch_size: int, plan: Plan, tick: Callable[[float], Any]) -> dict[str, Any]:
+    backbone = fast.game.backbone
+    generator = torch.Generator().manual_seed(plan.seed)
+    x = torch.randn(batch_size, 3, *backbone.input_size, generator=generator)
+    x = x.to(backbone.device, backbone.dtype)
+    decisions = cast(SyntheticDecisions, fast.actor)
+    kept, total = decisions.fit(fast, x, DRAWS), fast.game.reset(x[:1]).total
+    macs, native_cost = float(pruned_macs(fast.game, decisions, kept, total).mean()), native_macs(backbone, total)
+    tome = tome_at(backbone.model, macs, total) if plan.tome else None
+    variants = _variants(fast, x, plan, tome)
+    times = interleave(variants, x.device, plan.seconds, tick)
+    native, pruned = (_fastest(times, side) for side in ("native", "pruned"))
+    slow, quick = statistics.median(times[native]), statistics.median(times[pruned])
+    low, _, high = statistics.quantiles([a / b for a, b in zip(times[native], times[pruned], strict=True)], n=4)
+    row = {
+        "batch_size": batch_size,
+        "keep": [round(float(k.float().mean()) / total, 4) for k in kept],
+        "images_per_second_native": batch_size / slow,
+        "images_per_second_pruned": batch_size / quick,
+        "speedup": slow / quick,
+        "speedup_quartiles": [low, high],
+        "gmacs_native": native_cost / 1e9,
+        "gmacs_speedup": native_cost / macs,
+        "efficiency": slow / quick * macs / native_cost,
+        "verdict": "faster" if slow > quick else "slower",
+        "efficiency_over_sdpa": min(statistics.median(times[n]) for n in SDPA if n in times)
+        / quick
+        * macs
+        / native_cost,
+        "native": native[1],
+        "pruned": pruned[1],
+        "speedup_over_unpruned": statistics.median(times[UNPRUNED]) / quick,
+        "rounds": len(times[native]),
+        "milliseconds": {" ".join(name): statistics.median(t) * 1e3 for name, t in times.items()},
+        "tokens_kept": [{"least": int(k.min()), "median": int(k.median()), "most": int(k.max())} for k in kept],
+        "time_shares": time_shares(fast, x),
+        "peak_memory_mib_native": peak_memory(variants["native", "fused"], x.device),
+        "peak_memory_mib_pruned": peak_memory(variants["pruned", "eager"], x.device),
+    }
+    if tome is not None:
+        best = _fastest(times, "tome")
+        row["tome"], row["tome_gmacs_speedup"] = best[1], native_cost / tome.macs_at(total)
+        row["tome_speedup"] = slow / statistics.median(times[best])
+        row["speedup_over_tome"] = statistics.median(times[best]) / quick
+        row["speedup_over_tome_fused"] = statistics.median(times["tome", "fused"]) / quick
+    return row
+
+
+Name = tuple[str, str]
+"""which model, and in which form"""
+Variants = dict[Name, Callable[[], Any]]
+"""one forward pass each"""
+SDPA: tuple[Name, ...] = (("native", "fused"), ("native", "compiled"))
+"""the native model as timm runs it"""
+UNPRUNED: Name = ("unpruned", "tuned")
+"""all tokens on the packed runtime's kernels: the part of a speed-up that is not due to fewer tokens"""
+
+
+def _fastest(times: dict[Name, list[float]], side: str) -> Name:
+    return min((name for name in times if name[0] == side), key=lambda name: statistics.median(times[name]))
+
+
+def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None) -> Variants:
+    """All that is timed; of each model the fastest form counts."""
+    model: Any = fast.model
+    unfused_model = unfused(model)
+    unpruned = ToMe(model, (0,) * fast.game.backbone.depth)
+    variants: Variants = {
+        ("native", "fused"): partial(model, x),
+        ("native", "unfused"): partial(unfused_model, x),
+        ("pruned", "eager"): _drawing(fast, fast, x),
+        UNPRUNED: partial(unpruned, x),
+    }
+    if tome is not None:
+        fused = ToMe(model, tome.merges, padded_attention)
+        variants["tome", "fused"] = partial(fused, x)
+        variants["tome", "tuned"] = partial(tome, x)  # on the game's own kernels
+    if plan.compiled:
+        torch.compiler.reset()
+        compiled: Variants = {
+            ("native", "compiled"): partial(torch.compile(model), x),
+            ("native", "unfused compiled"): partial(torch.compile(unfused_model), x),
+        }
+        if len(x) == 1:  # batches are pruned eagerly under torch.compile too
+            compiled["pruned", "compiled"] = _drawing(fast, torch.compile(fast), x)
+        if tome is not None:
+            compiled["tome", "compiled"] = partial(torch.compile(fused), x)
+        variants |= _if_it_compiles(compiled)
+    return variants
+
+
+def _drawing(fast: PrunedViT, call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Calls with other counts every time."""
+    decisions, numbers = cast(SyntheticDecisions, fast.actor), itertools.count()
+
+    def drawn() -> Tensor:
+        decisions.draw(next(numbers))
+        return call(x)
+
+    return drawn
+
+
+def _if_it_compiles(compiled: Variants) -> Variants:
+    """Compiling needs a C++ compiler (on CPUs) or Triton; without them only eager models are compared."""
+    try:
+        for call in compiled.values():
+            call()
+    except RuntimeError as error:
+        warnings.warn(f"nothing is compiled: {first_line(error)}", stacklevel=2)
+        return {}
+    return compiled
+
+
+def interleave(
+    variants: Variants, device: torch.device, seconds: float, tick: Callable[[float], Any] = lambda _share: None
+) -> dict[Name, list[float]]:
+    """Seconds of each call, taken in turn round after round, so that all suffer the same disturbances.
+
+    Each round begins with another variant, so that none always finds the cache as the same predecessor left it.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    rounds, stop = -WARM_UP, 0.0
+    while rounds < 5 or time.perf_counter() < stop:
+        for name in order:
+            start = time.perf_counter()
+            variants[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if rounds >= 0:
+                times[name].append(time.perf_counter() - start)
+        order = order[1:] + order[:1]
+        rounds += 1
+        stop = time.perf_counter() + seconds if rounds == 0 else stop
+        tick(min(1.0, max(0.0, 1 - (stop - time.perf_counter()) / seconds)) if rounds > 0 else 0.0)
+    return times
+
+
+def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...], device: torch.device) -> Path:
+    """Where a bench of backbone `name` is written; the file name holds the conditions."""
+    lists = {
+        "stages": stages,
+        "keep": plan.keep,
+        "batch": plan.batch_sizes,
+        "": [str(dtype).removeprefix("torch.") for dtype in plan.dtypes],
+    }
+    machine = f"cpu-{torch.get_num_threads()}threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    parts = [name, plan.game.transition, *(f"{key}{'-'.join(map(str, values))}" for key, values in lists.items())]
+    marks = {"tome": plan.tome, "eager": not plan.compiled, "keeps-memory": plan.keeps_memory}
+    parts += [*(mark for mark, holds in marks.items() if holds), machine]
+    return Path(folder) / ("_".join(["bench", *parts]).replace(" ", "-").replace("/", "-") + ".csv")

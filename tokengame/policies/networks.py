@@ -1,0 +1,189 @@
+"""Actor and critic: small networks shared by all agents.
+
+Rows are looked up by `index_select`: the gradient of indexing by a tensor is summed by several threads in any order,
+and the same seed would give other bits.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokengame.config import ActorConfig
+from tokengame.game.state import Observation
+from tokengame.packed.heads import EXTRA_FEATURES
+
+
+class Scale(NamedTuple):
+    """Where a feature lies and how far it moves, of ViT-Ti/16 on ImageNet: an actor's weights are all of one order."""
+
+    centre: float = 0.0
+    factor: float = 1.0
+
+
+SCALES = {
+    "attention": Scale(),
+    "log size": Scale(0.5, 1.5),
+    "similarity": Scale(0.6, 6.0),
+    "alive": Scale(0.7, 2.0),
+    "leader": Scale(0.6, 6.0),
+    "dither": Scale(),
+}
+"""of the features that follow the attention of each head; that attention is taken relative to their centred mean"""
+
+START = {"drop": {"attention": 1.5, "dither": 0.5}, "merge": {"attention": 1.5, "leader": -1.0, "dither": 0.25}}
+"""Weights of the context actor before it has learned, by transition; the others are 0 (docs/LOG.md). Centred log
+attention is an adaptive threshold, and a token with a similar, more attended neighbour can be merged. Training starts
+by initialising the biases (`learning.rollout.initialise_biases`)."""
+
+
+def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _mlp(widths: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, width in pairwise(widths):
+        layers += [_linear(inputs, width), nn.Tanh()]
+    return nn.Sequential(*layers, _linear(widths[-1], outputs, last_gain))
+
+
+class TokenActor(nn.Module):
+    """RL4EViT's actor: [x_i, one-hot agent id] -> 64 -> 256 -> 64 -> (prune, keep), tanh, orthogonal.
+
+    The one-hot's part of the first layer is a row look-up. Bound to `agents` positions, so to one resolution.
+    """
+
+    def __init__(self, dim: int, agents: int, hidden: tuple[int, ...]):
+        super().__init__()
+        joint = torch.empty(hidden[0], dim + agents)
+        nn.init.orthogonal_(joint, math.sqrt(2))
+        self.token = nn.Linear(dim, hidden[0])
+        self.token.weight.data.copy_(joint[:, :dim])
+        nn.init.zeros_(self.token.bias)
+        self.identity = nn.Parameter(joint[:, dim:].T.contiguous())
+        self.rest = _mlp(hidden, 2, 0.01)
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] keep logits: a softmax over (prune, keep) is a Bernoulli of their difference."""
+        identity = self.identity.index_select(0, obs.agent)
+        hidden = torch.tanh(self.token(obs.token.to(self.token.weight.dtype)) + identity)
+        prune, keep = self.rest(hidden).unbind(1)
+        return keep - prune
+
+    def macs_per_agent(self) -> int:
+        """Multiply-accumulates of one decision; the identity look-up costs none."""
+        return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
+
+
+class LinearDecision(NamedTuple):
+    """A policy that is linear in the observed features; a fused forward can compute its decisions."""
+
+    weights: Tensor
+    """[T, F] of each stage, a bias last"""
+    shift: Tensor | None = None
+    """[T, B] subtracted from the logits of each image, or None"""
+
+
+def linear_decision(policy: Any) -> LinearDecision | None:
+    """The policy as a linear decision; None where it is more than that, has hooks, or lies on another device.
+
+    Only a class that defines `linear` itself counts: a subclass may have another `forward`.
+    """
+    if not isinstance(policy, nn.Module) or "linear" not in vars(type(policy)):
+        return None
+    if policy._forward_hooks or policy._forward_pre_hooks or "forward" in vars(policy):
+        return None
+    linear: LinearDecision | None = policy.linear  # type: ignore[assignment]
+    if linear is None or linear.weights.dtype != torch.float32 or linear.weights.device.type != "cpu":
+        return None
+    return linear
+
+
+class ContextActor(nn.Module):
+    """Observed features -> keep logit, linear at each stage; works at any resolution.
+
+    A hidden layer on the tokens themselves took a quarter of the decisions' time and improved nothing on held-back
+    images (docs/LOG.md).
+
+    Args:
+        heads: of the backbone.
+        stages: of the game.
+        start: weights of features before anything is learned.
+    """
+
+    fold: Tensor
+    """[F, F] from weights of scaled features and a bias to weights of the features as they are"""
+
+    def __init__(self, heads: int, stages: int, start: dict[str, float]):
+        super().__init__()
+        self.heads = heads
+        scales = [Scale()] * heads + [SCALES[name] for name in EXTRA_FEATURES] + [Scale()]  # the last of a bias
+        fold = torch.diag(torch.tensor([scale.factor for scale in scales]))
+        fold[-1, :-1] = -torch.tensor([scale.centre * scale.factor for scale in scales[:-1]])
+        fold[heads, :heads] = -1.0  # attention of a head is taken relative to the mean
+        self.register_buffer("fold", fold, persistent=False)
+        weight = torch.tensor([0.0] * heads + [start.get(name, 0.0) for name in EXTRA_FEATURES] + [0.0])
+        self.weight = nn.Parameter(weight.repeat(stages, 1))  # [T, F], the last column a bias
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] keep logits."""
+        features = obs.features.to(self.weight.dtype)
+        if obs.at_stage is not None:
+            weight = torch.mv(self.fold, self.weight[obs.at_stage])
+            return torch.addmv(weight[-1:].expand(len(features)), features, weight[:-1])
+        weights = self.linear.weights.index_select(0, obs.stage).index_select(0, obs.image)  # [A, F]
+        return (features * weights[:, :-1]).sum(1) + weights[:, -1]
+
+    @property
+    def linear(self) -> LinearDecision:
+        """Of each stage, in features as they are observed."""
+        return LinearDecision(self.weight @ self.fold.T)
+
+    def macs_per_agent(self) -> int:
+        """Multiply-accumulates of one decision."""
+        return self.weight.shape[1]
+
+
+Actor = TokenActor | ContextActor
+
+
+class Critic(nn.Module):
+    """Value of agent i's state from the agent-specific global state [x_i ; x_CLS] (and its features, where observed).
+
+    Without `central` it reads x_i alone: independent learners, IPPO.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool, central: bool = True
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim) if features else nn.Identity()
+        self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0]) if central else None
+        self.features = _linear(heads + len(EXTRA_FEATURES), hidden[0]) if features else None
+        self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
+        self.rest = _mlp(hidden, 1, 0.01)  # starts near 0: a wrong baseline is worse than none
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] values."""
+        shared = self.stage.index_select(0, obs.stage)  # of all agents of an image at a stage
+        if self.cls is not None:
+            shared = shared + self.cls(self.norm(obs.cls.to(self.cls.weight.dtype)))
+        hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + shared.index_select(0, obs.image)
+        if self.features is not None:
+            hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))
+        return self.rest(torch.tanh(hidden)).squeeze(1)
+
+
+def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
+    """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition)."""
+    if config.observation == "token_id":
+        return TokenActor(shape["dim"], shape["agents"], config.hidden)
+    return ContextActor(shape["heads"], shape["stages"], START[shape["transition"]])

@@ -1,0 +1,78 @@
+"""The terminal: progress with an ETA, tables, all on stderr; stdout belongs to --json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def steps(description: str, total: int) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar over a few long steps.
+
+    Yields:
+        A function that is told the name of the step under way and the share of it that is done.
+    """
+    with _bar() as bar:
+        task, names = bar.add_task(description, total=100 * total), dict[str, None]()
+
+        def update(name: str, share: float) -> None:
+            names[name] = None
+            done = 100 * (len(names) - 1 + share)
+            bar.update(task, completed=round(done), description=f"{description} {name}")
+
+        yield update
+        bar.update(task, completed=100 * total)
+
+
+def progress(iterable: Iterable, description: str, total: int) -> Iterable:
+    """`iterable` behind a progress bar with count and ETA."""
+    with _bar() as bar:
+        task = bar.add_task(description, total=total)
+        for item in iterable:
+            yield item
+            bar.advance(task)
+
+
+def named(name: str, iterable: Iterable, description: str, total: int) -> Iterable:
+    """`progress` of one of several similar tasks."""
+    return progress(iterable, f"{name}: {description}", total)
+
+
+def show_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns, label and value."""
+    grid = Table(title=title, show_header=False, title_justify="left")
+    grid.add_column()
+    grid.add_column(justify="right")
+    for label, value in rows:
+        grid.add_row(label, value)
+    console.print(grid)
+
+
+def show_rows(rows: list[dict[str, Any]], headings: dict[str, str] | None = None) -> None:
+    """One line a row, numbers to three digits; all columns of the first row unless some are given headings."""
+    headings = {key: key for key in rows[0]} if headings is None else headings
+    grid = Table(*headings.values(), box=SIMPLE, padding=(0, 1, 0, 0))
+    for row in rows:
+        grid.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in headings))
+    console.print(grid)

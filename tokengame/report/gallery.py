@@ -1,0 +1,110 @@
+"""Which tokens each image kept, as strips of pictures and as a page of them (the paper's Figure 5)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from tokengame.data.batches import Batch
+from tokengame.report.figures import denormalise, png, strip
+from tokengame.report.html import page
+from tokengame.runtime import PrunedViT
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image under one method."""
+
+    picture: Image.Image
+    """the input, then what is left after each stage"""
+    index: int
+    """of the image in its source"""
+    counts: list[int]
+    """tokens at the start and after each stage"""
+    compute: float
+    """of the native model's"""
+    native: tuple[int, float]
+    """class predicted with all tokens, and its probability"""
+    pruned: tuple[int, float]
+    """likewise with the tokens that were kept"""
+
+
+@torch.inference_mode()
+def draw(fast: PrunedViT, batch: Batch, side: int) -> list[Drawing]:
+    """A drawing of each image of `batch`, cropped as the model saw it; `side` is the height of a panel in pixels."""
+    weight, game = next(fast.model.parameters()), fast.game
+    images = batch.images.to(weight.device, weight.dtype)
+    kept = fast.trace(images).cpu().numpy()  # [T, B, N]
+    grid = game.backbone.grid(*images.shape[2:])
+    output = fast.predict(images)
+    native_macs, macs = fast.macs(output)
+    before, after = (logits.float().softmax(1).max(1) for logits in (fast.model(images), output.logits))
+    drawings = []
+    for number, pixels in enumerate(denormalise(images, game.backbone.preprocessing())):
+        shares = kept[:, number].mean(1)
+        compute = float(macs[number]) / native_macs
+        left = [f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True)]
+        drawings.append(
+            Drawing(
+                picture=strip(pixels, kept[:, number], grid, [f"compute {compute:.0%}", *left], side),
+                index=int(batch.index[number]),
+                counts=[kept.shape[2], *(int(n) for n in kept[:, number].sum(1))],
+                compute=compute,
+                native=(int(before.indices[number]), float(before.values[number])),
+                pruned=(int(after.indices[number]), float(after.values[number])),
+            )
+        )
+    return drawings
+
+
+def write_gallery(
+    path: Path, title: str, names: Sequence[str], methods: dict[str, list[Drawing]], classes: Sequence[str]
+) -> None:
+    """One HTML file, pictures inside: for each image the methods' strips, one below the other.
+
+    Args:
+        path: of the file.
+        title: of the page.
+        names: of the images, by their index.
+        methods: drawings of the same images by each method.
+        classes: name of each class; may be empty.
+    """
+
+    def label(found: tuple[int, float]) -> str:
+        name = classes[found[0]] if found[0] < len(classes) else f"class {found[0]}"
+        return f"{name}, {found[1]:.0%} sure"
+
+    rows = []
+    for together in zip(*methods.values(), strict=True):
+        strips = [
+            {
+                "method": method,
+                "picture": base64.b64encode(png(drawing.picture)).decode(),
+                "counts": " → ".join(map(str, drawing.counts)),
+                "compute": f"{drawing.compute:.0%}",
+                "pruned": label(drawing.pruned),
+                "changed": drawing.pruned[0] != drawing.native[0],
+            }
+            for method, drawing in zip(methods, together, strict=True)
+        ]
+        rows.append({"name": names[together[0].index], "native": label(together[0].native), "strips": strips})
+    path.write_text(page("gallery.html", title=title, rows=rows))
+
+
+def together(methods: dict[str, list[Drawing]]) -> list[Image.Image]:
+    """For each image one picture, the methods' strips below each other."""
+    pictures = []
+    for drawings in zip(*methods.values(), strict=True):
+        strips = [drawing.picture for drawing in drawings]
+        canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+        top = 0
+        for picture in strips:
+            canvas.paste(picture, (0, top))
+            top += picture.height
+        pictures.append(canvas)
+    return pictures

@@ -1,0 +1,48 @@
+"""Fused forward: a whole game in one call of the compiled kernels (csrc/game.cpp), from pixels to logits.
+
+It does what `cascade.step_by_step` does, with the same kernels, for a merge game under a linear policy. A thread plays
+a few images to their end while they are in its cache; threads do not wait for each other at decisions, and nothing
+returns to Python in between.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokengame.backends import Backend
+from tokengame.backends.base import FusedRequest
+from tokengame.game import Decide, TokenGame
+from tokengame.game.state import ordered_dither
+from tokengame.kernels.functions import FusedOutput
+from tokengame.packed.heads import EXTRA_FEATURES
+from tokengame.policies.networks import linear_decision
+
+
+def forward(
+    game: TokenGame, backend: Backend, images: Tensor, decide: Decide, threshold: float, tokens_before: bool
+) -> FusedOutput | None:
+    """Play whole games in one call; None where they must be played step by step.
+
+    Args:
+        game: what is played.
+        backend: that would play it.
+        images: [B, channels, height, width].
+        decide, threshold: the policy.
+        tokens_before: whether tokens before the first decision are wanted.
+    """
+    linear = linear_decision(decide) if fits(game) else None
+    columns = game.backbone.heads + len(EXTRA_FEATURES) + 1
+    if linear is None or linear.weights.shape != (len(game.stages), columns):
+        return None
+    thresholds = torch.full((len(game.stages), len(images)), threshold, device="cpu", dtype=torch.float32)
+    if linear.shift is not None:
+        thresholds += linear.shift
+    dither = ordered_dither(*game.backbone.grid(*images.shape[2:]))
+    return backend.fused(images, FusedRequest(game.stages, linear.weights, thresholds, dither, tokens_before))
+
+
+def fits(game: TokenGame) -> bool:
+    """Whether csrc/game.cpp plays such games: merging, observed features, patches not needed in the last block."""
+    patches_leave = game.end == 2 * game.backbone.depth - 2
+    return type(game) is TokenGame and game.merge and game.features and bool(game.stages) and patches_leave
