@@ -143,7 +143,7 @@ class Trainer:
             number = self.processes.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
             shares = [after / before for before, after in pairwise([state.total, *number.values()])]
             found.append(thresholds_for(self.game, self.actor, images, shares, self.processes))
-        self.actor.line.data[:, -1] -= torch.stack(found).mean(0)
+        self.actor.weight.data[:, -1] -= torch.stack(found).mean(0)
         self.calibrated = True
 
     def _steered(self, metrics: dict[str, float]) -> float:
