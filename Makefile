@@ -1,7 +1,10 @@
 # Two commands do everything on a fresh machine: make quickstart, make test.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 
 .PHONY: quickstart test check clean
 quickstart: $(VENV)/.installed
@@ -12,11 +15,13 @@ test: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@echo "Installing tokengame into $(VENV). PyTorch is some gigabytes: this takes one to five minutes."
+	$(PIP) --editable . | scripts/brief
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,oracle]'
+	@echo "Installing what the tests need."
+	$(PIP) --editable '.[dev,oracle]' | scripts/brief
 	touch $@
 
 clean:

@@ -108,7 +108,7 @@ extern "C" {
 // processor.cpp
 
 // Selects the instructions to use, at most `wanted`, and returns the selected level. 0: the kernels do not run on this
-// processor; 1: AVX-512 with bfloat16; 2: AMX. Asks the operating system for permission to use AMX tiles.
+// processor; 1: AVX-512 with bfloat16; 2: AMX. Gets permission from the operating system to use AMX tiles.
 int set_level(int wanted);
 
 // The checksum of the source files that this library was compiled from.

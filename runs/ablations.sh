@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What each part of learning is worth: six trainings, three seeds each, on ViT-Ti/16. Eighty minutes on one core with
-# AMX, two and a half hours without; what is interrupted is gone on with from build/ablations.
+# AMX, two and a half hours without; an interrupted run continues from build/ablations.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every method on ViT-Ti/16 and the ImageNet images that the policy was not trained on: table, CSV, frontier.png in
-# build/compare. Policies look once and twice. About 14 minutes on two cores with AMX, 25 on
+# build/compare. Policies run without and with the cascade. About 14 minutes on two cores with AMX, 25 on
 # others, with nothing else running.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Dataset
 
-from tokengame.scenes import FashionScenes, Photos, load_photos
+from tokengame.data.scenes import FashionScenes, Photos, load_photos
 
 ASSETS = Path(__file__).parents[1] / "tokengame" / "assets"
 # (canvas, clutter, item's share of the canvas, patch dropout, images, peak learning rate)

@@ -8,8 +8,8 @@
 #   bash runs/imagenet_deit_small.sh --dry-run         two updates of both steps; says how long all would take here
 #
 # Also: OUT the folder to write to, PRESET=rl4evit to learn by the paper's own reward, BATCH images an update, EPOCHS of
-# fine-tuning, WORKERS a process, WEIGHTS a local checkpoint (else timm downloads its own), BIN the folder of python. What
-# was started is gone on with when the script is started again. We had no ImageNet-1k: only --dry-run has been run.
+# fine-tuning, WORKERS a process, WEIGHTS a local checkpoint (else timm downloads its own), BIN the folder of python. A run that
+# was interrupted continues when the script is started again. We had no ImageNet-1k: only --dry-run has been run.
 set -euo pipefail
 BACKBONE=$1 RATIO=$2 DRY=${3:-}
 BIN=${BIN:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin}

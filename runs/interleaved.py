@@ -1,15 +1,16 @@
-"""EViT and a policy in random turns in one process, so that whatever the machine does happens to all of them alike:
+"""EViT and a policy in random order in one process, so that disturbances of the machine affect all of them alike:
 
-    python runs/in_turn.py --images imagenet_sample.tar --weights vit_tiny_patch16_224.safetensors
-    python runs/clock_of.py build/in_turn.csv results/quality*bfloat16*
+    python runs/interleaved.py --images imagenet_sample.tar --weights vit_tiny_patch16_224.safetensors
+    python runs/speed_at_agreement.py build/interleaved.csv results/quality*bfloat16*
 
-Each method at several settings, the policy looking once and twice, native the fused form; medians over the rounds, of
-other images every time. With --step-by-step the policy comes back to Python at its decisions, as the peers do.
+Each method at several settings, the policy without and with the cascade, native in its fused form; medians over the
+rounds, on other images every time. With --step-by-step the policy returns to Python at its decisions, as the peers do.
 """
+
+from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
@@ -17,20 +18,23 @@ from typing import Literal
 import torch
 import tyro
 
-from tokengame.baselines import EViT
-from tokengame.bench import write_csv
-from tokengame.compare import KEEP, SECOND_LOOK, looking
-from tokengame.console import progress, show_rows
-from tokengame.data import plain_views
-from tokengame.evaluate import keep_heap, run, timed
-from tokengame.images import open_images
-from tokengame.models import load_model, preprocessing_of
-from tokengame.policy import Policy
-from tokengame.runtime import find_policy, prune
+from tokengame.backbones import load_model, preprocessing_of
+from tokengame.baselines.evit import EViT
+from tokengame.baselines.reducer import KEEP
+from tokengame.data.batches import plain_views
+from tokengame.data.datasets import open_images
+from tokengame.files import write_csv
+from tokengame.measure.compare import CASCADE_MARGIN, with_margin
+from tokengame.measure.conditions import conditions
+from tokengame.measure.evaluate import keep_freed_memory, timed
+from tokengame.policies import Policy
+from tokengame.policies.policy import find_policy
+from tokengame.report.console import progress, show_rows
+from tokengame.runtime import prune
 
 
 @dataclass
-class InTurn:
+class Interleaved:
     images: Path
     """folder or archive"""
     policy: str = "vit_tiny_patch16_224"
@@ -41,46 +45,48 @@ class InTurn:
     batch_size: int = 32
     rounds: int = 40
     step_by_step: bool = False
-    output: Path = Path("build/in_turn.csv")
+    output: Path = Path("build/interleaved.csv")
 
 
 @torch.inference_mode()
-def main(args: InTurn) -> None:
-    """Race, show, write."""
-    keep_heap()
+def main(args: Interleaved) -> None:
+    """Time, show, write."""
+    keep_freed_memory()
     model = load_model(args.backbone, args.weights and str(args.weights)).to(getattr(torch, args.dtype))
     views = plain_views(open_images(str(args.images), "validation"), preprocessing_of(model))
     pool = torch.cat([batch.images for batch, _ in zip(views.loader(32, 1), range(5), strict=False)])
     pool = pool.to(next(model.parameters()).dtype)
     policy = Policy.load(find_policy(args.policy))
-    if args.step_by_step:  # who is watched is not played in one call
-        policy.actor.register_forward_hook(lambda *_: None)
     methods = {("EViT, not fusing", f"keep {k}"): EViT(model, k, fuse=False) for k in KEEP}
     for name, margin, dials in ((args.policy, 0.0, (0.27, 0.38, 0.5, 0.62, 0.73)),
-                                (f"{args.policy}, two looks", SECOND_LOOK, (0.5, 0.62, 0.73, 0.8))):  # fmt: skip
-        methods |= {(name, f"dial {dial}"): prune(model, looking(policy, margin), dial) for dial in dials}
-    calls = {key: partial(run, method) for key, method in methods.items()} | {("native", ""): model}
+                                (f"{args.policy}, cascade", CASCADE_MARGIN, (0.5, 0.62, 0.73, 0.8))):  # fmt: skip
+        for dial in dials:
+            fast = prune(model, with_margin(policy, margin), dial)
+            if args.step_by_step:  # a policy with a hook is not fused
+                fast.actor.register_forward_hook(lambda *_: None)
+            methods[name, f"dial {dial}"] = fast
+    calls = {key: method.predict for key, method in methods.items()} | {("native", ""): model}
     seconds, compute = {key: [] for key in calls}, {key: [] for key in methods}
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    for number in progress(range(-3, args.rounds), "racing", args.rounds + 3):
+    for number in progress(range(-3, args.rounds), "timing", args.rounds + 3):
         images = pool[torch.randperm(len(pool), generator=generator)[: args.batch_size]]
         for key in rng.sample(list(calls), len(calls)):
             found, took = timed(images.device, calls[key], images)
             if number >= 0:
                 seconds[key].append(took)
             if key in methods and number >= 0:
-                native, macs = methods[key].macs(found[0])
+                native, macs = methods[key].macs(found)
                 compute[key].append(float(macs.mean()) / native)
     native = median(seconds["native", ""])
     rows = [
         {"method": method, "setting": setting, "gmacs_ratio": fmean(compute[method, setting]),
          "milliseconds": 1e3 * median(seconds[method, setting]), "speedup": native / median(seconds[method, setting])}
+        | conditions(pool.dtype)
         for method, setting in methods
     ]  # fmt: skip
-    show_rows(rows)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    show_rows(rows, {key: key for key in ("method", "setting", "gmacs_ratio", "milliseconds", "speedup")})
     write_csv(rows, args.output)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(InTurn))
+    main(tyro.cli(Interleaved))

@@ -7,8 +7,8 @@ import csv
 import sys
 from pathlib import Path
 
-from tokengame.ablate import across_seeds
-from tokengame.console import show_rows
+from tokengame.measure.ablate import across_seeds
+from tokengame.report.console import show_rows
 
 tables = [list(csv.DictReader(Path(path).read_text().splitlines())) for path in sys.argv[1:]]
 rows = []

@@ -1,9 +1,9 @@
 """Speed-up at the same agreement, with agreement averaged over several `compare` runs and speed from a timed one:
-python runs/clock_of.py results/compare_*.csv build/seeds/*/compare.csv
+python runs/speed_at_agreement.py results/compare_*.csv build/seeds/*/compare.csv
 
 The first file is the timed run. At each compute a method has the mean agreement of the other runs and the speed of the
 first, linear between settings; of all computes at which the agreement is reached the fastest counts. Speed-ups are over
-native beside the method, call by call; images a second are as the machine was in the method's turn.
+native beside the method, call by call; images a second are those of the machine at that moment.
 """
 
 import csv
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokengame.compare import LEVELS
-from tokengame.console import show_rows
+from tokengame.measure.compare import LEVELS
+from tokengame.report.console import show_rows
 
 KEYS = {
     "method": "speedup", "on PyTorch's kernels": "speedup_pytorch", "images a second": "images_per_second_pruned"

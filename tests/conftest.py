@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tokengame import kernels
-from tokengame.cli import main
-from tokengame.config import TrainConfig, merge
-from tokengame.networks import build_actor
-from tokengame.ops import Layout
-from tokengame.policy import Policy, actor_shape, fingerprint
-from tokengame.train import Trainer
+from tokengame.cli.main import main
+from tokengame.config import GAME_VERSION, TrainConfig, merge
+from tokengame.kernels.library import library
+from tokengame.learning.trainer import Trainer
+from tokengame.packed.layout import RaggedLayout
+from tokengame.policies import Policy
+from tokengame.policies.networks import build_actor
+from tokengame.policies.policy import FORMAT, actor_shape, fingerprint
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 # under `pytest -n` processes share the cores: threads that wait for each other on a busy core take many times as long
@@ -75,7 +77,7 @@ def policy_for(model, transition="merge"):
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
-        "format": 4, "game_version": 4,
+        "format": FORMAT, "game_version": GAME_VERSION,
         "backbone": {"name": "tiny", "shape": shape, "fingerprint": fingerprint(trainer.backbone)},
         "game": {"stages": [1, 2], "transition": transition},
         "actor": {"observation": "context", "hidden": [32]}, "agents": 16, "training": {},
@@ -107,17 +109,17 @@ def place(tmp_path_factory):
 
 
 needs_kernels = pytest.mark.skipif(
-    kernels.library() is None, reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
+    not kernels.available(), reason="no compiled kernels: no AVX-512 bfloat16 in the processor, or no compiler"
 )
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["avx512", "amx"])
 def level(request):
     """Instructions that the kernels are held to."""
-    if kernels.library().set_up(request.param) != request.param:
+    if library().set_level(request.param) != request.param:
         pytest.skip("no AMX in this processor")
     yield
-    kernels.library().set_up(2)
+    library().set_level(2)
 
 
 def half_vit(seed=0, **changes):
@@ -129,7 +131,7 @@ def normal(*shape, seed=0):
 
 
 def layout_of(counts):
-    return Layout(counts, torch.device("cpu"))
+    return RaggedLayout(counts, torch.device("cpu"))
 
 
 def off(found, exact):

@@ -1,4 +1,4 @@
-"""Ablations: each changes what its name says, and the command measures all of them over seeds."""
+"""Ablations: each changes what its name says, and the command measures all of them over several seeds."""
 
 import csv
 import json
@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import tiny_vit
 
-from tokengame.ablate import ABLATIONS, across_seeds, variants
-from tokengame.cli import main
+from tokengame.cli.main import main
 from tokengame.config import TrainConfig, merge
-from tokengame.evaluate import at_ratios
-from tokengame.networks import Critic
-from tokengame.state import Observation
-from tokengame.train import Trainer
+from tokengame.game import Observation
+from tokengame.learning.trainer import Trainer
+from tokengame.measure.ablate import ABLATIONS, across_seeds, variants
+from tokengame.measure.evaluate import at_ratios
+from tokengame.policies.networks import Critic
 
 
 def test_figures_at_a_ratio_by_hand():
@@ -29,7 +29,7 @@ def test_figures_at_a_ratio_by_hand():
     assert math.isnan(found["kl_0.6"])
 
 
-def test_mean_and_spread():
+def test_mean_and_spread_over_seeds_by_hand():
     three = [{"a": 1.0}, {"a": 2.0}, {"a": 6.0}, {"a": math.nan}]
     assert across_seeds(three) == {"a": 3.0, "a_std": pytest.approx(7**0.5), "a_seeds": 3}
     assert across_seeds([{"a": 1.0}]) == {"a": 1.0, "a_std": 0.0, "a_seeds": 1}
@@ -41,7 +41,7 @@ def test_variants_play_the_same_number_of_games():
     found = variants(config)
     assert set(found) == set(ABLATIONS)
     assert {v.batch_size * v.rollouts for v in found.values()} == {config.batch_size * config.rollouts}
-    assert len({json.dumps(v, default=vars) for v in found.values()}) == len(found), "each is another"
+    assert len({json.dumps(v, default=vars) for v in found.values()}) == len(found), "no two are the same"
 
 
 @torch.no_grad()
@@ -67,10 +67,10 @@ def test_every_variant_learns(name):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.actor.parameters(), strict=True))
 
 
-def test_the_command_measures_all_and_does_not_repeat_itself(tmp_path, capsys):
-    arguments = ["ablate", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.008", "--updates", "1",
-                 "--batch-size", "2", "--rollouts", "2", "--seeds", "1", "--workers", "0", "--output", str(tmp_path),
-                 "--json"]  # fmt: skip
+def test_the_command_measures_all_and_trains_nothing_twice(tmp_path, capsys):
+    few = ["--holdout", "0.004", "--updates", "1", "--batch-size", "2", "--rollouts", "2", "--game.stages", "4"]
+    arguments = ["ablate", "--backbone", "fashion", "--images", "fashion", *few, "--seeds", "1", "--workers", "0",
+                 "--output", str(tmp_path), "--json"]  # fmt: skip
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     names = [row["ablation"] for row in rows]

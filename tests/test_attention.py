@@ -8,48 +8,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
 
-from tokengame import attention
-from tokengame.attention import (
+from tokengame.game.transition import keep_at_least_one
+from tokengame.packed import attention
+from tokengame.packed.attention import (
     KERNELS,
     LONG,
     Shape,
-    asked_attention,
     batch_cost,
     bias_column,
     by_cost,
     by_rule,
+    cross_attention,
     grouped_attention,
     image_cost,
     looped_attention,
     padded_attention,
+    unfused_attention,
     varlen_attention,
-    written_attention,
 )
-from tokengame.ops import PIECE, Layout, add_by_pieces, keep_at_least_one, segment_mean, spare_rows
+from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.rows import PIECE, add_in_pieces, padding_rows, segment_mean
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=10)
 
 
 def layout_of(counts):
-    return Layout(counts, torch.device("cpu"))
+    return RaggedLayout(counts, torch.device("cpu"))
 
 
-def naive_attention(q, k, v, counts, bias, asking=None, scale=None):
-    """Softmax written out, image by image and head by head; `asking` of an image's queries where not all ask."""
-    out, asked, start = torch.zeros_like(q), 0, 0
-    for few, n in zip(asking or counts, counts, strict=True):
-        own, rows = slice(asked, asked + few), slice(start, start + n)
+def naive_attention(q, k, v, counts, bias, queries=None, scale=None):
+    """A softmax image by image and head by head; `queries` of each image, where not all rows have one."""
+    out, first, start = torch.zeros_like(q), 0, 0
+    for few, n in zip(queries or counts, counts, strict=True):
+        own, rows = slice(first, first + few), slice(start, start + n)
         for head in range(q.shape[1]):
             scores = q[own, head] @ k[rows, head].T * (scale or q.shape[2] ** -0.5)
             scores = scores if bias is None else scores + bias[rows]
             out[own, head] = scores.softmax(1) @ v[rows, head]
-        asked, start = asked + few, start + n
+        first, start = first + few, start + n
     return out.flatten(1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(counts=counts, biased=st.booleans(), seed=st.integers(0, 99))
-def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
+def test_kernels_equal_the_naive_softmax(kernel, counts, biased, seed):
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator)
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
@@ -57,8 +59,8 @@ def test_kernels_equal_softmax_written_out(kernel, counts, biased, seed):
     torch.testing.assert_close(found, naive_attention(*qkv.unbind(1), counts, bias), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [looped_attention, written_attention])
-def test_gradients_are_those_of_softmax_written_out_and_none_is_longer_than_its_image(kernel):
+@pytest.mark.parametrize("kernel", [looped_attention, unfused_attention])
+def test_gradients_equal_the_naive_ones_and_none_is_longer_than_its_image(kernel):
     counts, generator = [3, 7, 1], torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(counts), 3, 2, 8, generator=generator, requires_grad=True)
     bias = torch.rand(sum(counts), generator=generator)
@@ -66,7 +68,7 @@ def test_gradients_are_those_of_softmax_written_out_and_none_is_longer_than_its_
     nodes = [found.grad_fn]
     for node in nodes:
         nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
-    assert not any(node.name().startswith("SliceBackward") for node in nodes), "a slice's is as long as all images"
+    assert not any(node.name().startswith("SliceBackward") for node in nodes), "the gradient of a slice is as long as the whole batch"
     (gradient,) = torch.autograd.grad(found.sin().sum(), qkv)
     (expected,) = torch.autograd.grad(naive_attention(*qkv.unbind(1), counts, bias).sin().sum(), qkv)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
@@ -74,34 +76,34 @@ def test_gradients_are_those_of_softmax_written_out_and_none_is_longer_than_its_
 
 @given(pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=10), even=st.booleans(),
        biased=st.booleans(), scale=st.sampled_from([None, 0.7]), seed=st.integers(0, 99))  # fmt: skip
-def test_fewer_rows_ask_than_are_looked_at(pairs, even, biased, scale, seed):
-    asking = [3 if even else few for few, _ in pairs]
-    counts = [few + more for few, (_, more) in zip(asking, pairs, strict=True)]
+def test_cross_attention_of_fewer_queries_than_keys(pairs, even, biased, scale, seed):
+    queries = [3 if even else few for few, _ in pairs]
+    counts = [few + more for few, (_, more) in zip(queries, pairs, strict=True)]
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(sum(asking), 2, 8, generator=generator)
+    q = torch.randn(sum(queries), 2, 8, generator=generator)
     k, v = torch.randn(2, sum(counts), 2, 8, generator=generator)
     bias = torch.rand(sum(counts), generator=generator) * 3 if biased else None
-    found = asked_attention(q, k, v, layout_of(asking), layout_of(counts), bias, scale)
+    found = cross_attention(q, k, v, layout_of(queries), layout_of(counts), bias, scale)
     assert found.shape == q.shape
-    expected = naive_attention(q, k, v, counts, bias, asking, scale)
+    expected = naive_attention(q, k, v, counts, bias, queries, scale)
     torch.testing.assert_close(found.flatten(1), expected, atol=1e-5, rtol=1e-5)
 
 
 @given(counts=counts, seed=st.integers(0, 99))
-def test_a_further_column_is_a_key_bias(counts, seed):
-    """What variable-length kernels on a GPU are given instead of a bias."""
+def test_bias_column_acts_as_a_key_bias(counts, seed):
+    """Variable-length kernels on a GPU get the column instead of a bias."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, sum(counts), 2, 8, generator=generator)
     bias = torch.rand(sum(counts), generator=generator) * 3
     wide = bias_column(q, k, v, bias)
     assert all(t.shape == (sum(counts), 2, 16) for t in wide)
-    kept_scale = wide[0] * (16 / 8) ** 0.5  # the naive reference divides by the new width's root
+    kept_scale = wide[0] * (16 / 8) ** 0.5  # the naive reference divides by the root of the new width
     found = naive_attention(kept_scale, *wide[1:], counts, None).view(-1, 2, 16)[..., :8].flatten(1)
     torch.testing.assert_close(found, naive_attention(q, k, v, counts, bias), atol=1e-5, rtol=1e-5)
 
 
 @given(counts=counts, seed=st.integers(0, 99))
-def test_pad_loses_nothing_and_flags_are_counted(counts, seed):
+def test_unpad_inverts_pad_and_flags_are_counted_per_image(counts, seed):
     layout = layout_of(counts)
     rows = torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(layout.unpad(layout.pad(rows)), rows)
@@ -129,14 +131,14 @@ def test_segment_mean_counts_beyond_256_in_bfloat16():
     assert segment_mean(values, layout_of([600, 100])).tolist() == [[1.0], [1.0]]
 
 
-def test_the_best_agent_of_a_starved_image_stays_and_others_are_left_alone():
+def test_an_image_without_agents_keeps_its_best_and_others_are_unchanged():
     keep = torch.tensor([False, False, False, True, False])
     logits = torch.tensor([-3.0, -1.0, -2.0, 1.0, -5.0])
     assert keep_at_least_one(keep, logits, layout_of([3, 2])).tolist() == [False, True, False, True, False]
 
 
 def by_softmax(q, k, v, ends_q, ends_k, longest_q, longest_k, scale):
-    """What `varlen_attn` documents, slowly; it runs on GPUs alone."""
+    """What `varlen_attn` documents, slowly; the kernel itself runs only on GPUs."""
     assert ends_q.dtype == ends_k.dtype == torch.int32
     assert longest_q == longest_k == int(ends_q.diff().max())
     parts = []
@@ -147,10 +149,10 @@ def by_softmax(q, k, v, ends_q, ends_k, longest_q, longest_k, scale):
 
 
 @given(counts=counts, biased=st.booleans(), seed=st.integers(0, 99))
-def test_what_the_gpu_kernel_is_given(counts, biased, seed):
+def test_arguments_of_the_gpu_kernel(counts, biased, seed):
     def stand_in(*args, **settings):
-        given = signature.bind(*args, **settings).arguments
-        return by_softmax(*list(given.values())[:7], scale=given["scale"])
+        bound = signature.bind(*args, **settings).arguments
+        return by_softmax(*list(bound.values())[:7], scale=bound["scale"])
 
     signature = inspect.signature(varlen.varlen_attn)
     generator = torch.Generator().manual_seed(seed)
@@ -176,16 +178,16 @@ CPU = Shape(torch.device("cpu"), torch.float32, 2, 8, threads=99)
 
 
 def test_choice_by_cost(monkeypatch):
-    """By hand: groups pay for their longest image, a kernel that pads is for equal lengths, the cheapest wins."""
+    """By hand: a group costs as much as its longest image, a kernel that pads is for equal lengths, the cheapest wins."""
     costs = {
         "padded": 0.5,
         "looped": 1.0,
-        "written": 1.0,
+        "unfused": 1.0,
         "grouped by 2": 0.8,
         "grouped by 4": 0.7,
         "grouped by 8": 9.0,
     }
-    monkeypatch.setattr("tokengame.attention.measured_cost", lambda name, length, _: costs[name] * length)
+    monkeypatch.setattr(attention, "measured_cost", lambda name, length, _: costs[name] * length)
     attention._cheapest.cache_clear()
     assert batch_cost("grouped by 2", (16, 32, 64), CPU) == pytest.approx(0.8 * (32 + 32 + 64))
     assert image_cost("looped", 27, CPU) == pytest.approx(27)  # measured at 23 and 32
@@ -206,26 +208,26 @@ def test_choice_by_rule(monkeypatch):
     assert by_cost(layout_of([9, 5]), gpu._replace(dtype=torch.float16)) is varlen_attention
     assert by_rule(layout_of([200, 150]), CPU) is looped_attention
     assert by_rule(layout_of([9, 5]), CPU).func is grouped_attention
-    assert by_rule(layout_of([9, 5]), CPU, learning=True) is looped_attention
+    assert by_rule(layout_of([9, 5]), CPU, gradients=True) is looped_attention
 
 
-def test_long_images_are_never_scored_in_full(monkeypatch):
-    monkeypatch.setattr("tokengame.attention.measured_cost", lambda name, length, _: (name == "looped") * length)
+def test_long_images_use_only_fused_kernels(monkeypatch):
+    monkeypatch.setattr(attention, "measured_cost", lambda name, length, _: (name == "looped") * length)
     attention._cheapest.cache_clear()
-    assert by_cost(layout_of([LONG, LONG - 1]), CPU) is KERNELS["written"].kernel
+    assert by_cost(layout_of([LONG, LONG - 1]), CPU) is KERNELS["unfused"].kernel
     assert by_cost(layout_of([LONG + 1, LONG]), CPU) is looped_attention
     attention._cheapest.cache_clear()
 
 
 @pytest.mark.parametrize("rows", [31, 32, 1000])
-def test_half_precision_batches_are_lengthened(rows):
+def test_half_precision_batches_are_padded_to_a_multiple_of_32(rows):
     with torch.no_grad():
-        assert (rows + spare_rows(torch.zeros(rows, 2, dtype=torch.bfloat16))) % 32 == 0
-        assert spare_rows(torch.zeros(rows, 2)) == 0
-    assert spare_rows(torch.zeros(rows, 2, dtype=torch.bfloat16)) == 0, "not where gradients flow"
+        assert (rows + padding_rows(torch.zeros(rows, 2, dtype=torch.bfloat16))) % 32 == 0
+        assert padding_rows(torch.zeros(rows, 2)) == 0
+    assert padding_rows(torch.zeros(rows, 2, dtype=torch.bfloat16)) == 0, "not where gradients are recorded"
 
 
-def test_pieces_of_rows_are_the_whole():
+def test_add_in_pieces_equals_one_call():
     piece = PIECE // 300
     rows, calls = torch.randn(5 * piece + 7, 300), []
 
@@ -234,10 +236,10 @@ def test_pieces_of_rows_are_the_whole():
         return 2 * some
 
     with torch.no_grad():
-        assert torch.equal(add_by_pieces(double, rows), rows + 2 * rows)
-        assert set(calls[:-1]) == {piece}, "few shapes: each costs something once"
+        assert torch.equal(add_in_pieces(double, rows), rows + 2 * rows)
+        assert set(calls[:-1]) == {piece}, "few shapes, since each new one costs time once"
         assert sum(calls) == len(rows)
         calls.clear()
-        add_by_pieces(double, rows[: 2 * piece - 1])
-    add_by_pieces(double, rows)
+        add_in_pieces(double, rows[: 2 * piece - 1])
+    add_in_pieces(double, rows)
     assert calls == [2 * piece - 1, len(rows)], "few rows, and rows with gradients, in one piece"

@@ -1,4 +1,4 @@
-"""Keeping every token is the native model, for every plain architecture; everything else is refused by name."""
+"""Keeping all tokens gives the native prediction, for every plain architecture; all others are refused by name."""
 
 import pytest
 import timm
@@ -6,11 +6,11 @@ import torch
 from conftest import tiny_vit
 from timm.layers import Attention
 
-from tokengame.backbone import Backbone
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
-from tokengame.testing import Scripted, check_contract, masked_forward, merged_forward
+from tokengame.game.testing import Scripted, check_contract, masked_forward, merged_forward
 
 ARCHITECTURES = {
     "plain": {},
@@ -41,7 +41,7 @@ ARCHITECTURES = {
 
 
 class Scaled(torch.nn.Linear):
-    """A layer whose weight alone does not say what it does, like those of adapters and quantisation."""
+    """A layer that does more than its weight says, like those of adapters and quantisation."""
 
     def forward(self, rows):
         return 1.5 * super().forward(rows)
@@ -65,10 +65,10 @@ def build(key):
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @pytest.mark.parametrize("key", ARCHITECTURES)
 @torch.no_grad()
-def test_keeping_everything_is_the_native_model(key, transition):
+def test_keeping_all_tokens_gives_the_native_prediction(key, transition):
     model, images = build(key)
-    game = TokenGame(Backbone(model), GameConfig(stage_count=2, transition=transition))
-    found = game.logits(game.play(images, lambda obs: torch.ones(len(obs.token))))
+    game = TokenGame(wrap(model), GameConfig(stage_count=2, transition=transition))
+    found = game.predict(game.play(images, lambda obs: torch.ones(len(obs.token))))
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
 
 
@@ -77,23 +77,23 @@ def test_keeping_everything_is_the_native_model(key, transition):
 @torch.no_grad()
 def test_packed_equals_the_slow_reference(key, transition):
     model, images = build(key)
-    backbone = Backbone(model)
+    backbone = wrap(model)
     game = TokenGame(backbone, GameConfig(stages=(1, 2), transition=transition))
     agents = game.reset(images).total
     table = torch.randn(2, 3, agents, generator=torch.Generator().manual_seed(2))
-    found = game.logits(game.play(images, Scripted(table)))
+    found = game.predict(game.play(images, Scripted(table)))
     reference = masked_forward if transition == "drop" else merged_forward
     expected = reference(backbone, (1, 2), images, table)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     native = model(images)
-    assert float((found - native).norm() / native.norm()) > 1e-3, "the decisions changed nothing: the test is blind"
+    assert float((found - native).norm() / native.norm()) > 1e-3, "the decisions changed nothing"
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @pytest.mark.parametrize("key", ["plain", "distilled", "registers", "average pool, no class token"])
 def test_contract(key, transition):
     model, images = build(key)
-    check_contract(TokenGame(Backbone(model), GameConfig(transition=transition)), images)
+    check_contract(TokenGame(wrap(model), GameConfig(transition=transition)), images)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_contract(key, transition):
 def test_what_cannot_be_exact_is_refused_with_the_reason(name, changes, reason):
     small = {"depth": 1, "embed_dim": 48, "num_heads": 2} if "vit_base" in name else {}
     with pytest.raises(TokenGameError, match=reason):
-        Backbone(timm.create_model(name, **small, **changes))
+        wrap(timm.create_model(name, **small, **changes))
 
 
 def test_stages_outside_the_model_are_refused(model):
     for stages in [(1, 4), (2, 1), (-1,), (1, 1)]:
         with pytest.raises(TokenGameError, match="from 0 to 3"):
-            TokenGame(Backbone(model), GameConfig(stages=stages))
+            TokenGame(wrap(model), GameConfig(stages=stages))
 
 
 @pytest.mark.parametrize(("depth", "count", "stages"), [(12, 3, (3, 6, 9)), (24, 3, (6, 12, 18)), (8, 3, (2, 4, 6)),

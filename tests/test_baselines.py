@@ -8,14 +8,17 @@ from conftest import tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from timm import create_model
+from tokengame.macs import head_macs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokengame.attention import padded_attention, written_attention
-from tokengame.backbone import Backbone
-from tokengame.baselines import ATS, EViT, ToMe, merge_pairs, sample_by_significance, tome_at
-from tokengame.macs import head_macs, native_macs
-from tokengame.testing import _weighted_head
+from tokengame.backbones import wrap
+from tokengame.baselines.ats import ATS, sample_by_significance
+from tokengame.baselines.evit import EViT
+from tokengame.baselines.tome import ToMe, merge_pairs, tome_at
+from tokengame.game.testing import _weighted_head
+from tokengame.packed.attention import padded_attention, unfused_attention
+from tokengame.runtime.macs import native_macs
 
 ARCHITECTURES = {
     "class token": {},
@@ -57,7 +60,7 @@ def test_every_patch_is_in_exactly_one_token(model):
 
 @torch.inference_mode()
 def test_kernels_agree(model):
-    one, other = (ToMe(model, (3, 3, 2, 1), kernel)(IMAGES) for kernel in (padded_attention, written_attention))
+    one, other = (ToMe(model, (3, 3, 2, 1), kernel)(IMAGES) for kernel in (padded_attention, unfused_attention))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -102,7 +105,7 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
 @torch.inference_mode()
 def test_a_whole_pass_is_the_papers(model):
     """timm's own attention with log size added to its logits, then merging pair by pair; one image at a time."""
-    merges, backbone = (3, 3, 2, 1), Backbone(model)
+    merges, backbone = (3, 3, 2, 1), wrap(model)
     found = ToMe(model, merges)(IMAGES)
     for image, x in enumerate(backbone.embed(IMAGES)):
         size = torch.ones(len(x))
@@ -129,7 +132,7 @@ def counted(reducer, image):
 @pytest.mark.parametrize("merges", [(3, 0, 2, 1), (3, 0, 2, 0)])
 @torch.inference_mode()
 def test_macs_are_what_the_flop_counter_sees(merges, model):
-    tome = ToMe(model, merges, written_attention)
+    tome = ToMe(model, merges, unfused_attention)
     seen, expected = counted(tome, IMAGES[:1])
     assert seen == pytest.approx(expected, rel=1e-6)
     assert float(tome.macs(tome.play(IMAGES[:1]))[1]) == pytest.approx(tome.macs_at(16))
@@ -137,7 +140,7 @@ def test_macs_are_what_the_flop_counter_sees(merges, model):
 
 @pytest.mark.parametrize("ratio", [0.8, 0.7, 0.6])
 def test_the_budget_is_met(ratio, model):
-    native = native_macs(Backbone(model), 16)
+    native = native_macs(wrap(model), 16)
     found = tome_at(model, ratio * native, 16).macs_at(16)
     assert found / native == pytest.approx(ratio, abs=0.04)
 
@@ -233,7 +236,7 @@ def test_ats_is_the_papers(model):
 @torch.inference_mode()
 def test_macs_of_single_images(method, model):
     reducer = method(model, 0.5) if method is EViT else method(model, 6)
-    reducer.backbone.attend = written_attention
+    reducer.backbone.attend = unfused_attention
     for image in IMAGES.split(1):
         seen, expected = counted(reducer, image)
         # the class token's look at every row is no matrix product to the counter

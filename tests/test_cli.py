@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokengame.cli import main, parse
-from tokengame.models import preprocessing_of
-from tokengame.policy import Policy
+from tokengame.backbones import preprocessing_of
+from tokengame.cli.main import main, parse
+from tokengame.policies import Policy
 from tokengame.runtime import prune
 
 NAME = "vit_tiny_patch16_224"
@@ -116,10 +116,10 @@ def test_calibrate_writes_what_is_promised(flags, policy, tmp_path, capsys):
     assert "20 calibration images can promise" in " ".join(captured.err.split())
     assert main([*evaluation, "100"]) == 0
     assert document(capsys)["dial"] == rows[-1]["dial"]
-    assert Policy.load(output).game.second_look == 0
-    assert main(["calibrate", *flags, "--policy", str(policy), "--output", str(output), "--second-look", "0.5"]) == 0
+    assert Policy.load(output).game.cascade_margin == 0
+    assert main(["calibrate", *flags, "--policy", str(policy), "--output", str(output), "--cascade-margin", "0.5"]) == 0
     twice = Policy.load(output)
-    assert twice.game.second_look == 0.5
+    assert twice.game.cascade_margin == 0.5
     pairs = zip(rows, twice.card["calibration"], strict=True)
     assert any(once["gmacs_ratio"] < row["gmacs_ratio"] for once, row in pairs), "second looks are work"
 

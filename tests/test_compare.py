@@ -1,5 +1,6 @@
 """Rules, DynamicViT and the harness that sets methods against each other."""
 
+
 import csv
 import io
 import json
@@ -10,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_vit
 from PIL import Image
+from tokengame.dynamicvit import _hiding
 
-from tokengame import compare as comparison
 from tokengame import dynamicvit, kernels
-from tokengame.backbone import Backbone
-from tokengame.cli import main
-from tokengame.compare import Entry, compare, peers, race, speed_at, speeds
+from tokengame.backbones import wrap
+from tokengame.baselines.dynamicvit import DynamicViT, Predictor, _masked, dynamic_loss, pruned_by, train_dynamicvit
+from tokengame.baselines.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
+from tokengame.cli.main import main
 from tokengame.config import GameConfig
-from tokengame.data import Batch
-from tokengame.dynamicvit import DynamicViT, Predictor, _hiding, _masked, dynamic_loss, pruned_by, train_dynamicvit
-from tokengame.evaluate import Scores
-from tokengame.figures import frontier_figure
-from tokengame.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
-from tokengame.ops import Layout
-from tokengame.runtime import by_rule
+from tokengame.data.batches import Batch
+from tokengame.measure.compare import Entry, baseline_entries, compare, speed_at, speeds, time_method
+from tokengame.measure.evaluate import Scores
+from tokengame.packed.layout import RaggedLayout
+from tokengame.report.figures import frontier_figure
+from tokengame.runtime import prune_by
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def batches(number=2, labels=True):
 
 
 def test_the_best_stay():
-    layout, score = Layout([3, 1, 4], CPU), torch.tensor([0.1, 0.9, 0.5, 0.2, 3.0, -1.0, 2.0, 1.0])
+    layout, score = RaggedLayout([3, 1, 4], CPU), torch.tensor([0.1, 0.9, 0.5, 0.2, 3.0, -1.0, 2.0, 1.0])
     found = keep_best(score, torch.tensor([2, 1, 3]), layout) > 0
     assert found.tolist() == [False, True, True, True, True, False, True, True]
 
@@ -45,24 +46,24 @@ def test_the_best_stay():
 @torch.inference_mode()
 def test_attention_keeps_its_share_of_the_most_attended(transition, model):
     shares = (0.7, 0.49)
-    fast = by_rule(model, GameConfig(stages=(1, 2), transition=transition), KeepBest(attention, shares))
-    state = fast.play(IMAGES)
+    fast = prune_by(model, GameConfig(stages=(1, 2), transition=transition), KeepBest(attention, shares))
+    state = fast.predict(IMAGES)
     assert [n.tolist() for n in state.kept] == [[12] * 4, [8] * 4]  # ceil of 11.2 and 7.84
     game = fast.game
     state = game.reset(IMAGES)
     obs = game.observe(state)
     stays = (fast.actor(obs) > 0).view(4, 16)
     for image in range(4):
-        paid = obs.features[obs.scene == image, :2].exp().mean(1)
+        paid = obs.features[obs.image == image, :2].exp().mean(1)
         assert float(paid[stays[image]].min()) >= float(paid[~stays[image]].max())
 
 
 @torch.inference_mode()
 def test_chance_differs_from_call_to_call_and_repeats_with_its_seed(model):
     game = GameConfig(stages=(1,))
-    one, other = (by_rule(model, game, KeepBest(Random(3), (0.5,))) for _ in range(2))
-    first, second = one.trace(IMAGES), one.trace(IMAGES)
-    assert torch.equal(first, other.trace(IMAGES))
+    one, other = (prune_by(model, game, KeepBest(Random(3), (0.5,))) for _ in range(2))
+    first, second = one.ttime_method(IMAGES), one.ttime_method(IMAGES)
+    assert torch.equal(first, other.ttime_method(IMAGES))
     assert not torch.equal(first, second)
     assert (first.sum(2) == 8).all()
 
@@ -70,11 +71,11 @@ def test_chance_differs_from_call_to_call_and_repeats_with_its_seed(model):
 @torch.inference_mode()
 def test_budgets_are_the_others(model):
     game = GameConfig(stages=(1, 2))
-    fast = by_rule(model, game, lambda obs: torch.sin(1e3 * obs.token[:, 0]) + 0.3)
+    fast = prune_by(model, game, lambda obs: torch.sin(1e3 * obs.token[:, 0]) + 0.3)
     ruled = AtBudgets(fast, attention)
     state = ruled.play(IMAGES)
-    assert torch.equal(torch.stack(state.kept), torch.stack(fast.play(IMAGES).kept))
-    assert not torch.equal(state.alive, fast.play(IMAGES).alive)
+    assert torch.equal(torch.stack(state.kept), torch.stack(fast.predict(IMAGES).kept))
+    assert not torch.equal(state.alive, fast.predict(IMAGES).alive)
 
 
 def predicted_slowly(predictor, tokens, alive):
@@ -88,7 +89,7 @@ def predicted_slowly(predictor, tokens, alive):
 
 @torch.no_grad()
 def test_predictor_is_the_papers():
-    predictor, layout = Predictor(32), Layout([5, 5], CPU)
+    predictor, layout = Predictor(32), RaggedLayout([5, 5], CPU)
     tokens, alive = torch.randn(10, 32), torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 0])
     found = predictor(tokens, layout, alive)
     expected = [predicted_slowly(predictor, tokens[i : i + 5], alive[i : i + 5]) for i in (0, 5)]
@@ -97,7 +98,7 @@ def test_predictor_is_the_papers():
 
 @torch.no_grad()
 def test_hiding_is_a_mask_but_for_oneself():
-    qkv, layout = torch.randn(10, 3, 2, 8), Layout([5, 5], CPU)
+    qkv, layout = torch.randn(10, 3, 2, 8), RaggedLayout([5, 5], CPU)
     visible = torch.tensor([[1.0, 0, 1, 1, 0], [1, 1, 0, 1, 1]])
     found = _hiding(qkv, layout, visible, None)
     allowed = visible.bool()[:, None, None, :] | torch.eye(5, dtype=torch.bool)
@@ -109,7 +110,7 @@ def test_hiding_is_a_mask_but_for_oneself():
 def test_dynamicvit_learns_its_ratio_and_the_backbone_stays(model):
     model.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    backbone, data = Backbone(model), batches(40, labels=False)
+    backbone, data = wrap(model), batches(40, labels=False)
     torch.manual_seed(0)
     untrained = DynamicViT(32, 3, keep=0.5)
     dynamic = train_dynamicvit(model, data, 40, keep=0.5, lr=1e-2)
@@ -128,17 +129,15 @@ def test_every_loss_reaches_the_predictors(model, monkeypatch):
     model.requires_grad_(False)
     dynamic = DynamicViT(32, 3)
     torch.manual_seed(0)
-    loss = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), batches(1)[0])
+    loss = dynamic_loss(wrap(model), dynamic, (1, 2, 3), batches(1)[0])
     torch.manual_seed(0)
-    without = dynamic_loss(Backbone(model), dynamic, (1, 2, 3), replace(batches(1)[0], labels=None))
+    without = dynamic_loss(wrap(model), dynamic, (1, 2, 3), replace(batches(1)[0], labels=None))
     assert float(loss.detach()) > float(without.detach()), "labels add cross-entropy"
     for weight in ("WEIGHT_KL", "WEIGHT_TOKENS", "WEIGHT_RATIO"):
         with monkeypatch.context() as patch:
             patch.setattr(dynamicvit, weight, 0.0)
             torch.manual_seed(0)
-            assert float(dynamic_loss(Backbone(model), dynamic, (1, 2, 3), batches(1)[0]).detach()) < float(
-                loss.detach()
-            )
+            assert float(dynamic_loss(wrap(model), dynamic, (1, 2, 3), batches(1)[0]).detach()) < float(loss.detach())
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dynamic.predictors[0].parameters())
 
@@ -146,13 +145,13 @@ def test_every_loss_reaches_the_predictors(model, monkeypatch):
 @torch.inference_mode()
 def test_dynamicvit_really_drops(model):
     fast = pruned_by(model, DynamicViT(32, 3, keep=0.5).eval())
-    assert [n.tolist() for n in fast.play(IMAGES).kept] == [[8] * 4, [4] * 4, [2] * 4]
-    native, macs = fast.macs(fast.play(IMAGES))
+    assert [n.tolist() for n in fast.predict(IMAGES).kept] == [[8] * 4, [4] * 4, [2] * 4]
+    native, macs = fast.macs(fast.predict(IMAGES))
     assert float(macs.mean()) < 0.75 * native
 
 
 def test_methods_meet_on_the_same_images(model):
-    rows = compare(model, peers(model), batches())
+    rows = compare(model, baseline_entries(model), batches())
     methods = {row["method"] for row in rows}
     assert {"ToMe", "EViT", "EViT, not fusing", "ATS", "attention, drop", "attention, merge", "random, drop"} < methods
     assert len({row["top1_native"] for row in rows}) == 1
@@ -175,11 +174,11 @@ def test_a_race_takes_turns_on_full_batches_dealt_anew(monkeypatch):
         called.append((call, images.flatten().tolist()))
         return None, seconds[call]
 
-    monkeypatch.setattr("tokengame.compare.written_out", lambda _: "written out")
+    monkeypatch.setattr("tokengame.compare.unfused", lambda _: "written out")
     monkeypatch.setattr("tokengame.compare.timed", timed)
     monkeypatch.setattr("tokengame.compare.partial", lambda *_: "method")
     numbers = torch.arange(7.0)
-    assert race("fused", None, [numbers[:3], numbers[3:]], rounds=2) == ([(4, 3.0, 1.5)] * 2, [])
+    assert time_method("fused", None, [numbers[:3], numbers[3:]], rounds=2) == ([(4, 3.0, 1.5)] * 2, [])
     assert [name for name, _ in called[:2]] == ["method"] * 2
     assert len(called) == 2 + 9
     assert [name for name, _ in called[2::3]] == ["fused", "written out", "method"], "always the same one first"
@@ -189,11 +188,11 @@ def test_a_race_takes_turns_on_full_batches_dealt_anew(monkeypatch):
 
 def test_a_race_times_pytorchs_kernels_too_where_ours_run(monkeypatch):
     seconds = {"fused": 5.0, "written out": 6.0, "run": 1.5, "_on_pytorch": 4.0}
-    monkeypatch.setattr("tokengame.compare.written_out", lambda _: "written out")
+    monkeypatch.setattr("tokengame.compare.unfused", lambda _: "written out")
     monkeypatch.setattr("tokengame.compare.timed", lambda _, call, __: (None, seconds[call]))
     monkeypatch.setattr("tokengame.compare.partial", lambda function, _: function.__name__)
     monkeypatch.setattr(kernels, "take", lambda _: True)
-    found = race("fused", None, [torch.arange(4.0)], rounds=3)
+    found = time_method("fused", None, [torch.arange(4.0)], rounds=3)
     assert found == ([(4, 5.0, 1.5)] * 3, [4.0] * 3)
     summary = Scores([0], agree=[True], kl=[0.0], confidence=[1.0], macs=[1.0], kept=[[1]], macs_native=1.0)
     summary.seconds, summary.seconds_pytorch = found
@@ -202,7 +201,7 @@ def test_a_race_times_pytorchs_kernels_too_where_ours_run(monkeypatch):
 
 
 def test_what_is_not_timed_has_no_speed(model):
-    fast = by_rule(model, GameConfig(stages=(1,)), KeepBest(attention, (0.5,)))
+    fast = prune_by(model, GameConfig(stages=(1,)), KeepBest(attention, (0.5,)))
     (row,) = compare(model, [Entry("a", "", AtBudgets(fast, Random()), False, is_timed=False)], batches())
     assert "speedup" not in row
 
@@ -284,6 +283,6 @@ def test_dynamicvit_is_never_measured_on_what_it_learned(tmp_path, capsys):
 
 def test_models_without_a_class_token_compare_too():
     model = tiny_vit(global_pool="avg", class_token=False)
-    rows = compare(model, peers(model), batches(1))
+    rows = compare(model, baseline_entries(model), batches(1))
     exact = next(row for row in rows if row["method"] == "all tokens, exact exit")
     assert exact["gmacs_ratio"] >= 1

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from conftest import layout_of, needs_kernels, normal
 from hypothesis import given
 from hypothesis import strategies as st
+from tokengame.decisions import absorb, features_of
 
-from tokengame.blocks import Heads
-from tokengame.decisions import absorb, features_of, similarity_of
-from tokengame.ops import ordered_dither
-from tokengame.state import State
+from tokengame.backends.decisions import similarity_of
+from tokengame.game import State
+from tokengame.game.state import ordered_dither
+from tokengame.packed.heads import Heads
 
 pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")

@@ -11,12 +11,13 @@ import torch
 from conftest import policy_for
 from safetensors.torch import load_file
 
-from tokengame import prune
-from tokengame.cli import main
+from tokengame.baselines import BASELINES
+from tokengame.cli.main import main
 from tokengame.config import FinetuneConfig
 from tokengame.errors import TokenGameError
-from tokengame.finetune import Tuner
-from tokengame.policy import Policy
+from tokengame.learning.finetune import Tuner
+from tokengame.policies import Policy
+from tokengame.runtime import prune
 
 SMALL = FinetuneConfig(updates=13, batch_size=8, lr=1e-4, dtype="float32", warmup=0.0)
 
@@ -42,7 +43,7 @@ def test_tuning_brings_the_pruned_prediction_back(transition, model):
     assert not torch.equal(tuner.tuned().head.weight, model.head.weight)
 
 
-def test_labels_pull_where_they_are_weighed(model):
+def test_labels_are_learned_where_they_have_a_weight(model):
     wanted = (model(images(8)).argmax(1) + 1) % 5
     config = replace(SMALL, labels=1.0, distill=0.0, updates=30)
     tuner = Tuner(model, policy_for(model), 0.5, config)
@@ -53,7 +54,7 @@ def test_labels_pull_where_they_are_weighed(model):
 
 
 def test_the_dial_holds_the_compute(model):
-    """The policy alone would settle elsewhere: it starts at other compute than wanted."""
+    """Left alone, the compute would end elsewhere: it starts at another than wanted."""
     config = replace(SMALL, updates=60)
     for wanted in (0.55, 0.8):
         tuner = Tuner(model, policy_for(model), 0.5, config, compute=wanted)
@@ -90,7 +91,7 @@ def test_schedules_by_name(sched, model):
 
 
 @pytest.mark.parametrize(("name", "value"), [("opt", "magic"), ("sched", "magic")])
-def test_what_timm_does_not_know_is_said(name, value, model):
+def test_what_timm_does_not_know_is_refused(name, value, model):
     with pytest.raises(TokenGameError, match=f"timm does not make .*{value}"):
         Tuner(model, policy_for(model), 0.5, replace(SMALL, **{name: value}))
 
@@ -128,7 +129,8 @@ def test_finetune_writes_weights_and_a_card_that_names_them(place, capsys, recwa
     )
 
 
-def test_compare_runs_a_tuned_policy_on_its_own_weights(place, capsys):
+def test_compare_runs_a_tuned_policy_on_its_own_weights(place, capsys, monkeypatch):
+    monkeypatch.setattr("tokengame.measure.compare.BASELINES", BASELINES[:1])  # the others have tests of their own
     root, flags, small = place
     tuned, policy = root / "again", root / "policy.safetensors"
     run = ["finetune", *flags, *small, "--policy", str(policy), "--output", str(tuned)]

@@ -1,4 +1,4 @@
-"""The game on random decisions, and one test for each defect of the authors' published code (DESIGN: traps)."""
+"""The game on random decisions, and one test (`test_trap_...`) for each defect of the authors' published code."""
 
 import inspect
 from dataclasses import replace
@@ -9,13 +9,13 @@ from conftest import tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokengame.backbone import Backbone
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig, TrainConfig, merge
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
-from tokengame.ops import ordered_dither
-from tokengame.testing import Scripted, check_contract, masked_forward, merged_forward, survivors
-from tokengame.train import Trainer
+from tokengame.game.state import ordered_dither
+from tokengame.game.testing import Scripted, check_contract, kept_agents, masked_forward, merged_forward
+from tokengame.learning.trainer import Trainer
 
 MODELS = {size: tiny_vit(img_size=size, reg_tokens=1) for size in [(16, 16), (32, 32), (24, 40)]}
 
@@ -32,47 +32,47 @@ MODELS = {size: tiny_vit(img_size=size, reg_tokens=1) for size in [(16, 16), (32
 @torch.no_grad()
 def test_packed_equals_the_slow_reference(size, stages, batch, lean, seed, transition):
     """Any stages (block 0 and "all" too), batch size, input size and decisions, from nearly all kept to one."""
-    backbone = Backbone(MODELS[size])
+    backbone = wrap(MODELS[size])
     game = TokenGame(backbone, GameConfig(stages=stages, transition=transition))
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, *size, generator=generator)
     table = torch.randn(len(stages), batch, backbone.patches, generator=generator) + lean
     state = game.play(images, Scripted(table))
     expected = (masked_forward if transition == "drop" else merged_forward)(backbone, stages, images, table)
-    assert float((game.logits(state) - expected).norm() / expected.norm()) < 1e-5
-    assert torch.equal(torch.stack(state.kept), survivors(table).sum(2))
+    assert float((game.predict(state) - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(torch.stack(state.kept), kept_agents(table).sum(2))
 
 
 @pytest.mark.parametrize("stages", [(1,), (3,), (0, 2)])
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.no_grad()
-def test_patches_leave_after_the_last_attention_and_nothing_changes(stages, transition, model):
+def test_patches_are_left_out_after_the_last_attention_and_nothing_changes(stages, transition, model):
     """A class token alone goes through the last MLP; a model that averages patches keeps them."""
-    game, seen = TokenGame(Backbone(model), GameConfig(stages=stages, transition=transition)), []
+    game, seen = TokenGame(wrap(model), GameConfig(stages=stages, transition=transition)), []
     handle = model.blocks[-1].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     images = torch.randn(3, 3, 32, 32)
-    found = game.logits(game.play(images, lambda obs: torch.ones(len(obs.token))))
+    found = game.predict(game.play(images, lambda obs: torch.ones(len(obs.token))))
     handle.remove()
     assert seen == [3]
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-4)
-    assert not Backbone(tiny_vit(global_pool="avg", class_token=False)).reads_prefix_only
+    assert not wrap(tiny_vit(global_pool="avg", class_token=False)).reads_prefix_only
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
-def test_an_image_does_not_care_about_its_batch(transition):
-    game = TokenGame(Backbone(MODELS[32, 32]), GameConfig(transition=transition))
+def test_an_image_does_not_depend_on_its_batch(transition):
+    game = TokenGame(wrap(MODELS[32, 32]), GameConfig(transition=transition))
     images, table = torch.randn(5, 3, 32, 32), torch.randn(3, 5, 16)
     with torch.no_grad():
-        together = game.logits(game.play(images, Scripted(table)))
-        alone = torch.cat([game.logits(game.play(images[b : b + 1], Scripted(table[:, b : b + 1]))) for b in range(5)])
+        together = game.predict(game.play(images, Scripted(table)))
+        alone = torch.cat([game.predict(game.play(images[b : b + 1], Scripted(table[:, b : b + 1]))) for b in range(5)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.no_grad()
-def test_nobody_sees_padding(transition):
-    """Images with 1 to 16 living agents: each observes the same in the batch and alone."""
-    game = TokenGame(Backbone(MODELS[32, 32]), GameConfig(stages=(0, 1, 2), transition=transition))
+def test_no_agent_observes_padding(transition):
+    """Images with 1 to 16 agents left: each agent observes the same in the batch and alone."""
+    game = TokenGame(wrap(MODELS[32, 32]), GameConfig(stages=(0, 1, 2), transition=transition))
     images, table = torch.randn(5, 3, 32, 32), torch.randn(3, 5, 16)
     table[0] += torch.tensor([-9.0, -0.5, 0.0, 0.5, 9.0])[:, None]
 
@@ -86,7 +86,7 @@ def test_nobody_sees_padding(transition):
     together = played(slice(0, 5))
     assert together.layout.counts[0] == 1 < together.layout.longest
     for image in range(5):
-        alone, own = played(slice(image, image + 1)), together.scene == image
+        alone, own = played(slice(image, image + 1)), together.image == image
         for found, expected in ((together.features[own], alone.features), (together.token[own], alone.token)):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -94,11 +94,11 @@ def test_nobody_sees_padding(transition):
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 def test_gradients_flow_through_a_game(transition, model):
     """To every weight, and the same as through the slow reference."""
-    backbone, images = Backbone(model.requires_grad_(True)), torch.randn(2, 3, 32, 32)
+    backbone, images = wrap(model.requires_grad_(True)), torch.randn(2, 3, 32, 32)
     game, table = TokenGame(backbone, GameConfig(stages=(1, 2), transition=transition)), torch.randn(2, 2, 16)
     reference = inspect.unwrap(masked_forward if transition == "drop" else merged_forward)  # of its `no_grad`
     gradients = []
-    for logits in (game.logits(game.play(images, Scripted(table))), reference(backbone, (1, 2), images, table)):
+    for logits in (game.predict(game.play(images, Scripted(table))), reference(backbone, (1, 2), images, table)):
         gradients.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
@@ -110,20 +110,20 @@ def test_contract_catches_a_game_that_only_masks(model):
             return super().step(state, torch.ones_like(keep), logits)
 
     with pytest.raises(AssertionError, match=r"not carried out"):
-        check_contract(Masking(Backbone(model), GameConfig()), torch.randn(2, 3, 32, 32))
+        check_contract(Masking(wrap(model), GameConfig()), torch.randn(2, 3, 32, 32))
 
 
 @torch.no_grad()
 def test_features_equal_the_attention_of_timm(model):
-    """Log attention from the class token at the block the stage looks at, against softmax(q k) written out."""
-    images, backbone = torch.randn(3, 3, 32, 32), Backbone(model)
-    for transition, looked_at in [("drop", 1), ("merge", 2)]:
+    """Log attention from the class token in the block that the stage observes, against softmax(q k) computed here."""
+    images, backbone = torch.randn(3, 3, 32, 32), wrap(model)
+    for transition, observed in [("drop", 1), ("merge", 2)]:
         game = TokenGame(backbone, GameConfig(stages=(2,), transition=transition))
         obs = game.observe(game.reset(images))
         x = backbone.embed(images)
-        for block in model.blocks[:looked_at]:
+        for block in model.blocks[:observed]:
             x = block(x)
-        block = model.blocks[looked_at]
+        block = model.blocks[observed]
         q, k, v = block.attn.qkv(block.norm1(x)).view(3, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
         attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(3)[:, :, 0, 1:]  # [B, H, N]
         expected = (17 * attention).log().permute(0, 2, 1).reshape(-1, 2)
@@ -143,11 +143,11 @@ def test_features_equal_the_attention_of_timm(model):
 
 
 def test_dither_thins_evenly_at_any_share():
-    """Of every 8 x 8 window k of 64 stay at threshold k; of every 2 x 2 one at a quarter, and no neighbours at half."""
+    """At threshold k every 8 x 8 window keeps k of 64; at a quarter every 2 x 2 keeps one; at half no neighbours."""
     grid = ordered_dither(24, 16).view(24, 16)
     for k in range(65):
-        stays = (grid.sigmoid() > 1 - k / 64).float()
-        counts = torch.nn.functional.avg_pool2d(stays[None], 8, 1) * 64
+        kept = (grid.sigmoid() > 1 - k / 64).float()
+        counts = torch.nn.functional.avg_pool2d(kept[None], 8, 1) * 64
         assert torch.allclose(counts, torch.full_like(counts, k))
     quarter, half = grid.sigmoid() > 0.75, grid.sigmoid() > 0.5
     assert (torch.nn.functional.avg_pool2d(quarter.float()[None], 2, 1) == 0.25).all()
@@ -155,9 +155,9 @@ def test_dither_thins_evenly_at_any_share():
 
 
 @torch.no_grad()
-def test_dither_is_seen_by_position(model):
+def test_dither_is_observed_by_position(model):
     """Also by agents that are left in the middle of a game."""
-    game = TokenGame(Backbone(model), GameConfig(stages=(1, 2)))
+    game = TokenGame(wrap(model), GameConfig(stages=(1, 2)))
     first, logits = game.reset(torch.randn(3, 3, 32, 32)), torch.randn(48)
     for state in (first, game.step(first, logits > 0, logits)):
         obs = game.observe(state)
@@ -165,7 +165,7 @@ def test_dither_is_seen_by_position(model):
     assert len(obs.agent) < 48
 
 
-# Traps
+# Traps: defects of the authors' published code
 
 
 def trainer_for(model, **changes):
@@ -179,8 +179,8 @@ def play(trainer, batch=4):
 
 
 def test_trap_masks_tokens_are_really_removed(model):
-    """Work shrinks with the tokens: rows seen by a later block's MLP are the survivors' and no more."""
-    game, seen = TokenGame(Backbone(model), GameConfig(stages=(1,))), []
+    """Work shrinks with the tokens: a later block's MLP gets the rows of kept tokens and no more."""
+    game, seen = TokenGame(wrap(model), GameConfig(stages=(1,))), []
     handle = model.blocks[-2].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
     with torch.no_grad():
         state = game.play(torch.randn(3, 3, 32, 32), Scripted(torch.randn(1, 3, 16)))
@@ -189,7 +189,7 @@ def test_trap_masks_tokens_are_really_removed(model):
     assert seen[0] < 3 * 17
 
 
-def test_trap_dead_agents_are_in_no_loss(model):
+def test_trap_pruned_agents_are_in_no_loss(model):
     trainer = trainer_for(model)
     rollout, outcome, _ = play(trainer)
     experience = trainer.experience(rollout, outcome)
@@ -204,7 +204,7 @@ def test_trap_rows_of_experience_belong_to_their_image_and_agent(model):
     stamped = replace(outcome, acting=outcome.acting, alive=torch.zeros_like(outcome.alive))
     trainer.rewards = lambda _: tag.expand(outcome.acting.shape).clone()
     returns = trainer.experience(rollout, stamped).returns
-    expected = torch.cat([obs.scene * 16 + obs.agent for obs in rollout.observations]).float()
+    expected = torch.cat([obs.image * 16 + obs.agent for obs in rollout.observations]).float()
     torch.testing.assert_close(returns, expected)
 
 
@@ -245,7 +245,7 @@ def test_trap_the_first_ratio_is_one(model):
 
 
 def test_trap_values_are_taken_where_decisions_happen(model):
-    """The critic is asked exactly once per decision, about the very observations the actor saw."""
+    """The critic runs exactly once per decision, on the very observations that the actor had."""
     trainer, seen = trainer_for(model), []
     rollout, outcome, _ = play(trainer)
     handle = trainer.critic.register_forward_hook(lambda _, args, __: seen.append(args[0]))

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokengame import kernels
-from tokengame.backbone import Backbone
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
-from tokengame.testing import Scripted
+from tokengame.game.testing import Scripted
 
 pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")
@@ -29,18 +29,18 @@ def model():
 
 
 def game_of(model, transition="drop"):
-    return TokenGame(Backbone(model), GameConfig(stages=(1, 2), transition=transition))
+    return TokenGame(wrap(model), GameConfig(stages=(1, 2), transition=transition))
 
 
 @torch.no_grad()
 def played(game, images, decide=lambda obs: torch.ones(len(obs.agent))):
-    return game.logits(game.play(images, decide))
+    return game.predict(game.play(images, decide))
 
 
 # Attention
 
 
-def written_out(q, k, v, asking, counts, bias, scale):
+def unfused(q, k, v, asking, counts, bias, scale):
     parts, bias = [], torch.zeros(len(k)) if bias is None else bias
     for own, key, value, add in zip(q.split(asking), k.split(counts), v.split(counts), bias.split(counts), strict=True):
         heads = zip(own.unbind(1), key.unbind(1), value.unbind(1), strict=True)
@@ -61,7 +61,7 @@ def test_attention_is_as_near_to_double_precision_as_pytorchs(pairs, heads, widt
     bias = normal(sum(counts), seed=seed + 1).abs() * 3 if biased else None
     found = kernels.attention(q, k, v, layout_of(asking), layout_of(counts), bias, scale)
     settings = asking, counts, bias, width**-0.5 if scale is None else scale
-    exact, theirs = (written_out(*(t.to(dtype) for t in (q, k, v)), *settings) for dtype in (torch.double, q.dtype))
+    exact, theirs = (unfused(*(t.to(dtype) for t in (q, k, v)), *settings) for dtype in (torch.double, q.dtype))
     assert off(found, exact) < min(0.004, 1.5 * off(theirs, exact) + 5e-4)
 
 
@@ -127,7 +127,7 @@ def test_rows_are_the_same_bytes_in_any_batch_and_for_any_threads(transition):
 @torch.no_grad()
 def test_threads_on_their_own_way_through_a_stretch_do_not_meet():
     """One may ask what is left of a memory while the other is blocks ahead, all among its own images."""
-    backbone = Backbone(half_vit(img_size=128))
+    backbone = wrap(half_vit(img_size=128))
     game, images = TokenGame(backbone, GameConfig(stages=(0, 3), transition="merge")), normal(24, 3, 128, 128)
     table = normal(2, 24, 256, seed=1).float() + torch.linspace(-1, 3, 24)[:, None]  # some images are soon done
     alone = [game.play(images[i : i + 1], Scripted(table[:, i : i + 1])).x for i in range(24)]
@@ -165,13 +165,13 @@ def test_what_pytorch_refuses_is_refused(model):
 
 @torch.no_grad()
 def test_which_rows_are_taken(monkeypatch):
-    assert kernels.take(normal(2, 32))
-    assert not any(kernels.take(normal(2, 32).to(dtype)) for dtype in (torch.float32, torch.float16, torch.float64))
-    assert not kernels.take(normal(2, 32).requires_grad_())
+    assert kernels.usable(normal(2, 32))
+    assert not any(kernels.usable(normal(2, 32).to(dtype)) for dtype in (torch.float32, torch.float16, torch.float64))
+    assert not kernels.usable(normal(2, 32).requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not kernels.take(normal(2, 32))
+        assert not kernels.usable(normal(2, 32))
     with torch.enable_grad():
-        assert not kernels.take(normal(2, 32))
+        assert not kernels.usable(normal(2, 32))
     monkeypatch.setenv("TOKENGAME_KERNELS", "none")
     assert kernels.library.__wrapped__() is None
 
@@ -180,7 +180,7 @@ def test_which_rows_are_taken(monkeypatch):
 def test_gradients_reach_every_weight_after_the_kernels_ran(transition, model):
     game, images = game_of(model.requires_grad_(True), transition), normal(2, 3, 32, 32)
     decide = Scripted(normal(2, 2, 16, seed=1).float())
-    ours, logits = played(game, images, decide), game.logits(game.play(images, decide))
+    ours, logits = played(game, images, decide), game.predict(game.play(images, decide))
     assert off(ours, logits.detach()) < 0.03
     for gradient in torch.autograd.grad(logits.float().square().sum(), list(model.parameters())):
         assert gradient.isfinite().all()
@@ -201,14 +201,14 @@ def test_pytorch_calculates_as_before(model):
 @torch.no_grad()
 def test_tiles_of_the_processor_are_left_as_they_were(model):
     """Whoever else multiplies in this thread may rely on how it set them up."""
-    if kernels.library().set_up(2) < 2:
+    if kernels.library().set_level(2) < 2:
         pytest.skip("no AMX in this processor")
     code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     code.write(bytes.fromhex("c4e2784907c3 c4e2794907c3"))  # ldtilecfg, ret; sttilecfg, ret
     load, store = (
         ctypes.CFUNCTYPE(None, ctypes.c_char_p)(ctypes.addressof(ctypes.c_char.from_buffer(code)) + at) for at in (0, 6)
     )
-    backbone, layout, found = Backbone(model), layout_of([17] * 5), ctypes.create_string_buffer(64)
+    backbone, layout, found = wrap(model), layout_of([17] * 5), ctypes.create_string_buffer(64)
     x = backbone.embed(normal(5, 3, 32, 32)).flatten(0, 1)
     for settings in (bytes([1, *[0] * 15, 32, *[0] * 31, 8, *[0] * 15]), bytes(64)):  # a tile of 8 rows; none
         load(settings)
@@ -234,13 +234,13 @@ def test_what_agents_observe_is_looked_at_once(model, monkeypatch):
 def test_frozen_models_are_run_with_gradients_enabled_too(model, transition):
     game, images = game_of(model.requires_grad_(False), transition), normal(4, 3, 32, 32)
     decide = Scripted(normal(2, 4, 16).float())
-    found = game.logits(game.play(images, decide))
+    found = game.predict(game.play(images, decide))
     assert off(found, played(game, images, decide)) < 0.02
 
 
 @torch.no_grad()
 def test_deciding_before_any_attention_observes_nothing(model):
-    game = TokenGame(Backbone(model), GameConfig(stages=(0, 2), transition="drop"))
+    game = TokenGame(wrap(model), GameConfig(stages=(0, 2), transition="drop"))
     state = game.reset(normal(2, 3, 32, 32))
     assert state.heads is None
     assert not game.observe(state).features.any()

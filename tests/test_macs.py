@@ -7,13 +7,13 @@ from conftest import tiny_vit
 from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokengame.attention import written_attention
-from tokengame.backbone import Backbone
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig, TrainConfig
 from tokengame.game import TokenGame
-from tokengame.macs import native_macs, pruned_macs
-from tokengame.networks import build_actor
-from tokengame.testing import Scripted, survivors
+from tokengame.game.testing import Scripted, kept_agents
+from tokengame.packed.attention import unfused_attention
+from tokengame.policies.networks import build_actor
+from tokengame.runtime.macs import native_macs, pruned_macs
 
 
 def counted(call) -> float:
@@ -24,7 +24,7 @@ def counted(call) -> float:
 
 @pytest.fixture
 def unfused():
-    """The flop counter knows matrix products; fused CPU attention is none."""
+    """The flop counter counts matrix products, and fused attention on CPUs is none."""
     set_fused_attn(False)
     yield
     set_fused_attn(True)
@@ -35,7 +35,7 @@ def unfused():
 @pytest.mark.usefixtures("unfused")
 def test_native_equals_the_flop_counter(changes):
     model = tiny_vit(**changes).requires_grad_(False)
-    analytic = native_macs(Backbone(model), 16)
+    analytic = native_macs(wrap(model), 16)
     assert analytic == pytest.approx(counted(lambda: model(torch.randn(1, 3, 32, 32))), rel=1e-6)
 
 
@@ -43,20 +43,20 @@ def test_native_equals_the_flop_counter(changes):
 def test_native_equals_the_papers(name, published):
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert native_macs(Backbone(model), 196) / 1e9 == pytest.approx(published, abs=0.05)
+    assert native_macs(wrap(model), 196) / 1e9 == pytest.approx(published, abs=0.05)
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
-    """Each block costs what timm's own block costs on so many rows; halves are told apart by hand.
+    """Each block costs what timm's own block costs on as many rows; attention and MLP are counted by hand.
 
-    The last one goes on with the class token alone.
+    The last block computes the class token alone.
     """
-    backbone = Backbone(model)
+    backbone = wrap(model)
     game = TokenGame(backbone, GameConfig(stages=(1, 3), transition=transition), features=False)
     table = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
     state = game.play(torch.randn(3, 3, 32, 32), Scripted(table))
-    kept = survivors(table).sum(2)
+    kept = kept_agents(table).sum(2)
     assert torch.equal(torch.stack(state.kept), kept)
     found = pruned_macs(game, None, kept, 16)
     for image in range(3):
@@ -64,12 +64,12 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
         rows = 17
         for block in range(4):
             after = int(kept[[1, 3].index(block), image]) + 1 if block in (1, 3) else rows
-            seen = rows if transition == "merge" else after
-            if (block, transition) == (3, "drop"):  # two heads of the class token look at the rows themselves
-                expected += 4 * 32 * 32 + 2 * seen * 2 * 32 + 8 * 32 * 32
-            else:  # all have keys and values, those who are left ask; in a last block that decides, only one goes on
+            keys = rows if transition == "merge" else after
+            if (block, transition) == (3, "drop"):  # two heads of the class token attend to the rows themselves
+                expected += 4 * 32 * 32 + 2 * keys * 2 * 32 + 8 * 32 * 32
+            else:  # all have keys and values, kept ones a query; behind a decision in the last block only one goes on
                 going_on = 1 if block == 3 else after
-                expected += seen * 2 * 32 * 32 + after * 2 * 32 * 32 + 2 * seen * after * 32 + going_on * 8 * 32 * 32
+                expected += keys * 2 * 32 * 32 + after * 2 * 32 * 32 + 2 * keys * after * 32 + going_on * 8 * 32 * 32
             rows = after
         if transition == "merge":
             expected += 2 * 32 * 32  # a query of the class token's own at each stage
@@ -82,21 +82,21 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
 def test_the_policy_costs_what_the_flop_counter_sees(preset):
     """Within 3 %: what a decision computes once an image (rows of prefix tokens) is left out.
 
-    The context actor's line is multiplied element by element, which the counter does not see.
+    The context actor multiplies element by element, which the counter does not count.
     """
     model = tiny_vit(img_size=112)
     config = TrainConfig.from_preset(preset).actor
     actor = build_actor(config, {"dim": 32, "heads": 2, "agents": 196, "stages": 1, "transition": "drop"})
-    seen = config.observation == "context"
-    game = TokenGame(Backbone(model, written_attention), GameConfig(stages=(2,)), features=seen)
+    features = config.observation == "context"
+    game = TokenGame(wrap(model), GameConfig(stages=(2,)), features, unfused_attention)
     images, table = torch.randn(2, 3, 112, 112), torch.randn(1, 2, 196)
     plain = counted(lambda: game.play(images, Scripted(table)))
-    keys = 2 * 196 * 32 if seen else 0  # every agent's keys against the class token's query
-    line = 2 * 196 * (2 + 6 + 1) if seen else 0  # two heads, six other features, bias
+    keys = 2 * 196 * 32 if features else 0  # each agent's key times the class token's query
+    linear = 2 * 196 * (2 + 6 + 1) if features else 0  # two heads, six other features, bias
     with_policy = counted(lambda: game.play(images, lambda obs: actor(obs) * 0 + Scripted(table)(obs)))
     kept = torch.full((1, 2), 90)
     analytic = float((pruned_macs(game, actor, kept, 196) - pruned_macs(game, None, kept, 196)).sum())
-    assert analytic == pytest.approx(with_policy - plain + line, rel=0.03)
+    assert analytic == pytest.approx(with_policy - plain + linear, rel=0.03)
     assert float((pruned_macs(game, None, kept, 196)).sum()) - keys == pytest.approx(
         float(pruned_macs(TokenGame(game.backbone, game.config, features=False), None, kept, 196).sum())
     )

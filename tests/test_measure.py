@@ -1,27 +1,32 @@
-"""Measurement and pictures against hand tables."""
+"""Measurement, its conditions, and pictures, against hand tables."""
 
 import platform
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import tiny_vit
 from PIL import Image
 
-from tokengame.backbone import Backbone
-from tokengame.cli import finite
+import tokengame
+from tokengame import kernels
+from tokengame.backbones import wrap
+from tokengame.cli.main import finite
+from tokengame.cli.quickstart import item_recall
 from tokengame.config import GameConfig
+from tokengame.data.scenes import FashionScenes
 from tokengame.errors import TokenGameError
-from tokengame.evaluate import Scores, faster_native
-from tokengame.figures import overlay, stack, strip
-from tokengame.forced import SPREAD, ForcedKeep, forced_model
 from tokengame.game import TokenGame
-from tokengame.policy import dial_for
-from tokengame.quickstart import item_recall
-from tokengame.report import table, verdict
-from tokengame.scenes import FashionScenes
+from tokengame.measure.conditions import commit, conditions
+from tokengame.measure.evaluate import Scores, faster_native
+from tokengame.measure.synthetic import SPREAD, SyntheticDecisions, synthetic_model
+from tokengame.policies.policy import dial_for
+from tokengame.report.figures import overlay, stack, strip
+from tokengame.report.html import table, verdict
 
 
 def scores(**changes):
@@ -40,13 +45,13 @@ def scores(**changes):
     return Scores(**(base | changes))
 
 
-def test_many_second_looks_are_said():
-    few, many = (scores(again=again).summary() for again in ([0, 0], [1, 1]))
-    assert (few["looked_twice"], many["looked_twice"]) == (0, 0.5)
-    assert "twice" not in verdict(few)
-    assert "50% of the images were looked at twice" in verdict(many)
-    assert ("images looked at twice", "50.0%") in table(many)
-    assert "images looked at twice" not in dict(table(few)), "nobody asked for it"
+def test_the_verdict_says_when_many_images_fall_back():
+    few, many = (scores(fallback=fallback).summary() for fallback in ([0, 0], [1, 1]))
+    assert (few["fallback_share"], many["fallback_share"]) == (0, 0.5)
+    assert "fell back" not in verdict(few)
+    assert "50% of the images fell back to all tokens" in verdict(many)
+    assert ("images that fell back to all tokens", "50.0%") in table(many)
+    assert "images that fell back to all tokens" not in dict(table(few)), "there is no cascade to report on"
 
 
 def test_summary_by_hand():
@@ -56,7 +61,7 @@ def test_summary_by_hand():
     assert found["drop_pp_ci95"] == pytest.approx([-80.0, 80.0], abs=0.1)
     assert (found["agreement"], found["gmacs_ratio"], found["tokens_kept"]) == (0.5, 0.6, [7.0, 3.0])
     assert found["gmacs_ratio_std"] == pytest.approx(0.0707, abs=1e-4)
-    # ranks 1, 4, 2.5, 2.5 of compute and 1, 4, 3, 2 of doubt
+    # ranks 1, 4, 2.5, 2.5 of compute and 1, 4, 3, 2 of uncertainty
     assert found["compute_vs_uncertainty"] == pytest.approx(0.9487, abs=1e-4)
     assert scores(macs=[60.0] * 4).summary()["compute_vs_uncertainty"] is None
     # medians over the batches of 4 alone: 4 seconds and 1
@@ -87,11 +92,13 @@ ROWS = [
 CARD = {"calibration": ROWS}
 
 
-def test_dial_for_a_wish():
+def test_the_dial_that_meets_a_target():
     assert dial_for(CARD, gmacs_ratio=0.6) == pytest.approx(0.5)
     assert dial_for(CARD, gmacs=1.5) == pytest.approx(0.8)
     assert dial_for(CARD, keep=0.4) == pytest.approx(0.5)
-    assert dial_for({"calibration": ROWS[::-1]}, max_drop=1.0) == 0.4, "luck behind a failure does not count"
+    assert dial_for({"calibration": ROWS[::-1]}, max_drop=1.0) == 0.4, (
+        "a dial behind one that fails is not taken"
+    )
     with pytest.raises(TokenGameError, match=r"outside the calibrated 0.30 to 0.90"):
         dial_for(CARD, gmacs_ratio=0.95)
     with pytest.raises(TokenGameError, match="no calibration"):
@@ -102,36 +109,37 @@ def test_dial_for_a_wish():
         dial_for(CARD, gmacs=2.0, max_drop=1.0)
 
 
-def test_what_cannot_be_promised_keeps_all_tokens_and_says_so():
-    with pytest.warns(UserWarning, match=r"900 calibration images can promise a drop of 0.30 points at best"):
+def test_without_a_guarantee_all_tokens_are_kept_and_a_warning_says_so():
+    with pytest.warns(UserWarning, match=r"900 calibration images can guarantee a drop of 0.30 points at best"):
         assert dial_for(CARD, max_drop=0.1) == 0
 
 
 @torch.no_grad()
-def test_forced_shares_are_kept_exactly_and_spread_over_images():
-    fast = forced_model(tiny_vit(img_size=80), GameConfig(stages=(1, 2)), (0.6, 0.3))
+def test_synthetic_decisions_keep_the_wanted_shares_spread_over_images():
+    fast = synthetic_model(tiny_vit(img_size=80), GameConfig(stages=(1, 2)), (0.6, 0.3))
     images = torch.randn(64, 3, 80, 80)
-    fast.actor.force(fast, images)
-    first, second = (kept.float() for kept in fast.play(images).kept)
+    fast.actor.fit(fast, images)
+    first, second = (kept.float() for kept in fast.predict(images).kept)
     assert float(first.mean()) / 100 == pytest.approx(0.6, abs=0.005)
     assert float(second.mean()) / 100 == pytest.approx(0.3, abs=0.005)
     assert float(first.std()) / 60 == pytest.approx(SPREAD, rel=0.1)
-    assert torch.equal(first.argsort(stable=True)[:5], second.argsort(stable=True)[:5]), "an easy image stays easy"
+    fewest = [kept.argsort(stable=True)[:5] for kept in (first, second)]
+    assert torch.equal(*fewest), "an image that keeps few tokens keeps few at both stages"
     with pytest.raises(TokenGameError, match="do not grow"):
-        ForcedKeep(fast.actor, (0.3, 0.6))
+        SyntheticDecisions(fast.actor, (0.3, 0.6))
     with pytest.raises(TokenGameError, match="3 shares to keep for 2 stages"):
-        forced_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.4, 0.3))
+        synthetic_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.4, 0.3))
 
 
 @torch.no_grad()
-def test_keeping_all_forced_is_the_native_model():
+def test_synthetic_decisions_that_keep_all_give_the_native_prediction():
     model = tiny_vit()
-    fast, images = forced_model(model, GameConfig(stages=(1, 2)), (1.0, 1.0)), torch.randn(3, 3, 32, 32)
-    fast.actor.force(fast, images)
+    fast, images = synthetic_model(model, GameConfig(stages=(1, 2)), (1.0, 1.0)), torch.randn(3, 3, 32, 32)
+    fast.actor.fit(fast, images)
     torch.testing.assert_close(fast(images), model(images), atol=1e-5, rtol=1e-5)
 
 
-def test_overlay_fades_exactly_the_patches_that_are_gone():
+def test_overlay_fades_exactly_the_pruned_patches():
     pixels = np.full((16, 24, 3), 10, np.uint8)
     alive = np.array([True, False, True, True, True, False])
     changed = (overlay(pixels, alive, (2, 3)) != pixels).any(2)
@@ -140,7 +148,7 @@ def test_overlay_fades_exactly_the_patches_that_are_gone():
     assert changed.sum() == 2 * 64
 
 
-def test_strips_side_by_side_as_fit():
+def test_as_many_strips_side_by_side_as_fit():
     row = strip(np.zeros((16, 16, 3), np.uint8), np.ones((2, 4), bool), (2, 2), ["a", "b", "c"], side=100)
     assert row.size == (3 * 106 - 6, 118)
     page = stack([row] * 4)
@@ -150,9 +158,9 @@ def test_strips_side_by_side_as_fit():
 
 
 def test_item_recall_by_hand():
-    """Everything on the item kept and nothing else: 1 and 0; the other way round: 0 and 1."""
+    """Exactly the tokens on the item kept: 1 and 0; exactly the others: 0 and 1."""
     scenes, centres = FashionScenes("test", 2, seed=1), (np.arange(14) + 0.5) * 8
-    fast = type("Fast", (), {"game": TokenGame(Backbone(tiny_vit(img_size=112)), GameConfig(stages=(1,)))})
+    fast = type("Fast", (), {"game": TokenGame(wrap(tiny_vit(img_size=112)), GameConfig(stages=(1,)))})
     masks = []
     for scene in (scenes[0], scenes[1]):
         left, top, right, bottom = scene.box
@@ -165,18 +173,65 @@ def test_item_recall_by_hand():
     assert item_recall(beside, scenes, fast)["item_to_background"] == 0
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32")])
+def test_conditions_say_under_what_something_was_measured(dtype, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/tokengame", "eval", "--images", "my images"])
+    found = conditions(dtype)
+    assert set(found) == {"processor", "kernels", "threads", "torch", "timm", "tokengame", "commit", "command"}
+    assert found["processor"].strip()
+    assert name in found["kernels"], "which kernels ran depends on the number format"
+    assert found["threads"] == torch.get_num_threads()
+    assert (found["torch"], found["timm"]) == (torch.__version__, timm.__version__)
+    assert found["tokengame"] == tokengame.__version__
+    assert found["command"] == "tokengame eval --images 'my images'"
+
+
+def test_conditions_name_kernels_that_are_switched_off():
+    with kernels.disabled():
+        assert "none" in conditions(torch.bfloat16)["kernels"]
+
+
+def commit_in(folder, monkeypatch):
+    """The module that finds the commit, as if the package lay in `folder`."""
+    monkeypatch.setattr(
+        "tokengame.measure.conditions.__file__", str(folder / "tokengame" / "measure" / "conditions.py")
+    )
+    return commit.__wrapped__()  # not the answer it remembers
+
+
+def test_there_is_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    assert commit_in(tmp_path, monkeypatch) is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_of_a_checkout_is_marked_where_files_were_changed(tmp_path, monkeypatch):
+    def git(*words):
+        author = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *author, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    (tmp_path / "file").write_text("one")
+    git("init", "--quiet")
+    assert commit_in(tmp_path, monkeypatch) is None, "no commit yet"
+    git("add", "file")
+    git("commit", "--quiet", "--message", "first")
+    assert commit_in(tmp_path, monkeypatch) == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "file").write_text("two")
+    assert commit_in(tmp_path, monkeypatch) == git("rev-parse", "--short", "HEAD") + "+"
+
+
 def test_json_holds_no_nan():
     assert finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}}) == {"a": [1.0, None], "b": {"c": None}}
 
 
-@pytest.mark.parametrize(("fused", "written", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "written")])
-def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatch):
-    seconds, disturbances = {True: fused, False: written}, iter([3.0, 0.0, 0.0, 3.0] + [0.0] * 6)
+@pytest.mark.parametrize(("fused", "unfused", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "unfused")])
+def test_native_runs_with_the_faster_attention(fused, unfused, expected, model, monkeypatch):
+    seconds, disturbances = {True: fused, False: unfused}, iter([3.0, 0.0, 0.0, 3.0] + [0.0] * 6)
 
     def timed(_, form, __):
         return None, seconds[form.blocks[0].attn.fused_attn] + next(disturbances)
 
-    monkeypatch.setattr("tokengame.evaluate.timed", timed)
+    monkeypatch.setattr("tokengame.measure.evaluate.timed", timed)
     images = torch.randn(2, 3, 32, 32)
     found = faster_native(model, images)
     assert found.blocks[0].attn.fused_attn == (expected == "fused")
@@ -187,7 +242,7 @@ def test_native_attends_as_is_faster(fused, written, expected, model, monkeypatc
 
 FAULTS = """
 import resource, torch
-from tokengame.evaluate import keep_heap
+from tokengame.measure.evaluate import keep_freed_memory
 {}
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
@@ -200,9 +255,9 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's allocator")
-def test_a_heap_that_is_kept_takes_no_fresh_pages():
+def test_an_allocator_that_keeps_freed_memory_takes_no_fresh_pages():
     """Ten times 64 MiB, freed each time, are 160,000 pages of 4 KiB, or none."""
-    fresh, kept = (_faults(call) for call in ("", "assert keep_heap()"))
+    fresh, kept = (_faults(call) for call in ("", "assert keep_freed_memory()"))
     assert fresh > 100, "even if pages are huge"
     assert kept < fresh / 10
 

@@ -14,14 +14,14 @@ import torch
 from conftest import policy_for, tiny_vit
 from PIL import Image
 
-from tokengame import prune
-from tokengame.cli import main
-from tokengame.data import Batch
-from tokengame.evaluate import Scores
-from tokengame.gallery import draw
-from tokengame.report import markdown, paper_rows
-from tokengame.sweep import equilibrium, reading, sweep_row
-from tokengame.train import Trainer
+from tokengame.cli.main import main
+from tokengame.data.batches import Batch
+from tokengame.learning.trainer import Trainer
+from tokengame.measure.evaluate import Scores
+from tokengame.measure.sweep import equilibrium, reading, sweep_row
+from tokengame.report.gallery import draw
+from tokengame.report.html import markdown, paper_rows
+from tokengame.runtime import prune
 
 
 def document(capsys):
@@ -49,14 +49,14 @@ def test_the_imagenet_recipe_rehearses(place, tmp_path):
         "OUT": str(tmp_path), "BATCH": "8", "WORKERS": "0", "BIN": str(Path(sys.executable).parent),
     }  # fmt: skip
     command = ["bash", str(script), "vit_tiny_patch16_224", "0.65", "--dry-run"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("memory_gib") == 2, "training and fine-tuning"
     assert f"{1281167 // 8 * 8}" in done.stderr, "an epoch of reinforcement learning"
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["rehearsal.safetensors"]
 
 
-def test_sweep_trains_a_policy_a_ratio_once(place, capsys):
+def test_sweep_trains_one_policy_for_each_ratio_and_none_twice(place, capsys):
     root, flags, small = place
     run = ["sweep", *flags, *small, "--ratios", "50", "400", "--output", str(root / "sweep"), "--json"]
     assert main(run) == 0
@@ -71,7 +71,7 @@ def test_sweep_trains_a_policy_a_ratio_once(place, capsys):
     assert (root / "sweep" / "alpha50_log" / "timings.jsonl").read_text() == timings, "no update took place again"
 
 
-def test_an_interrupted_sweep_goes_on_inside_a_run(place, monkeypatch):
+def test_an_interrupted_sweep_resumes_within_a_run(place, monkeypatch):
     root, flags, _ = place
     run = ["sweep", *flags, "--batch-size", "4", "--updates", "3", "--ratios", "50", "--output"]
     update = Trainer.update
@@ -102,7 +102,7 @@ def test_equilibrium_by_hand():
 
 
 def test_a_point_of_the_sweep_by_hand():
-    """Two images of eight tokens: four survive and are right, two survive and are wrong."""
+    """Two images of eight tokens: one keeps four and is right, one keeps two and is wrong."""
     scores = Scores(
         index=[0, 1], correct_native=[True, True], correct_pruned=[True, False], agree=[True, False], kl=[0.0, 0.1],
         confidence=[0.5, 0.6], macs=[4.0, 2.0], kept=[[6, 4], [5, 2]], macs_native=8.0, tokens=8,
@@ -119,13 +119,13 @@ def test_a_point_of_the_sweep_by_hand():
 @pytest.mark.parametrize(
     ("predicted", "keep", "earned", "says"),
     [
-        (1.0, 0.99, 1.4, "all tokens can live"),
-        (1.0, 0.5, 1.4, "has not taught"),
+        (1.0, 0.99, 1.4, "pays for all tokens"),
+        (1.0, 0.5, 1.4, "has not learned so yet"),
         (0.5, 0.5, 1.02, "in equilibrium"),
-        (0.5, 0.3, 1.6, "cannot return"),
-        (0.3, 0.6, 0.5, "should leave"),
+        (0.5, 0.3, 1.6, "pruning is final"),
+        (0.3, 0.6, 0.5, "more should be pruned"),
         (0.002, 0.005, 0.0, "collapsed"),
-        (0.002, 0.6, 0.0, "should leave"),
+        (0.002, 0.6, 0.0, "more should be pruned"),
     ],
 )
 def test_readings(predicted, keep, earned, says):

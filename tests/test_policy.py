@@ -10,23 +10,23 @@ from conftest import policy_for, tiny_vit
 from safetensors.torch import load_file, save_file
 
 import tokengame
-from tokengame.backbone import Backbone
+from tokengame.backbones import preprocessing_of, wrap
 from tokengame.config import TrainConfig, merge
 from tokengame.errors import TokenGameError
-from tokengame.models import preprocessing_of
-from tokengame.policy import Policy, fingerprint, threshold
-from tokengame.runtime import SHIPPED, PrunedViT
-from tokengame.session import Session
-from tokengame.train import Trainer
+from tokengame.learning.run import TrainingRun
+from tokengame.learning.trainer import Trainer
+from tokengame.policies import Policy
+from tokengame.policies.policy import FORMAT, SHIPPED, fingerprint, threshold
+from tokengame.runtime import PrunedViT
 
 
 def make_policy(model, tmp_path, preset="tokengame", **changes):
     config = merge(merge(TrainConfig.from_preset(preset), {"game": {"stages": (1, 2)}, "dtype": "float32"}), changes)
-    session = object.__new__(Session)
-    session.config, session.name, session.seed = config, "tiny", 0
-    session.trainer, session.preprocessing = Trainer(model, config), preprocessing_of(model)
+    run = object.__new__(TrainingRun)
+    run.config, run.name, run.seed = config, "tiny", 0
+    run.trainer, run.preprocessing = Trainer(model, config), preprocessing_of(model)
     path = tmp_path / "policy.safetensors"
-    session.policy([]).save(path)
+    run.policy([]).save(path)
     return path
 
 
@@ -59,7 +59,7 @@ def test_dial_zero_is_native_and_more_prunes_more(model, path, images):
     kept = []
     for dial in (0, 0.3, 0.6, 0.9, 1):
         fast.dial = dial
-        kept.append(float(fast.play(images).kept[-1].float().mean()))
+        kept.append(float(fast.predict(images).kept[-1].float().mean()))
     assert kept == sorted(kept, reverse=True)
     assert (kept[0], kept[-1]) == (16, 1)
     fast.dial = 0
@@ -69,12 +69,12 @@ def test_dial_zero_is_native_and_more_prunes_more(model, path, images):
 
 
 @torch.no_grad()
-def test_trace_says_who_stays(model, path, images):
+def test_trace_says_which_tokens_are_kept(model, path, images):
     fast = tokengame.prune(model, path, dial=0.8)
     trace, state = fast.trace(images), fast.game.play(images, fast.actor, threshold(0.8))
     assert torch.equal(trace.sum(2), torch.stack(state.kept))
     assert torch.equal(trace[-1].nonzero()[:, 1], state.position[state.agent_rows])
-    assert torch.equal(trace[-1], fast.play(images).alive)
+    assert torch.equal(trace[-1], fast.predict(images).alive)
     assert not (trace[1] & ~trace[0]).any()
 
 
@@ -86,11 +86,11 @@ def test_threshold_is_the_dial_as_a_keep_probability():
             threshold(wrong)
 
 
-def test_fingerprint_knows_weights_and_no_types(model):
-    before = fingerprint(Backbone(model))
+def test_the_fingerprint_depends_on_weights_and_not_on_number_formats(model):
+    before = fingerprint(wrap(model))
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert fingerprint(Backbone(copy.deepcopy(model).to(dtype))) == before
-    assert fingerprint(Backbone(tiny_vit(seed=1))) != before
+        assert fingerprint(wrap(copy.deepcopy(model).to(dtype))) == before
+    assert fingerprint(wrap(tiny_vit(seed=1))) != before
 
 
 def test_other_weights_warn_other_shape_is_refused(path):
@@ -131,17 +131,35 @@ def test_a_bad_file_gets_one_clear_sentence(damage, path, tmp_path):
         if damage == "future":
             card["format"] = 99
         elif damage == "nan":
-            weights["line"] = weights["line"] * float("nan")
+            weights["weight"] = weights["weight"] * float("nan")
         else:
-            del weights["line"]
+            del weights["weight"]
         save_file(weights, path, metadata={"tokengame": json.dumps(card)})
     with pytest.raises(TokenGameError, match=reasons.get(damage, "damaged")) as caught:
         Policy.load(path)
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_format_4_is_read_under_todays_names(model, path, tmp_path, images):
+    """Its card calls the margin of the cascade second_look, and its weights are called line."""
+    policy = Policy.load(path)
+    policy.card["game"] |= {"cascade_margin": 0.2}
+    old_game = {"second_look" if name == "cascade_margin" else name: v for name, v in policy.card["game"].items()}
+    old = tmp_path / "old.safetensors"
+    card = policy.card | {"format": 4, "game": old_game}
+    save_file({"line": load_file(path)["weight"]}, old, metadata={"tokengame": json.dumps(card)})
+    found = Policy.load(old)
+    assert found.game.cascade_margin == 0.2
+    assert torch.equal(found.actor.weight, policy.actor.weight)
+    assert found.card == policy.card
+    assert torch.equal(tokengame.prune(model, old)(images), tokengame.prune(model, policy)(images))
+    found.save(old)
+    assert set(load_file(old)) == {"weight"}, "what is saved again has today's format"
+    assert Policy.load(old).card["format"] == FORMAT == 5
+
+
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda path: path.stem)
-def test_shipped_policies_are_of_this_version(path):
+def test_shipped_policies_can_be_read(path):
     policy = Policy.load(path)
     assert path.stem.startswith(policy.card["backbone"]["name"])
     assert len(policy.card["calibration"]) > 10
@@ -153,33 +171,33 @@ def test_an_unknown_shipped_name_lists_what_there_is(model):
 
 
 @torch.no_grad()
-def test_a_wish_instead_of_a_dial(model, path, images):
-    """Compute wished for between two calibrated dials is what the model then takes."""
+def test_a_target_instead_of_a_dial(model, path, images):
+    """Compute asked for between two calibrated dials is what the model then takes."""
     policy = Policy.load(path)
     with torch.no_grad():
-        policy.actor.line[:, -1] -= 2.0  # so that the dials reach from all to few
+        policy.actor.weight[:, -1] -= 2.0  # so that the dials reach from all to few
     rows = []
     for dial in (0.2, 0.4, 0.5, 0.6, 0.8):
         fast = tokengame.prune(model, policy, dial)
-        native, macs = fast.macs(fast.play(images))
+        native, macs = fast.macs(fast.predict(images))
         ratio = float(macs.mean()) / native
         rows.append({"dial": dial, "gmacs_ratio": ratio, "gmacs": float(macs.mean()) / 1e9, "drop_pp_bound95": None})
     assert rows[0]["gmacs_ratio"] > rows[-1]["gmacs_ratio"], "dials do something"
     policy.card["calibration"] = rows
-    wished = rows[2]["gmacs_ratio"]
-    for changes in ({"gmacs_ratio": wished}, {"gmacs": rows[2]["gmacs"]}):
+    wanted = rows[2]["gmacs_ratio"]
+    for changes in ({"gmacs_ratio": wanted}, {"gmacs": rows[2]["gmacs"]}):
         fast = tokengame.prune(model, policy, **changes)
-        native, macs = fast.macs(fast.play(images))
-        assert float(macs.mean()) / native == pytest.approx(wished, abs=0.02)
+        native, macs = fast.macs(fast.predict(images))
+        assert float(macs.mean()) / native == pytest.approx(wanted, abs=0.02)
     with pytest.raises(TokenGameError, match="not both"):
-        tokengame.prune(model, policy, 0.5, gmacs_ratio=wished)
+        tokengame.prune(model, policy, 0.5, gmacs_ratio=wanted)
     with pytest.raises(TokenGameError, match="without labels"):
         tokengame.prune(model, policy, max_drop=1.0)
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.no_grad()
-def test_who_is_attended_stays_and_whoever_has_a_good_absorber_may_leave(transition, model, images):
+def test_attended_tokens_are_kept_and_those_with_a_good_absorber_may_be_pruned(transition, model, images):
     """What a policy does before it has learned, by the definition of `START`; alone, absorbers count for nothing."""
     policy = policy_for(model, transition)
     game = PrunedViT(model, policy, dial=0.5).game

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokengame.config import PPOConfig
 from tokengame.errors import TokenGameError
-from tokengame.ppo import Experience, entropy, gae, log_prob, normalise, policy_loss, update
+from tokengame.learning.ppo import Experience, entropy, gae, log_prob, normalise, policy_loss, update
 
 
 def slow_gae(rewards, values, acting, ends, gamma, lam):
@@ -34,7 +34,7 @@ def slow_gae(rewards, values, acting, ends, gamma, lam):
     return advantages
 
 
-def random_lives(stages, batch, agents, seed):
+def random_episodes(stages, batch, agents, seed):
     generator = torch.Generator().manual_seed(seed)
     alive = (torch.rand(stages, batch, agents, generator=generator) < 0.7).cumprod(0).bool()
     acting = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])
@@ -46,25 +46,25 @@ def random_lives(stages, batch, agents, seed):
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 999), st.sampled_from([0.0, 0.9, 1.0]))
 def test_gae_equals_the_slow_version(stages, batch, agents, seed, lam):
-    rewards, values, acting, ends = random_lives(stages, batch, agents, seed)
+    rewards, values, acting, ends = random_episodes(stages, batch, agents, seed)
     advantages, returns = gae(rewards, values, acting, ends, 0.99, lam)
     torch.testing.assert_close(advantages, slow_gae(rewards, values, acting, ends, 0.99, lam))
     torch.testing.assert_close(returns, torch.where(acting, advantages + values, 0.0))
 
 
 def test_gae_by_hand():
-    """Rewards 1, 2; values 0.5, 0.25; gamma 0.5, lambda 0.5. Survivor: d1 = 2 - 0.25, d0 = 1 + 0.125 - 0.5."""
+    """Rewards 1, 2; values 0.5, 0.25; gamma 0.5, lambda 0.5. Kept agent: d1 = 2 - 0.25, d0 = 1 + 0.125 - 0.5."""
     rewards, values = torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.tensor([0.5, 0.25]).view(2, 1, 1)
     yes, no = torch.tensor(True).view(1, 1, 1), torch.tensor(False).view(1, 1, 1)
-    survivor, _ = gae(rewards, values, torch.cat([yes, yes]), torch.cat([no, yes]), 0.5, 0.5)
-    assert survivor.flatten().tolist() == pytest.approx([0.625 + 0.25 * 1.75, 1.75])
+    kept, _ = gae(rewards, values, torch.cat([yes, yes]), torch.cat([no, yes]), 0.5, 0.5)
+    assert kept.flatten().tolist() == pytest.approx([0.625 + 0.25 * 1.75, 1.75])
     pruned, _ = gae(rewards, values, torch.cat([yes, no]), torch.cat([yes, yes]), 0.5, 0.5)
     assert pruned.flatten().tolist() == pytest.approx([0.5, 0.0]), "a pruned agent's last value is not bootstrapped"
 
 
 def test_gae_equals_torchrl():
     functional = pytest.importorskip("torchrl.objectives.value.functional", reason="pip install tokengame[oracle]")
-    rewards, values, acting, ends = random_lives(4, 3, 5, 0)
+    rewards, values, acting, ends = random_episodes(4, 3, 5, 0)
     advantages, _ = gae(rewards, values, acting, ends, 0.99, 0.95)
     # TorchRL wants [batch, time, 1] and next values; a value behind an end is never used
     shape = lambda x: x.permute(1, 2, 0).reshape(15, 4, 1)  # noqa: E731
@@ -76,8 +76,8 @@ def test_gae_equals_torchrl():
     torch.testing.assert_close(advantages[acting], oracle[acting])
 
 
-def test_nan_of_a_dead_agent_touches_nobody():
-    rewards, values, acting, ends = random_lives(3, 4, 6, 1)
+def test_nan_of_a_pruned_agent_reaches_no_other():
+    rewards, values, acting, ends = random_episodes(3, 4, 6, 1)
     clean, _ = gae(rewards, values, acting, ends, 0.99, 0.95)
     dirty_values = torch.where(acting, values, float("nan"))
     dirty_rewards = torch.where(acting, rewards, float("nan"))
@@ -87,15 +87,15 @@ def test_nan_of_a_dead_agent_touches_nobody():
     assert normalise(torch.where(acting, dirty, float("nan")), acting).isfinite().all()
 
 
-def test_normalisation_is_over_all_the_living_and_only_them():
+def test_normalisation_is_over_all_acting_agents_and_no_others():
     advantages = torch.tensor([[[1.0, 3.0, 1000.0]], [[5.0, 1000.0, 1000.0]]])
     acting = torch.tensor([[[True, True, False]], [[True, False, False]]])
     found = normalise(advantages, acting)
-    living = found[acting]
-    assert float(living.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(living.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    taken = found[acting]
+    assert float(taken.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(taken.std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert (found[~acting] == 0).all()
-    assert living[2] - living[1] == pytest.approx(living[1] - living[0]), "one scale for all stages"
+    assert taken[2] - taken[1] == pytest.approx(taken[1] - taken[0]), "one scale for all stages"
 
 
 def test_bernoulli_equals_torch_distributions():
@@ -139,9 +139,9 @@ class Net(nn.Module):
 
 KINDS = torch.eye(3)
 PAY = torch.tensor([[0.5, 0.5], [-1.0, 2.0], [0.3, -1.0]])
-"""what staying pays each kind of agent at the two stages: good, patient (first pays, then earns), leaver"""
+"""what each kind of agent earns where it is kept, at the two stages: always good, patient (pays first), best pruned last"""
 OPTIMUM = torch.tensor([[1, 1], [1, 1], [1, 0]]).bool()
-"""who stays at each stage when played best"""
+"""which kinds are kept at each stage when played best"""
 
 
 def play_toy(actor, critic, generator, sign=1.0, gamma=1.0):
@@ -153,21 +153,21 @@ def play_toy(actor, critic, generator, sign=1.0, gamma=1.0):
         cards = Cards(torch.cat([KINDS[kind], stage], 2)[alive])
         logits = actor(cards).detach()
         action = torch.rand(logits.shape, generator=generator) < logits.sigmoid()
-        stays = alive.clone()
-        stays[alive] = action
+        kept = alive.clone()
+        kept[alive] = action
         values = torch.zeros(64, 12)
         values[alive] = critic(cards).detach()
-        reward = torch.where(stays, sign * PAY[kind, t], 0.0)
-        steps.append((cards, action, log_prob(logits, action), reward, values, alive, ~stays | (t == 1)))
-        alive = stays
+        reward = torch.where(kept, sign * PAY[kind, t], 0.0)
+        steps.append((cards, action, log_prob(logits, action), reward, values, alive, ~kept | (t == 1)))
+        alive = kept
     cards, action, old, rewards, values, acting, ends = zip(*steps, strict=True)
     acting = torch.stack(acting)
     advantages, returns = gae(torch.stack(rewards), torch.stack(values), acting, torch.stack(ends), gamma, 0.95)
     advantages = normalise(advantages, acting)
     seen = Cards(torch.cat([c.seen for c in cards]))
-    place = torch.arange(2 * 64 * 12).view(2, 64, 12)[acting]
+    index = torch.arange(2 * 64 * 12).view(2, 64, 12)[acting]
     advantages, returns = advantages[acting], returns[acting]
-    return Experience(seen, torch.cat(action), torch.cat(old), advantages, returns, place, 2 * 64 * 12, 12)
+    return Experience(seen, torch.cat(action), torch.cat(old), advantages, returns, index, 2 * 64 * 12, 12)
 
 
 def solve_toy(seed=0, agents="tokens", **changes):
@@ -187,15 +187,15 @@ def test_the_toy_game_is_solved(seed):
     assert torch.equal(solve_toy(seed), OPTIMUM)
 
 
-def test_one_agent_for_all_solves_it_too():
-    """The toy is small enough for ratios that multiply over a scene."""
+def test_one_agent_for_each_image_solves_it_too():
+    """The toy is small enough for ratios that multiply over an image."""
     assert torch.equal(solve_toy(agents="image"), OPTIMUM)
 
 
-def test_the_ratio_of_one_agent_for_all_is_the_product():
+def test_the_ratio_of_one_agent_for_an_image_is_the_product():
     logits, old = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([-0.7, -0.6, -0.4])
-    action, scene = torch.tensor([True, False, True]), torch.tensor([7, 7, 2])
-    loss, _ = policy_loss(logits, action, old, torch.tensor([1.0, 3.0, -1.0]), 0.2, scene)
+    action, image = torch.tensor([True, False, True]), torch.tensor([7, 7, 2])
+    loss, _ = policy_loss(logits, action, old, torch.tensor([1.0, 3.0, -1.0]), 0.2, image)
     new = log_prob(logits, action)
     ratio = [float((new[2] - old[2]).exp()), float((new[:2] - old[:2]).sum().exp())]
     clipped = [min(max(r, 0.8), 1.2) for r in ratio]
@@ -207,7 +207,7 @@ def test_a_broken_reward_does_not_solve_it():
     assert not torch.equal(solve_toy(sign=-1.0), OPTIMUM)
 
 
-def test_without_credit_through_the_stages_the_patient_agent_leaves():
+def test_without_credit_through_the_stages_the_patient_agent_is_pruned():
     """gamma = 0 turns the Markov game into two bandits: the first stage's cost is all that is seen."""
     assert not solve_toy(gamma=0.0)[1, 0]
 

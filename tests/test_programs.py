@@ -11,12 +11,12 @@ from conftest import tiny_vit
 from torch._dynamo.utils import counters
 
 import tokengame
-from tokengame.anatomy import PARTS, peak_memory, time_shares
-from tokengame.attention import _cheapest, fastest_attention, looped_attention, measured_cost, written_attention
 from tokengame.config import ActorConfig, GameConfig
-from tokengame.forced import forced_model
-from tokengame.networks import build_actor
-from tokengame.policy import Policy
+from tokengame.measure.profile import PARTS, peak_memory, time_shares
+from tokengame.measure.synthetic import synthetic_model
+from tokengame.packed.attention import _cheapest, fastest_attention, looped_attention, measured_cost, unfused_attention
+from tokengame.policies import Policy
+from tokengame.policies.networks import build_actor
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
@@ -27,7 +27,7 @@ def fast_model(transition="drop", dial=0.5, seed=0, **changes):
     torch.manual_seed(seed)
     shape = {"dim": 32, "heads": 2, "agents": 16, "stages": 2, "transition": transition}
     actor = build_actor(ActorConfig("context", (16,)), shape)
-    torch.nn.init.normal_(actor.line.data[:, :3])  # on attention; the other features hardly differ in so few tokens
+    torch.nn.init.normal_(actor.weight.data[:, :3])  # on attention; the other features hardly differ in so few tokens
     card = {"game": {"stages": (1, 2), "transition": transition}, "actor": {"observation": "context"}, "dial": dial}
     policy = Policy(actor.eval(), card)
     return tokengame.runtime.PrunedViT(model, policy, dial)
@@ -39,7 +39,7 @@ def fast(request):
 
 
 def kept(fast, images):
-    return [k.tolist() for k in fast.play(images).kept]
+    return [k.tolist() for k in fast.predict(images).kept]
 
 
 def test_inference_mode_gives_the_same(fast):
@@ -139,10 +139,10 @@ def test_two_threads_get_right_answers(fast):
 @torch.inference_mode()
 def test_compiled_equals_eager_and_settles(transition, monkeypatch):
     """200 batches of other counts, some looked at twice: a graph for each stretch and attention kernel, then none."""
-    kernels = looped_attention, written_attention  # by turns, not as this machine happens to measure them
+    kernels = looped_attention, unfused_attention  # by turns, not as this machine happens to measure them
     monkeypatch.setattr(tokengame.compiled, "by_cost", lambda layout, _: kernels[layout.rows % 2])
     fast = fast_model(transition)
-    fast.game.config = replace(fast.game.config, second_look=0.2)
+    fast.game.config = replace(fast.game.config, cascade_margin=0.2)
     torch.compiler.reset()
     counters.clear()
     compiled, seen, doubts = torch.compile(fast), set(), 0
@@ -152,7 +152,7 @@ def test_compiled_equals_eager_and_settles(transition, monkeypatch):
         images = torch.randn(1 + batch % 2, 3, 32, 32, generator=generator)
         torch.testing.assert_close(compiled(images), fast(images), atol=1e-5, rtol=1e-4)
         seen.add(tuple(map(tuple, kept(fast, images))))
-        doubts += len(fast.play(images).again)
+        doubts += len(fast.predict(images).again)
         if batch == 99:
             half_way = counters["stats"]["unique_graphs"]
     assert len(seen) > 50, "counts change from batch to batch"
@@ -170,11 +170,11 @@ def test_no_image_gives_no_prediction(fast):
 
 
 def test_time_shares_are_shares():
-    fast = forced_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.3))
+    fast = synthetic_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.3))
     with torch.inference_mode():
         fast.actor.force(fast, IMAGES)
         found = time_shares(fast, IMAGES)
-    assert fast.game.backbone.attend is fastest_attention, "the stopwatch is gone"
+    assert fast.game.attention is fastest_attention, "the stopwatch is gone"
     assert not {"observe", "remove", "logits"} & set(vars(fast.game))
     assert not {"run", "embed", "read_heads"} & set(vars(fast.game.backbone))
     assert "forward" not in vars(fast.actor)

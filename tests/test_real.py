@@ -1,10 +1,10 @@
-"""Real weights and real images: the native figures, and what the shipped policy promises."""
+"""Real weights and real images: the native figures, and those of the shipped policy on images it has not learned from."""
 
 import json
 
 import pytest
 
-from tokengame.cli import main
+from tokengame.cli.main import main
 
 NAME = "vit_tiny_patch16_224"
 
@@ -16,7 +16,7 @@ def flags(real_data):
     return [*model, "--images", str(images), "--class-map", str(real_data / "imagenet1k_synsets.txt")]
 
 
-def test_shipped_policy_on_the_images_it_never_saw(flags, capsys):
+def test_shipped_policy_on_images_it_has_not_learned_from(flags, capsys):
     """The held-back part of its own training run, named by share and seed in its card."""
     assert main(["eval", *flags, "--policy", NAME, "--holdout", "0.3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

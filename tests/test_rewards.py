@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from tokengame.config import RewardConfig
 from tokengame.errors import TokenGameError
-from tokengame.rewards import Outcome, PriceController, fidelity, fidelity_loss, leave_one_out, share, target
+from tokengame.learning.rewards import Outcome, PriceController, fidelity, leave_one_out, share, target
+from tokengame.measure.fidelity import fidelity_loss
 
 
 def outcome(alive, correct=None, kl=None, segment=None, rollouts=1):
@@ -25,14 +26,14 @@ def outcome(alive, correct=None, kl=None, segment=None, rollouts=1):
 
 
 def test_share_by_hand():
-    """alpha 12, beta 1. Game 0 (right): 3 then 2 of 4 survive: 12/3 - 1 = 3, 12/2 - 1 = 5. Game 1 (wrong): -1 each."""
+    """alpha 12, beta 1. Game 0 (right): 3 then 2 of 4 are kept: 12/3 - 1 = 3, 12/2 - 1 = 5. Game 1 (wrong): -1 each."""
     played = outcome([[[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0]]], correct=[True, False])
     expected = [[[3, 3, 3, 0], [-1, -1, 0, 0]], [[5, 5, 0, 0], [-1, -1, 0, 0]]]
     assert share(played, RewardConfig(alpha=12, beta=1)).tolist() == expected
 
 
-def test_share_settles_where_the_paper_says():
-    """One more survivor than alpha * p / beta earns less than nothing, one fewer more: the equilibrium."""
+def test_share_is_in_equilibrium_where_the_paper_says():
+    """With one kept token more than alpha * p / beta each earns less than nothing, with one fewer more."""
     config, chance = RewardConfig(alpha=40, beta=2), 0.8
     payoff = []
     for n in (15, 16, 17):
@@ -49,14 +50,14 @@ def test_pruning_everything_is_neither_free_nor_infinite():
         assert reward(played, RewardConfig()).isfinite().all()
 
 
-def test_target_charges_all_who_acted_for_the_distance():
-    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; the dead pay nothing."""
+def test_target_charges_all_agents_that_acted_for_the_distance():
+    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; pruned agents pay nothing."""
     played = outcome([[[1, 1, 0, 0]], [[1, 1, 0, 0]]], correct=[True])
     expected = torch.tensor([[[11.8, 11.8, -0.2, -0.2]], [[11.99, 11.99, 0, 0]]])
     torch.testing.assert_close(target(played, RewardConfig(alpha=24, keep_target=0.7)), expected)
 
 
-def test_fidelity_charges_kl_once_at_the_exit_and_compute_while_staying():
+def test_fidelity_charges_kl_once_at_the_end_and_compute_where_kept():
     """Price 10, two games on one image with KL 0.1 and 0.3: charged -2 and +2 against each other."""
     played = outcome([[[1, 0], [1, 1]], [[1, 0], [0, 1]]], kl=[0.1, 0.3], segment=[0.25, 0.5], rollouts=2)
     found = fidelity(played, RewardConfig(), kl_weight=10.0)
@@ -64,8 +65,8 @@ def test_fidelity_charges_kl_once_at_the_exit_and_compute_while_staying():
     torch.testing.assert_close(found, expected)
 
 
-def test_a_team_is_charged_for_all_of_it():
-    """Of two who acted one stayed, twice: both pay for KL 0.1 at price 10 and 0.25 + 0.5 of compute, at their exits."""
+def test_every_agent_of_a_team_is_charged_for_all_compute():
+    """Two agents act, one is kept twice: each pays for KL 0.1 at price 10 and 0.25 + 0.5 of compute at its own end."""
     played = outcome([[[1, 0]], [[1, 0]]], kl=[0.1], segment=[0.25, 0.5])
     found = fidelity(played, RewardConfig(credit="team"), kl_weight=10.0)
     torch.testing.assert_close(found, torch.tensor([[[0.0, -1.75]], [[-1.75, 0.0]]]))
@@ -100,7 +101,7 @@ def test_labelled_rewards_say_that_they_need_labels():
         share(outcome([[[1]]]), RewardConfig())
 
 
-def test_controller_settles_at_its_target():
+def test_the_controller_reaches_its_target():
     """A plant whose KL falls with the price: KL = 0.6 / weight; the target 0.06 wants 10."""
     controller = PriceController(weight=2.0, target=0.06, scale=0.06)
     for _ in range(300):

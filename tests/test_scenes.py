@@ -5,9 +5,9 @@ import gzip
 import numpy as np
 import pytest
 
+from tokengame.data.datasets import open_images
+from tokengame.data.scenes import FashionScenes
 from tokengame.errors import TokenGameError
-from tokengame.images import open_images
-from tokengame.scenes import FashionScenes
 
 
 def test_scenes_are_functions_of_seed_and_index():

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from tokengame import hub, loop
-from tokengame.cli import main
-from tokengame.data import BadImages, checked
+from tokengame.cli.main import main
+from tokengame.data.batches import BadImages, checked
+from tokengame.data.datasets import label_images, open_images, split_images
+from tokengame.data.loader import TrainingLoader
+from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
-from tokengame.feed import Feed
-from tokengame.images import label_images, open_images, split_images
-from tokengame.ranks import Ranks
 
 datasets = pytest.importorskip("datasets", reason="pip install tokengame[hub]")
 
@@ -64,7 +64,7 @@ def test_every_pass_has_every_image_once_in_another_order(stream):
 
 
 def test_images_and_augmentation_do_not_depend_on_workers_or_start(stream):
-    feed = Feed(stream, grey, seed=3, batch_size=8, updates=10)  # more than one pass
+    feed = TrainingLoader(stream, grey, seed=3, batch_size=8, updates=10)  # more than one pass
     alone, helped = (list(checked(feed.loader(workers=workers), BadImages(10**6))) for workers in (0, 2))
     assert len(alone) == 10
     for one, other in zip(alone, helped, strict=True):
@@ -77,8 +77,8 @@ def test_images_and_augmentation_do_not_depend_on_workers_or_start(stream):
 
 
 def test_two_processes_see_what_one_does(stream):
-    whole = labels(Feed(stream, grey, 3, 8, 4))
-    parts = [labels(Feed(stream, grey, 3, 8, 4, Ranks(2, rank))) for rank in (0, 1)]
+    whole = labels(TrainingLoader(stream, grey, 3, 8, 4))
+    parts = [labels(TrainingLoader(stream, grey, 3, 8, 4, Processes(2, rank))) for rank in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
 
@@ -100,7 +100,7 @@ def test_unreadable_rows_are_named_and_the_batch_stays_whole(stream, monkeypatch
     broken = hub.Row("broken", b"no image", 1)
     rows = [broken, next(stream.shuffled(0)), broken]
     monkeypatch.setattr(type(stream), "shuffled", lambda *_: iter(rows))
-    batch = next(iter(Feed(stream, grey, 0, 3, 1).loader()))
+    batch = next(iter(TrainingLoader(stream, grey, 0, 3, 1).loader()))
     assert batch.images.shape == (3, 1)
     assert batch.labels.tolist() == [rows[1].label] * 3
     assert [name for name, _ in batch.bad] == ["broken", "broken"]

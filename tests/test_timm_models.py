@@ -1,4 +1,4 @@
-"""Widths, heads and tokens of real architectures: the game is exact; the rest of timm is taken or refused by name."""
+"""Widths, heads and tokens of real architectures: the game is exact; other models of timm are refused by name."""
 
 import pytest
 import timm
@@ -7,14 +7,13 @@ from conftest import randomise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokengame.attention import written_attention
-from tokengame.backbone import Backbone
-from tokengame.blocks import folds
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
-from tokengame.macs import head_macs, pruned_macs
-from tokengame.testing import Scripted, masked_forward
+from tokengame.game.testing import Scripted, masked_forward
+from tokengame.packed.attention import unfused_attention
+from tokengame.runtime.macs import pruned_macs
 
 MODELS = {
     "vit_tiny_patch16_224": {},
@@ -65,45 +64,44 @@ def distance(found, expected):
 
 
 @torch.inference_mode()
-def test_identity_and_masks(wide):
-    """With everything kept the native output, with random decisions the masked model's, both within 1e-5."""
+def test_all_tokens_and_random_decisions_against_native_and_masks(wide):
+    """With all tokens kept the native output, with random decisions that of the masked model, both within 1e-5."""
     model, images = wide
-    game = TokenGame(Backbone(model), GameConfig(stages=(1,)))
+    game = TokenGame(wrap(model), GameConfig(stages=(1,)))
     native = model(images)
     kept = game.play(images, lambda obs: torch.ones(len(obs.token)))
-    assert distance(game.logits(kept), native) < 1e-5
+    assert distance(game.predict(kept), native) < 1e-5
     table = torch.randn(1, len(images), kept.total, generator=torch.Generator().manual_seed(2))
-    found = game.logits(game.play(images, Scripted(table)))
+    found = game.predict(game.play(images, Scripted(table)))
     assert distance(found, masked_forward(game.backbone, (1,), images, table)) < 1e-5
-    assert distance(found, native) > 1e-4, "the decisions changed nothing: the test is blind"
+    assert distance(found, native) > 1e-4, "the decisions changed nothing"
 
 
-def width_of_the_last_attention(model):
-    """Of one product of one query: rows themselves are looked at by every head, or keys and values by theirs."""
-    attn = model.blocks[-1].attn
-    return attn.num_heads * (model.embed_dim if folds(attn) else attn.head_dim)
+def width_of_the_last_attention(backbone):
+    """Of one product of one query: each head attends to the rows themselves, or to its keys and values."""
+    folded = backbone.key_value_weights(backbone.depth - 1) is not None
+    return backbone.heads * (backbone.dim if folded else backbone.head_dim)
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.inference_mode()
 def test_macs_of_packed_execution(wide, transition):
-    """What is counted by formula is what the flop counter sees when the rows are really gone."""
+    """The formula gives what the flop counter counts on packed rows."""
     model, images = wide
-    config = GameConfig(stages=(1,), transition=transition)
-    game = TokenGame(Backbone(model, written_attention), config, features=False)
-    table = torch.randn(1, len(images), game.begin(images).total, generator=torch.Generator().manual_seed(2))
+    backbone, config = wrap(model), GameConfig(stages=(1,), transition=transition)
+    game = TokenGame(backbone, config, features=False, attention=unfused_attention)
+    table = torch.randn(1, len(images), backbone.patches, generator=torch.Generator().manual_seed(2))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # not all torch count fused ones
         state = game.play(images, Scripted(table))
-        if game.backbone.reads_prefix_only:
-            game.backbone.close(game.end, state.x, state.layout, state.bias)
+        if backbone.reads_prefix_only:
+            state.backend.finish(game.end, state.x, state.layout, state.bias)
     kept = torch.stack(state.kept)
-    pooled = kept[-1] + (game.backbone.prefix if model.pool_include_prefix else 0)
-    expected = pruned_macs(game, None, kept, state.total) - head_macs(model, pooled.double())
-    if game.backbone.reads_prefix_only and transition == "drop":
-        # The last attention, of prefix tokens alone, is padded to the longest image. Where the last block's attention
-        # decides, it is not theirs alone.
+    expected = pruned_macs(game, None, kept, state.total) - backbone.head_macs(kept[-1].double() + backbone.prefix)
+    if backbone.reads_prefix_only and transition == "drop":
+        # The last attention, of prefix tokens alone, is padded to the longest image. In merge games the last block
+        # decides, and its attention has the queries of kept patches too.
         padding = state.layout.longest - state.layout.count
-        expected = expected + 2 * padding * game.backbone.prefix * width_of_the_last_attention(model)
+        expected = expected + 2 * padding * backbone.prefix * width_of_the_last_attention(backbone)
     assert counter.get_total_flops() / 2 == pytest.approx(float(expected.sum()), rel=1e-6)
 
 
@@ -124,10 +122,10 @@ def test_every_variant_is_supported_or_refused_by_name(name):
     parts = {type(module).__name__ for module in model.modules()}
     reasons = [reason for part, reason in REFUSED.items() if part in parts]
     if not reasons:
-        Backbone(model)
+        wrap(model)
         return
     with pytest.raises(TokenGameError, match=reasons[0]):
-        Backbone(model)
+        wrap(model)
 
 
 @pytest.mark.parametrize(
@@ -138,4 +136,4 @@ def test_relatives_are_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(TokenGameError, match=type(model).__name__):
-        Backbone(model)
+        wrap(model)

@@ -1,4 +1,4 @@
-"""Who computes a forward pass: a registry of backends, asked in order of preference."""
+"""What computes a forward pass: a registry of backends, tried in order of preference."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Who computes: the protocol of a backend, which runs stretches of blocks, attention, decisions and whole games.
+"""What computes: the protocol of a backend, which runs stretches of blocks, attention, decisions and whole games.
 
-A game asks `backends.choose` for a backend at the start of every forward pass and uses no other until its end.
+A game gets a backend from `backends.choose` at the start of every forward pass and uses no other until its end.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Backend(Protocol):
             layout: of the M rows.
             bias: [M] added to the attention logits of each key, or None.
             cached: keys and values that the first half, an attention, reads in place of those of the rows.
-            request: asks for heads and observations of half `last`, an attention that has not run yet.
+            request: for heads and observations of half `last`, an attention that has not run yet.
         """
 
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+import tokengame.backends.decisions as decisions
 from tokengame.backbones.base import Backbone
-from tokengame.backends import decisions
 from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens
 from tokengame.kernels.functions import FusedOutput
 from tokengame.packed.attention import Kernel, cross_attention, query_log_attention

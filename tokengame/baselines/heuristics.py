@@ -39,8 +39,8 @@ class Random:
 def keep_best(score: Tensor, number: Tensor, layout: RaggedLayout) -> Tensor:
     """[A] +1 for the `number` [B] best-scored agents of each image, -1 for the others."""
     ranked = layout.pad(score.float(), float("-inf")).argsort(1, descending=True)
-    ranks = torch.arange(layout.longest, device=score.device).expand_as(ranked)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, ranks)
+    numbers = torch.arange(layout.longest, device=score.device).expand_as(ranked)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, numbers)
     return torch.where(layout.unpad(rank < number[:, None]), 1.0, -1.0)
 
 

@@ -52,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings(), terminable():
             warnings.showwarning = _warn
             command = parse(arguments)
-            console.quiet = not command.ranks.main
-            require(command.shared or command.ranks.size == 1, "this command runs in one process, without a launcher")
+            console.quiet = not command.processes.main
+            require(
+                command.distributed or command.processes.size == 1,
+                "this command runs in one process, without a launcher",
+            )
             result = command.run()
     except TokenGameError as error:
         console.quiet = False  # in any process
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("interrupted; what was finished is on disk")
         return 130
     command.processes.shutdown()
-    if command.json and command.ranks.main:
+    if command.json and command.processes.main:
         print(json.dumps(finite(result), allow_nan=False))
     return 0
 

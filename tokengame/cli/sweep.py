@@ -86,8 +86,8 @@ class Sweep(OnImages):
         )  # fmt: skip
         policy = trained_policy(training, partial(named, name))
         loader = plain_views(held, training.preprocessing).loader(32, 0)
-        watched = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))
+        shown = named(name, checked(loader, BadImages(len(held.names))), "measuring", len(loader))
         keep_freed_memory()
-        scores = evaluate(prune(model, policy), watched)
+        scores = evaluate(prune(model, policy), shown)
         row = sweep_row(ratio, 1.0, scores, training.log.metrics()[-max(1, config.updates // 10) :])
         return row | conditions(torch.float32, self.torch_device)

@@ -216,7 +216,7 @@ def _shards(pattern: str) -> list[Path]:
         fitting = [name] if not set(name) & set("*?[") else sorted(glob(name))
         missing = [path for path in fitting if not Path(path).is_file()]
         if missing or not fitting:
-            raise TokenGameError(f"no tar file at {missing[0] if missing else name}, which {pattern} asks for")
+            raise TokenGameError(f"no tar file at {missing[0] if missing else name}, which {pattern} names")
         paths += map(Path, fitting)
     return paths
 

@@ -112,7 +112,7 @@ def _weighted_head(backbone: Backbone, x: Tensor, size: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_contract(game: TokenGame, images: Tensor, seed: int = 0) -> None:
-    """Play random games and assert what every token game promises.
+    """Play random games and assert what every token game must do.
 
     Raises:
         AssertionError: a decision was not carried out, pruning was reversed, a prefix token was lost, an image lost all

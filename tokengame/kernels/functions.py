@@ -60,7 +60,7 @@ def run_half_blocks(
         layout: of the M rows.
         bias: [M] added to the attention logits of each key, or None.
         cached: what the first half, an attention, reads in place of the rows' own keys and values.
-        request: asks for keys and values of the next attention, and for observations.
+        request: for keys and values of the next attention, and for observations.
         class_query: whether each image's first row gives the query of the observations; without it there are none.
     """
     heads, width = blocks[0].heads, blocks[0].width
@@ -92,7 +92,7 @@ def _cached(cached: CachedKeysValues | None) -> tuple[CachedKeysValuesStruct, An
 
 
 def _observation(request: ObservationRequest, heads: int) -> tuple[ObservationRequestStruct, Observed]:
-    """The struct, and where the kernels write what it asks for."""
+    """The struct, and where the kernels write the observation."""
     agents = request.agents.rows
     features = torch.empty(agents, heads + len(EXTRA_FEATURES), dtype=torch.float32, device="cpu")
     index = torch.empty(3, agents, dtype=torch.long, device="cpu")

@@ -53,7 +53,7 @@ class CachedKeysValues(NamedTuple):
 
 
 class ObservationRequest(NamedTuple):
-    """Asks a backend for what agents observe of an attention, and says where the agents are."""
+    """A request to a backend for what agents observe of an attention; it says where the agents are."""
 
     position: Tensor
     """[M] position of each row in the grid of patches, -1 for prefix tokens"""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import tokengame.runtime.fused as fused
 from tokengame.backends import Backend
 from tokengame.game import Decide, TokenGame
 from tokengame.kernels.functions import FusedOutput
-from tokengame.runtime import fused
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+import tokengame.runtime.cascade as cascade
 from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.backends import CompiledBlocks
@@ -23,7 +24,6 @@ from tokengame.errors import TokenGameError
 from tokengame.game import Decide, TokenGame
 from tokengame.packed.attention import fastest_attention
 from tokengame.policies.policy import Policy, check_fits, dial_for, find_policy, threshold
-from tokengame.runtime import cascade
 from tokengame.runtime.cascade import PrunedOutput
 from tokengame.runtime.features import Fill, grid_features
 from tokengame.runtime.macs import fallback_macs, native_macs, pruned_macs

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokengame.data import Epochs, Share
+from tokengame.backbones import load_model
+from tokengame.data.batches import Epochs, Share
+from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
-from tokengame.models import load_model
-from tokengame.policy import Policy
-from tokengame.ppo import normalise
-from tokengame.ranks import Ranks
+from tokengame.learning.ppo import normalise
+from tokengame.policies import Policy
 
 COMMAND = [sys.executable, "-m", "tokengame"]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokengame"]
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
 def test_every_item_of_a_batch_is_some_processes(size, own, batches, done):
     batch = size * own
-    shares = [Share((done + batches) * batch, batch, done * batch, Ranks(size, rank)) for rank in range(size)]
+    shares = [Share((done + batches) * batch, batch, done * batch, Processes(size, rank)) for rank in range(size)]
     assert {len(share) for share in shares} == {batches * own}
     for number in range(batches):
         together = [share[number * own + i] for share in shares for i in range(own)]
@@ -58,7 +58,7 @@ def test_epochs_show_every_image_once():
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(TokenGameError, match="33 images a batch cannot be shared evenly by 2"):
-        Ranks(2, 0).part_of(33)
+        Processes(2, 0).part_of(33)
 
 
 def run(command, *flags):

@@ -1,5 +1,6 @@
 """The promise about top-1 against enumeration and simulation."""
 
+
 from math import comb
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokengame.promise import LEVEL, chosen, p_value, upper_bound
+from tokengame.measure.risk import LEVEL, p_value, upper_bound
+from tokengame.policies.policy import certified
 
 
 def tail_by_enumeration(net, images, p_lost, p_gained):
@@ -60,9 +62,9 @@ def test_bounds_are_above_the_estimate_and_fall_with_gains(lost, gained, images)
 
 
 def test_walk_stops_at_the_first_failure():
-    assert chosen([0.0, 0.001, 0.006, 0.004], 0.005) == 2, "a lucky dial behind a failed one is not taken"
-    assert chosen([0.01], 0.005) == 0
-    assert chosen([0.001, 0.002], 0.005) == 2
+    assert certified([0.0, 0.001, 0.006, 0.004], 0.005) == 2, "a lucky dial behind a failed one is not taken"
+    assert certified([0.01], 0.005) == 0
+    assert certified([0.001, 0.002], 0.005) == 2
 
 
 def test_broken_in_at_most_five_percent_of_simulated_calibrations():
@@ -78,7 +80,7 @@ def test_broken_in_at_most_five_percent_of_simulated_calibrations():
             if counts not in known:
                 known[counts] = upper_bound(*counts, images)
             bounds.append(known[counts])
-        picked.append(chosen(bounds, wanted))
+        picked.append(certified(bounds, wanted))
         broken += picked[-1] > 3
     assert broken / trials <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / trials) ** 0.5
     assert broken / trials > 0.005, "never daring is no use"

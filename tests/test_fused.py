@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokengame import kernels, looks, whole
-from tokengame.anatomy import peak_memory, time_shares
-from tokengame.backbone import Backbone
-from tokengame.compiled import CompiledGame
+from tokengame.backbones import wrap
 from tokengame.config import GameConfig
-from tokengame.forced import forced_model
 from tokengame.game import TokenGame
-from tokengame.networks import START, ContextActor, TokenActor
+from tokengame.measure.profile import peak_memory, time_shares
+from tokengame.measure.synthetic import synthetic_model
+from tokengame.policies.networks import START, ContextActor, TokenActor
 from tokengame.runtime import prune
+from tokengame.runtime.torch_compile import CompiledGame
 
 pytestmark = needs_kernels
 MODELS = {
@@ -40,14 +40,14 @@ class Reluctant(ContextActor):
 
 
 def game_of(model, stages=(1, 2), transition="merge"):
-    return TokenGame(Backbone(model), GameConfig(stages=stages, transition=transition))
+    return TokenGame(wrap(model), GameConfig(stages=stages, transition=transition))
 
 
 def actor_of(game, seed=0):
     """A policy to which every feature matters."""
     actor = ContextActor(game.backbone.heads, len(game.stages), START["merge"])
     noise = torch.randn(actor.line.shape, generator=torch.Generator().manual_seed(seed))
-    actor.line.data.add_(0.3 * noise)
+    actor.weight.data.add_(0.3 * noise)
     return actor.requires_grad_(False)
 
 
@@ -71,7 +71,7 @@ def same(found, expected):
        threshold=st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 2.0, 99.0]))  # fmt: skip
 @torch.no_grad()
 def test_equals_the_game_step_by_step(key, number, stages, opening, threshold, seed):
-    """From everybody stays to one of each image does."""
+    """From keep_all stays to one of each image does."""
     game, images = game_of(MODELS[key], stages), images_for(MODELS[key], number, seed)
     settings = game, images, actor_of(game, seed), threshold, opening
     same(whole.play(*settings), looks._step_by_step(*settings))
@@ -112,16 +112,16 @@ def test_two_callers_at_once_do_not_meet():
 def test_a_pruned_model_plays_this_way_and_looks_twice_at_whom_it_should(monkeypatch):
     model = half_vit()
     policy = policy_for(model)
-    policy.card["game"]["second_look"] = 0.05
+    policy.card["game"]["cascade_margin"] = 0.05
     fast, images = prune(model, policy, 0.5), images_for(model, 12)
-    found = fast.play(images)
+    found = fast.predict(images)
     assert 0 < len(found.again) < 12
     assert torch.equal(fast.trace(images)[-1], found.alive)
     monkeypatch.setattr(TokenGame, "turn", lambda *_: pytest.fail("step by step"))
     assert torch.equal(fast(images), found.prediction)
     monkeypatch.undo()
     monkeypatch.setattr(whole, "play", lambda *_: None)
-    expected = fast.play(images)
+    expected = fast.predict(images)
     assert torch.equal(found.again, expected.again)
     assert off(found.prediction, expected.prediction) < 1e-3
     assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
@@ -129,13 +129,13 @@ def test_a_pruned_model_plays_this_way_and_looks_twice_at_whom_it_should(monkeyp
 
 @torch.inference_mode()
 def test_decisions_forced_to_wished_shares_are_taken_this_way_too(monkeypatch):
-    fast = forced_model(half_vit(), GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
+    fast = synthetic_model(half_vit(), GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
     images = images_for(fast.model, 8)
     wished = fast.actor.force(fast, images, 2)
-    found = fast.play(images)
+    found = fast.predict(images)
     assert torch.equal(torch.stack(found.kept), wished[:, :8])
     monkeypatch.setattr(whole, "play", lambda *_: None)
-    assert torch.equal(fast.play(images).alive, found.alive)
+    assert torch.equal(fast.predict(images).alive, found.alive)
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_what_it_does_not_do_is_done_step_by_step():
         assert not plays(game_of(other), images_for(other, 2)), changes
     with torch.enable_grad():
         assert not plays()
-    with kernels.on_pytorch():
+    with kernels.disabled():
         assert not plays()
     watched, changed = actor_of(game), actor_of(game)
     watched.register_forward_hook(lambda *_: None)
@@ -206,7 +206,7 @@ def test_a_policy_of_another_shape_is_refused_as_step_by_step():
 @torch.inference_mode()
 def test_anatomy_sees_every_part():
     model = half_vit(img_size=64)
-    fast = forced_model(model, GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
+    fast = synthetic_model(model, GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
     images = images_for(model, 8)
     fast.actor.force(fast, images)
     shares = time_shares(fast, images)

@@ -1,5 +1,9 @@
 """Second looks against playing every image alone and the native model, their price against PyTorch's flop counter."""
 
+
+
+
+
 import math
 from dataclasses import replace
 
@@ -12,14 +16,13 @@ from timm.layers import set_fused_attn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokengame import looks
-from tokengame.attention import written_attention
-from tokengame.backbone import Backbone
-from tokengame.compare import SECOND_LOOK, policy_entries
+from tokengame.backbones import wrap
 from tokengame.game import TokenGame
-from tokengame.looks import in_doubt
-from tokengame.policy import Policy
+from tokengame.measure.compare import CASCADE_MARGIN, policy_entries
+from tokengame.packed.attention import unfused_attention
+from tokengame.policies import Policy
 from tokengame.runtime import PrunedViT
+from tokengame.runtime.cascade import uncertain_images
 
 MODEL = tiny_vit()
 POLICIES = {transition: policy_for(MODEL, transition) for transition in ("drop", "merge")}
@@ -27,8 +30,8 @@ POLICIES = {transition: policy_for(MODEL, transition) for transition in ("drop",
 
 def games(transition, margin):
     policy = POLICIES[transition]
-    config = replace(policy.game, second_look=margin)
-    return TokenGame(Backbone(MODEL), config), policy.actor
+    config = replace(policy.game, cascade_margin=margin)
+    return TokenGame(wrap(MODEL), config), policy.actor
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,7 +47,7 @@ def test_equals_playing_every_image_alone(transition, batch, margin, threshold, 
     """Nobody to many in doubt; whoever is has the native prediction, and is where a game without losers ends."""
     game, actor = games(transition, margin)
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    found, edges = looks.play(game, images, actor, threshold), []
+    found, edges = cascade.predict(game, images, actor, threshold), []
 
     def decide(obs):
         logits = actor(obs)
@@ -53,7 +56,7 @@ def test_equals_playing_every_image_alone(transition, batch, margin, threshold, 
 
     for number in range(batch):
         first = game.play(images[number : number + 1], decide, threshold)
-        prediction = game.logits(first)[0]
+        prediction = game.predict(first)[0]
         second, best = sorted(prediction.softmax(0).tolist())[-2:]
         dial = 1 / (1 + 2.718281828459045**-threshold)
         at_dial = 2 * (1 - dial) * margin
@@ -73,7 +76,7 @@ def test_equals_playing_every_image_alone(transition, batch, margin, threshold, 
 
 def fast_of(transition, margin, dial, model=MODEL):
     policy = POLICIES[transition]
-    card = policy.card | {"game": policy.card["game"] | {"second_look": margin}}
+    card = policy.card | {"game": policy.card["game"] | {"cascade_margin": margin}}
     return PrunedViT(model, Policy(policy.actor, card), dial)
 
 
@@ -87,12 +90,12 @@ def test_a_second_look_costs_what_the_flop_counter_sees(transition):
         counted, analytic = [], []
         for margin in (0.0, 2.0):
             fast = fast_of(transition, margin, 0.7, model)
-            fast.game.backbone.attend = written_attention
+            fast.game.attention = unfused_attention
             with (
                 sdpa_kernel(SDPBackend.MATH),
                 FlopCounterMode(display=False) as counter,
             ):  # not all torch count fused ones
-                played = fast.play(images)
+                played = fast.predict(images)
             counted.append(counter.get_total_flops() / 2)
             analytic.append(float(fast.macs(played)[1].sum()))
         assert len(played.again) == 4
@@ -115,9 +118,9 @@ def test_nobody_looks_twice_without_a_doubt_a_dial_or_a_classifier():
 
 def test_doubt_by_hand():
     prediction = torch.tensor([[0.5, 0.3, 0.2], [0.45, 0.4, 0.15], [0.1, 0.1, 0.8]]).log()
-    assert in_doubt(prediction, 0.1).tolist() == [1]
-    assert in_doubt(prediction, 0.25).tolist() == [0, 1]
-    assert in_doubt(prediction, 0.01).tolist() == []
+    assert uncertain_images(prediction, 0.1).tolist() == [1]
+    assert uncertain_images(prediction, 0.25).tolist() == [0, 1]
+    assert uncertain_images(prediction, 0.01).tolist() == []
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def test_trace_shows_the_last_look():
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     apart = fast_of("merge", 0.0, 0.9)(images).softmax(1).topk(2).values
     fast = fast_of("merge", 5 * float((apart[:, 0] - apart[:, 1]).median()) + 1e-3, 0.9)  # 2 (1 - 0.9) of it counts
-    played, trace = fast.play(images), fast.trace(images)
+    played, trace = fast.predict(images), fast.trace(images)
     assert 0 < len(played.again) < 6
     assert torch.equal(trace.sum(2), torch.stack(played.kept))
     assert not torch.equal(torch.stack(played.kept), torch.stack(played.first))
@@ -136,13 +139,13 @@ def test_trace_shows_the_last_look():
 def test_compare_measures_a_policy_with_the_other_number_of_looks_too():
     images, budgets = torch.randn(8, 3, 32, 32), ["attention at the budgets of ours", "random at the budgets of ours"]
     likeliest = fast_of("merge", 0.0, 0.3)(images).softmax(1).topk(2).values
-    close = int((likeliest[:, 0] - likeliest[:, 1] < 2 * 0.7 * SECOND_LOOK).sum())
+    close = int((likeliest[:, 0] - likeliest[:, 1] < 2 * 0.7 * CASCADE_MARGIN).sum())
     assert 0 < close < 8
-    for second_look, names, again in (
+    for cascade_margin, names, again in (
         (10.0, ["ours", "ours, one look", *budgets], [8, 0, 0, 0]),
         (0.0, ["ours", "ours, two looks", *budgets], [0, close, 0, 0]),
     ):
-        fast = fast_of("merge", second_look, 0.3)
+        fast = fast_of("merge", cascade_margin, 0.3)
         entries = policy_entries(MODEL, "ours", Policy(fast.actor, fast.card), [0.3], budgets=True)
         assert [entry.method for entry in entries] == names
         assert [len(entry.runs.play(images).again) for entry in entries] == again

@@ -1,5 +1,6 @@
 """Models that change after our kernels have packed their weights, and models that do what the kernels do not."""
 
+
 import copy
 import pickle
 
@@ -13,11 +14,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from tokengame import kernels
+from tokengame.backbones import wrap
+from tokengame.kernels.weights import packed_weights
 from tokengame.runtime import PrunedViT
-from tokengame.weights import weights_of
 
 pytestmark = pytest.mark.skipif(
-    kernels.library() is None, reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
+    not kernels.available(), reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
 )
 
 
@@ -147,7 +149,7 @@ UNSUPPORTED = {
 @torch.no_grad()
 def test_models_that_do_something_else_are_run_by_pytorch(key):
     model, images = UNSUPPORTED[key](), normal(3, 3, 32, 32)
-    assert weights_of(model) is None
+    assert packed_weights(model, wrap(model).plain_weights) is None
     assert off(played(game_of(model), images), model(images)) < 0.03
 
 

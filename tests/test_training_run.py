@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from tokengame.config import PRESETS, TrainConfig, merge
+from tokengame.data.datasets import FolderImages
 from tokengame.errors import TokenGameError
-from tokengame.images import FolderImages
-from tokengame.rewards import fidelity_loss
-from tokengame.rollout import play_sampled, set_out
-from tokengame.rundir import require_writable
-from tokengame.session import Session
-from tokengame.train import Trainer, training_dtype
+from tokengame.files import require_writable
+from tokengame.learning.rollout import initialise_biases, sample_games
+from tokengame.learning.run import TrainingRun
+from tokengame.learning.trainer import Trainer, training_dtype
+from tokengame.measure.fidelity import fidelity_loss
 
 SMALL = {"updates": 4, "batch_size": 4, "dtype": "float32", "game": {"stages": (1, 2)}}
 
@@ -31,7 +31,7 @@ def source(tmp_path):
 
 def session_for(model, source, folder, preset="tokengame", resume=False, **changes):
     config = merge(merge(TrainConfig.from_preset(preset), SMALL), changes)
-    return Session(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
+    return TrainingRun(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
 
 
 def weights_of(session):
@@ -62,7 +62,7 @@ def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp
     """Whatever the backbone: the root of `keep` at the first stage, then `keep` of the living, in the whole batch."""
     game, images = {"transition": transition}, torch.randn(6, 3, 32, 32)
     trainer = session_for(model, source, tmp_path, game=game).trainer
-    set_out(trainer.game, trainer.actor, images, 0.6, trainer.ranks)
+    initialise_biases(trainer.game, trainer.actor, images, 0.6, trainer.ranks)
     state = trainer.game.play(images, trainer.actor)
     first, second = (int(kept.sum()) for kept in state.kept)
     assert first == pytest.approx(0.6**0.5 * 6 * 16, abs=1)
@@ -76,9 +76,9 @@ def test_thresholds_settle_where_chance_kept_as_many(model, source, tmp_path):
     trainer = session_for(model, source, tmp_path).trainer
     assert not trainer.settled
     batches = [torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(6)]
-    trainer.actor.line.data[:, -1] += 1.5  # of tokens that all but stay chance takes some, a threshold none
+    trainer.actor.weight.data[:, -1] += 1.5  # of tokens that all but stay chance takes some, a threshold none
     noise = torch.rand(2, 32, 16, generator=torch.Generator().manual_seed(9))
-    sampled = [play_sampled(trainer.game, trainer.game.reset(images), trainer.actor, noise).final for images in batches]
+    sampled = [sample_games(trainer.game, trainer.game.reset(images), trainer.actor, noise).final for images in batches]
     wanted = torch.stack([torch.stack(end.kept).float().mean(1) for end in sampled]).mean(0) / 16
 
     def shares():
@@ -181,7 +181,7 @@ def test_agents_pay_for_softened_predictions_and_each_network_has_its_step(model
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     rollout, outcome, metrics = trainer.rollout(images, None)
     native = model(images).repeat_interleave(config.rollouts, 0)
-    pruned = trainer.game.logits(rollout.final)
+    pruned = trainer.game.predict(rollout.final)
     torch.testing.assert_close(outcome.kl, fidelity_loss(native, pruned, temperature=3.0), atol=1e-5, rtol=1e-3)
     assert metrics["game/kl"] == pytest.approx(float(fidelity_loss(native, pruned).mean()), rel=1e-3)
     with torch.enable_grad():
