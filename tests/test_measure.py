@@ -96,9 +96,7 @@ def test_the_dial_that_meets_a_target():
     assert dial_for(CARD, gmacs_ratio=0.6) == pytest.approx(0.5)
     assert dial_for(CARD, gmacs=1.5) == pytest.approx(0.8)
     assert dial_for(CARD, keep=0.4) == pytest.approx(0.5)
-    assert dial_for({"calibration": ROWS[::-1]}, max_drop=1.0) == 0.4, (
-        "a dial behind one that fails is not taken"
-    )
+    assert dial_for({"calibration": ROWS[::-1]}, max_drop=1.0) == 0.4, "a dial behind one that fails is not taken"
     with pytest.raises(TokenGameError, match=r"outside the calibrated 0.30 to 0.90"):
         dial_for(CARD, gmacs_ratio=0.95)
     with pytest.raises(TokenGameError, match="no calibration"):
@@ -192,11 +190,10 @@ def test_conditions_name_kernels_that_are_switched_off():
 
 
 def commit_in(folder, monkeypatch):
-    """The module that finds the commit, as if the package lay in `folder`."""
-    monkeypatch.setattr(
-        "tokengame.measure.conditions.__file__", str(folder / "tokengame" / "measure" / "conditions.py")
-    )
-    return commit.__wrapped__()  # not the answer it remembers
+    """The commit, as if the package lay in `folder`."""
+    module = folder / "tokengame" / "measure" / "conditions.py"
+    monkeypatch.setattr("tokengame.measure.conditions.__file__", str(module))
+    return commit.__wrapped__()  # without its cache
 
 
 def test_there_is_no_commit_outside_a_checkout(tmp_path, monkeypatch):

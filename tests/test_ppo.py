@@ -139,7 +139,7 @@ class Net(nn.Module):
 
 KINDS = torch.eye(3)
 PAY = torch.tensor([[0.5, 0.5], [-1.0, 2.0], [0.3, -1.0]])
-"""what each kind of agent earns where it is kept, at the two stages: always good, patient (pays first), best pruned last"""
+"""what each kind of agent earns if kept, at the two stages: always good, patient (pays first), worth one stage"""
 OPTIMUM = torch.tensor([[1, 1], [1, 1], [1, 0]]).bool()
 """which kinds are kept at each stage when played best"""
 

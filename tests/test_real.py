@@ -1,4 +1,4 @@
-"""Real weights and real images: the native figures, and those of the shipped policy on images it has not learned from."""
+"""Real weights and real images: the native figures, and the shipped policy's on images it has not learned from."""
 
 import json
 

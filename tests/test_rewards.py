@@ -51,7 +51,7 @@ def test_pruning_everything_is_neither_free_nor_infinite():
 
 
 def test_target_charges_all_agents_that_acted_for_the_distance():
-    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; pruned agents pay nothing."""
+    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; the pruned pay nothing."""
     played = outcome([[[1, 1, 0, 0]], [[1, 1, 0, 0]]], correct=[True])
     expected = torch.tensor([[[11.8, 11.8, -0.2, -0.2]], [[11.99, 11.99, 0, 0]]])
     torch.testing.assert_close(target(played, RewardConfig(alpha=24, keep_target=0.7)), expected)

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Annotated, Any, Union
 
 import tyro
@@ -107,9 +108,9 @@ def entry() -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command that `arguments` ask for; exits with 2 and a sentence on unknown ones."""
+    """The command that `arguments` name; exits with 2 and a sentence on unknown ones."""
     defaults: dict[type, Any] = {}
-    named = [value for flag, value in zip(arguments, [*arguments[1:], ""], strict=True) if flag == "--preset"]
+    named = [value for flag, value in pairwise(arguments) if flag == "--preset"]
     named += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
     if named:
         preset = TrainConfig.from_preset(named[-1])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import tokengame
 from tokengame import kernels
 
 
@@ -30,7 +31,7 @@ def conditions(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[s
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": version("timm"),
-        "tokengame": version("tokengame"),
+        "tokengame": tokengame.__version__,
         "commit": commit(),
         "command": command(),
     }
