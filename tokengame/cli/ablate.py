@@ -51,7 +51,7 @@ class Ablate(OnImages):
     )
 
     def run(self) -> list[dict[str, Any]]:
-        """Train all, measure all."""
+        """Train and measure every variant with every seed; a row a variant."""
         require(self.seeds >= 1, "--seeds must be at least 1")
         require_writable(self.output / "ablations.csv")
         model, source = self.load()

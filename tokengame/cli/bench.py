@@ -32,7 +32,7 @@ BENCH_HEADINGS = {
 
 @dataclass(kw_only=True)
 class Bench(Common):
-    """Speed of native and pruned, interleaved in one run; random weights serve."""
+    """Speed of the native and the pruned model, interleaved in one run; random weights will do."""
 
     name: ClassVar[str] = "bench"
     examples: ClassVar[str] = (
@@ -64,7 +64,7 @@ class Bench(Common):
     """folder for the CSV, whose name holds the conditions"""
 
     def run(self) -> list[dict[str, Any]]:
-        """Time."""
+        """Time every number format at every batch size; a row each."""
         require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
         require(bool(self.dtypes), "--dtypes must name at least one")
         embedded = self.weights is not None or self.backbone == EMBEDDED

@@ -21,7 +21,7 @@ from tokengame.runtime import prune
 
 @dataclass(kw_only=True)
 class Eval(OnImages):
-    """Native beside pruned on the same images."""
+    """Measure the pruned model beside the native one on the same images."""
 
     name: ClassVar[str] = "eval"
     examples: ClassVar[str] = (
@@ -47,7 +47,7 @@ class Eval(OnImages):
     """measure only on the share that `train` held back with the same --holdout and --seed"""
 
     def run(self) -> dict[str, Any]:
-        """Measure."""
+        """Measure both models on all images."""
         points = (self.dial, self.gmacs_ratio, self.max_drop)
         require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
         targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop}

@@ -75,7 +75,7 @@ class Finetune(OnImages):
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
 
     def run(self) -> dict[str, Any]:
-        """Measure, tune, calibrate, measure."""
+        """Measure the pruned model, tune it, calibrate the policy for the tuned weights, measure again."""
         require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
         self.processes.local_batch(self.config.batch_size)
         if not self.dry_run:

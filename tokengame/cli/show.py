@@ -57,7 +57,7 @@ class Show(OnImages):
     mean compute; 0 leaves it out"""
 
     def run(self) -> dict[str, Any]:
-        """Draw."""
+        """Pick images, draw them, write the file."""
         require_writable(self.output)
         require(self.output.suffix in (".png", ".html"), f"--output must end in .png or .html, not {self.output.name}")
         model, source = self.load()

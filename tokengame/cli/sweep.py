@@ -59,7 +59,7 @@ class Sweep(OnImages):
     )
 
     def run(self) -> list[dict[str, Any]]:
-        """Train a policy a ratio, measure, draw."""
+        """Train and measure a policy for every ratio, draw the figure; a row a ratio."""
         require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
         fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)

@@ -56,7 +56,7 @@ class Train(OnImages):
     )
 
     def run(self) -> dict[str, Any]:
-        """Train, calibrate, validate."""
+        """Train on a part of the images, calibrate and measure on the rest."""
         if not self.dry_run:
             require_writable(self.output)
         model, source = self.load_to_learn()

@@ -135,7 +135,7 @@ class TrainingRun:
         return prune(self.model, Policy.load(self.output))
 
     def result(self) -> dict[str, Any]:
-        """The JSON keys of `train` that are about the run itself."""
+        """The JSON keys of `train` about the run itself: policy, images_seen, seconds, speeds."""
         seen = self.trainer.images_seen
         return {
             "policy": str(self.output),

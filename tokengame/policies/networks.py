@@ -1,7 +1,7 @@
 """Actor and critic: small networks shared by all agents.
 
-Rows are looked up by `index_select`: the gradient of indexing by a tensor is summed by several threads in any order,
-and the same seed would give other bits.
+Rows are selected by `index_select`: threads sum the gradient of indexing by a tensor in any order, so the same seed
+would not repeat bitwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokengame.packed.heads import EXTRA_FEATURES
 
 
 class Scale(NamedTuple):
-    """Where a feature lies and how far it moves, of ViT-Ti/16 on ImageNet: an actor's weights are all of one order."""
+    """Centre and inverse spread of a feature, measured on ViT-Ti/16 and ImageNet, so that weights have one magnitude."""
 
     centre: float = 0.0
     factor: float = 1.0

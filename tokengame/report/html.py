@@ -95,7 +95,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def write_report(path: Path, title: str, result: dict[str, Any], strips: bytes, figures: dict[str, bytes]) -> None:
-    """Write the page.
+    """Write the report of `quickstart`.
 
     Args:
         strips: PNG of overlays.
