@@ -1,4 +1,4 @@
-"""Several processes learn as one does; what is killed and resumed ends as what never was."""
+"""Several processes learn as one does; a run that was killed and resumed ends as one that never was."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def images(tmp_path_factory):
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
-def test_every_item_of_a_batch_is_some_processes(size, own, batches, done):
+def test_every_item_of_a_batch_is_taken_by_one_process(size, own, batches, done):
     batch = size * own
     shares = [Share((done + batches) * batch, batch, done * batch, Processes(size, rank)) for rank in range(size)]
     assert {len(share) for share in shares} == {batches * own}
@@ -58,12 +58,12 @@ def test_epochs_show_every_image_once():
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(TokenGameError, match="33 images a batch cannot be shared evenly by 2"):
-        Processes(2, 0).part_of(33)
+        Processes(2, 0).local_batch(33)
 
 
 def run(command, *flags):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -81,14 +81,14 @@ def learned(images, tmp_path_factory):
 
 
 def test_two_processes_make_the_update_of_one(learned):
-    """Over gloo, with advantages normalised over both, the controller steered by both, and one who writes."""
+    """Over gloo, with advantages normalised over both, the controller steered by both, and one that writes."""
     one, two = learned["one"], learned["two"]
     mine, ours = (Policy.load(document["policy"]).actor.state_dict() for document in (one, two))
     for name, weight in mine.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-3)
     logs = [Path(document["policy"]).with_name("policy_log") / "metrics.jsonl" for document in (one, two)]
     logged, reduced = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
-    assert len(logged) == len(reduced) == 3, "one writer"
+    assert len(logged) == len(reduced) == 3, "one process writes"
     for line, other in zip(logged, reduced, strict=True):
         for name in ("game/kl", "game/gmacs_ratio", "game/agreement", "charts/kl_weight"):
             assert line[name] == pytest.approx(other[name], rel=1e-3), name
@@ -148,15 +148,15 @@ def train(images, output, *flags):
 
 def wait_for(lines, log, process):
     """Until so many updates are recorded."""
-    for _ in range(6000):
+    for _ in range(180_000):
         if (log / "metrics.jsonl").is_file() and len((log / "metrics.jsonl").read_text().splitlines()) >= lines:
             return
         assert process.poll() is None, "it stopped by itself"
         time.sleep(0.01)
-    raise AssertionError("no progress in a minute")
+    raise AssertionError("no progress in half an hour")
 
 
-def test_killed_and_resumed_is_bitwise_never_killed(images, tmp_path):
+def test_a_run_that_was_killed_and_resumed_is_bitwise_one_that_was_not(images, tmp_path):
     """SIGKILL twice, between checkpoints; then SIGTERM, which saves. Policy and metrics.jsonl have the same bytes."""
     whole, cut = tmp_path / "whole" / "policy.safetensors", tmp_path / "cut" / "policy.safetensors"
     assert train(images, whole).wait() == 0

@@ -240,25 +240,25 @@ def test_native_runs_with_the_faster_attention(fused, unfused, expected, model, 
 FAULTS = """
 import resource, torch
 from tokengame.measure.evaluate import keep_freed_memory
-{}
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    torch.ones(1 << 24)
-before = faults()
-for _ in range(10):
-    torch.ones(1 << 24)
-print(faults() - before)
+
+def faults():
+    for _ in range(3):
+        torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+assert keep_freed_memory()
+print(faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's allocator")
 def test_an_allocator_that_keeps_freed_memory_takes_no_fresh_pages():
     """Ten times 64 MiB, freed each time, are 160,000 pages of 4 KiB, or none."""
-    fresh, kept = (_faults(call) for call in ("", "assert keep_freed_memory()"))
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
     assert fresh > 100, "even if pages are huge"
     assert kept < fresh / 10
-
-
-def _faults(call):
-    done = subprocess.run([sys.executable, "-c", FAULTS.format(call)], capture_output=True, text=True, check=True)
-    return int(done.stdout)

@@ -1,5 +1,4 @@
-"""The promise about top-1 against enumeration and simulation."""
-
+"""The guarantee about top-1 against enumeration and simulation."""
 
 from math import comb
 
@@ -25,7 +24,7 @@ def tail_by_enumeration(net, images, p_lost, p_gained):
 
 @settings(max_examples=25)
 @given(images=st.integers(2, 14), data=st.data())
-def test_p_value_covers_every_way_to_break_the_promise(images, data):
+def test_p_value_covers_every_way_to_break_the_guarantee(images, data):
     """Enumerated: with a true net loss of `bound` or more, small p-values are no more frequent than they say."""
     bound = data.draw(st.floats(0.01, 0.6))
     p_gained = data.draw(st.floats(0, (1 - bound) / 2))
@@ -61,14 +60,14 @@ def test_bounds_are_above_the_estimate_and_fall_with_gains(lost, gained, images)
     assert bound >= upper_bound(lost, gained + 1, images) - 1e-4
 
 
-def test_walk_stops_at_the_first_failure():
-    assert certified([0.0, 0.001, 0.006, 0.004], 0.005) == 2, "a lucky dial behind a failed one is not taken"
+def test_certification_stops_at_the_first_dial_that_fails():
+    assert certified([0.0, 0.001, 0.006, 0.004], 0.005) == 2, "a lucky dial behind one that fails is not taken"
     assert certified([0.01], 0.005) == 0
     assert certified([0.001, 0.002], 0.005) == 2
 
 
-def test_broken_in_at_most_five_percent_of_simulated_calibrations():
-    """Three dials lose 0.5 %, three 2.1 % where 2 % is promised: taken about as often as allowed, no oftener."""
+def test_the_guarantee_fails_in_at_most_five_percent_of_simulated_calibrations():
+    """Three dials lose 0.5 %, three 2.1 % where 2 % is guaranteed: certified about as often as allowed, no oftener."""
     rng, images, wanted, trials = np.random.default_rng(0), 600, 0.02, 500
     lost, gained = np.array([0.007] * 3 + [0.033] * 3), np.array([0.002] * 3 + [0.012] * 3)
     broken, picked, known = 0, [], {}
@@ -83,5 +82,5 @@ def test_broken_in_at_most_five_percent_of_simulated_calibrations():
         picked.append(certified(bounds, wanted))
         broken += picked[-1] > 3
     assert broken / trials <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / trials) ** 0.5
-    assert broken / trials > 0.005, "never daring is no use"
-    assert float(np.mean(picked)) > 2, "what is safe is taken"
+    assert broken / trials > 0.005, "a guarantee that never fails is too cautious"
+    assert float(np.mean(picked)) > 2, "dials that lose less are certified"

@@ -21,7 +21,7 @@ def test_scenes_are_functions_of_seed_and_index():
     assert all(one.label(i) == one[i].label for i in range(50))
 
 
-def test_scene_box_is_where_the_item_is():
+def test_the_box_of_a_scene_is_where_the_item_is():
     """Without clutter nothing but the item is bright, and all of it lies in its box."""
     sizes = []
     for scene in (FashionScenes("test", 40, seed=1, clutter=0)[i] for i in range(40)):

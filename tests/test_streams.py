@@ -1,4 +1,4 @@
-"""Streams: every image once a pass, repeatable, the same whoever decodes; gone on with exactly."""
+"""Streams: every image once a pass, repeatable, the same with any number of workers and processes, resumed exactly."""
 
 import io
 import json
@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tokengame import hub, loop
 from tokengame.cli.main import main
+from tokengame.data import hub
 from tokengame.data.batches import BadImages, checked
 from tokengame.data.datasets import label_images, open_images, split_images
 from tokengame.data.loader import TrainingLoader
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
+from tokengame.learning.loop import Loop
 
 datasets = pytest.importorskip("datasets", reason="pip install tokengame[hub]")
 
@@ -51,8 +52,8 @@ def grey(image):
     return torch.tensor(np.asarray(image)[0, 0, :1] + np.random.randint(2)).float()
 
 
-def labels(feed, start=0, workers=0):
-    return [batch.labels.tolist() for batch in checked(feed.loader(start, workers), BadImages(10**6))]
+def labels(loader, start=0, workers=0):
+    return [batch.labels.tolist() for batch in checked(loader.loader(start, workers), BadImages(10**6))]
 
 
 def test_every_pass_has_every_image_once_in_another_order(stream):
@@ -64,19 +65,19 @@ def test_every_pass_has_every_image_once_in_another_order(stream):
 
 
 def test_images_and_augmentation_do_not_depend_on_workers_or_start(stream):
-    feed = TrainingLoader(stream, grey, seed=3, batch_size=8, updates=10)  # more than one pass
-    alone, helped = (list(checked(feed.loader(workers=workers), BadImages(10**6))) for workers in (0, 2))
+    loader = TrainingLoader(stream, grey, seed=3, batch_size=8, updates=10)  # more than one pass
+    alone, helped = (list(checked(loader.loader(workers=workers), BadImages(10**6))) for workers in (0, 2))
     assert len(alone) == 10
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
     for start in (1, 9):
-        later = list(checked(feed.loader(start), BadImages(10**6)))
+        later = list(checked(loader.loader(start), BadImages(10**6)))
         assert torch.equal(later[0].images, alone[start].images)
         assert len(later) == 10 - start
 
 
-def test_two_processes_see_what_one_does(stream):
+def test_two_processes_load_what_one_does(stream):
     whole = labels(TrainingLoader(stream, grey, 3, 8, 4))
     parts = [labels(TrainingLoader(stream, grey, 3, 8, 4, Processes(2, rank))) for rank in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
@@ -90,7 +91,7 @@ def test_what_is_held_back_is_never_learned_from(stream):
     assert sorted(next(rows).label for _ in range(COUNT - HELD)) == list(range(HELD, COUNT))
 
 
-def test_a_stream_too_short_to_be_one_is_refused(stream, monkeypatch):
+def test_a_stream_with_too_few_images_is_refused(stream, monkeypatch):
     monkeypatch.setattr(hub, "HELD", 40)
     with pytest.raises(TokenGameError, match="only 60 images"):
         split_images(stream, 0.2, seed=0)
@@ -128,7 +129,7 @@ def test_classes_a_model_does_not_have_are_found_at_the_start(tmp_path):
         label_images(stream, None, 5)
 
 
-def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_path):
+def test_training_on_a_stream_resumes_exactly(place, parquet, monkeypatch, tmp_path):
     root, *_ = place
     common = [
         "--backbone", "vit_tiny_patch16_224", "--weights", str(root / "weights.safetensors"), "--images",
@@ -141,7 +142,7 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
 
     whole, part = (str(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
     assert main(["train", *common, "--updates", "3", "--output", whole]) == 0
-    record, calls = loop.Loop.save, []
+    record, calls = Loop.save, []
 
     def stop_after_first(self):
         record(self)
@@ -149,9 +150,9 @@ def test_train_on_a_stream_and_go_on_with_it(place, parquet, monkeypatch, tmp_pa
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Loop, "save", stop_after_first)
+    monkeypatch.setattr(Loop, "save", stop_after_first)
     assert main(["train", *common, "--updates", "3", "--checkpoint-every", "1", "--output", part]) != 0
-    monkeypatch.setattr(loop.Loop, "save", record)
+    monkeypatch.setattr(Loop, "save", record)
     assert main(["train", *common, "--updates", "3", "--output", part, "--resume"]) == 0
     assert lines("part") == lines("whole")
     assert [line["update"] for line in lines("part")] == [1, 2, 3]

@@ -29,40 +29,40 @@ def source(tmp_path):
     return FolderImages(tmp_path, [f"{i}.png" for i in range(8)], [i % 5 for i in range(8)])
 
 
-def session_for(model, source, folder, preset="tokengame", resume=False, **changes):
+def run_for(model, source, folder, preset="tokengame", resume=False, **changes):
     config = merge(merge(TrainConfig.from_preset(preset), SMALL), changes)
     return TrainingRun(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
 
 
-def weights_of(session):
-    return torch.cat([p.detach().flatten() for p in session.trainer.actor.parameters()])
+def weights_of(run):
+    return torch.cat([p.detach().flatten() for p in run.trainer.actor.parameters()])
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_every_preset_trains_and_writes_all_it_promises(preset, model, source, tmp_path):
-    session = session_for(model, source, tmp_path / "run", preset)
-    before = weights_of(session).clone()
-    session.run()
-    fast = session.finish(source)
-    assert not torch.equal(before, weights_of(session))
+def test_every_preset_trains_and_writes_policy_metrics_and_calibration(preset, model, source, tmp_path):
+    run = run_for(model, source, tmp_path / "run", preset)
+    before = weights_of(run).clone()
+    run.run()
+    fast = run.finish(source)
+    assert not torch.equal(before, weights_of(run))
     assert fast(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-    lines = [json.loads(line) for line in (session.log.path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run.log.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
     standard = {"policy", "value", "entropy", "approx_kl", "clipfrac", "explained_variance"}
     assert {f"losses/{name}" for name in standard} <= set(lines[0])
-    assert list(session.log.path.glob("events.*")), "TensorBoard"
+    assert list(run.log.path.glob("events.*")), "TensorBoard"
     assert {"dial", "gmacs_ratio", "gmacs", "keep", "agreement", "drop_pp", "drop_pp_bound95"} <= set(
         fast.card["calibration"][0]
     )
-    assert session.result()["images_seen"] == 16
+    assert run.result()["images_seen"] == 16
 
 
 @pytest.mark.parametrize("transition", ["drop", "merge"])
-def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp_path):
-    """Whatever the backbone: the root of `keep` at the first stage, then `keep` of the living, in the whole batch."""
+def test_training_starts_with_the_wanted_shares(transition, model, source, tmp_path):
+    """On any backbone: the root of `keep` at the first stage, then `keep` of those left, over the whole batch."""
     game, images = {"transition": transition}, torch.randn(6, 3, 32, 32)
-    trainer = session_for(model, source, tmp_path, game=game).trainer
-    initialise_biases(trainer.game, trainer.actor, images, 0.6, trainer.ranks)
+    trainer = run_for(model, source, tmp_path, game=game).trainer
+    initialise_biases(trainer.game, trainer.actor, images, 0.6, trainer.processes)
     state = trainer.game.play(images, trainer.actor)
     first, second = (int(kept.sum()) for kept in state.kept)
     assert first == pytest.approx(0.6**0.5 * 6 * 16, abs=1)
@@ -71,12 +71,12 @@ def test_training_sets_out_from_the_wanted_shares(transition, model, source, tmp
 
 
 @torch.no_grad()
-def test_thresholds_settle_where_chance_kept_as_many(model, source, tmp_path):
-    """At the end of a run a deterministic game keeps the shares that games drawn by chance had kept before."""
-    trainer = session_for(model, source, tmp_path).trainer
-    assert not trainer.settled
+def test_calibrated_thresholds_keep_as_many_as_sampling_did(model, source, tmp_path):
+    """At the end of a run a deterministic game keeps the shares that sampled games kept before."""
+    trainer = run_for(model, source, tmp_path).trainer
+    assert not trainer.calibrated
     batches = [torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(6)]
-    trainer.actor.weight.data[:, -1] += 1.5  # of tokens that all but stay chance takes some, a threshold none
+    trainer.actor.weight.data[:, -1] += 1.5  # sampling prunes some tokens of high probability, a threshold none
     noise = torch.rand(2, 32, 16, generator=torch.Generator().manual_seed(9))
     sampled = [sample_games(trainer.game, trainer.game.reset(images), trainer.actor, noise).final for images in batches]
     wanted = torch.stack([torch.stack(end.kept).float().mean(1) for end in sampled]).mean(0) / 16
@@ -86,24 +86,24 @@ def test_thresholds_settle_where_chance_kept_as_many(model, source, tmp_path):
         return torch.stack([torch.stack(end.kept).float().mean(1) for end in ends]).mean(0) / 16
 
     before = shares()
-    trainer.settle(batches)
-    assert trainer.settled
+    trainer.calibrate_biases(batches)
+    assert trainer.calibrated
     torch.testing.assert_close(shares(), wanted, atol=0.03, rtol=0)
     assert float((before - wanted).abs().max()) > 0.06
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_finished_run_that_is_resumed_settles_no_more(model, source, tmp_path):
-    first = session_for(model, source, tmp_path)
+def test_a_finished_run_that_is_resumed_is_not_calibrated_again(model, source, tmp_path):
+    first = run_for(model, source, tmp_path)
     first.run()
-    again = session_for(model, source, tmp_path, resume=True)
+    again = run_for(model, source, tmp_path, resume=True)
     again.run()
     assert torch.equal(weights_of(first), weights_of(again))
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_same_seed_same_policy(model, source, tmp_path):
-    runs = [session_for(model, source, tmp_path / name) for name in ("a", "b")]
+    runs = [run_for(model, source, tmp_path / name) for name in ("a", "b")]
     for run in runs:
         run.run()
     assert torch.equal(*map(weights_of, runs))
@@ -112,7 +112,7 @@ def test_same_seed_same_policy(model, source, tmp_path):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(number, model, source, tmp_path):
-    whole, part = (session_for(model, source, tmp_path / name) for name in ("whole", "part"))
+    whole, part = (run_for(model, source, tmp_path / name) for name in ("whole", "part"))
     whole.run()
 
     steer = part.trainer.controller.update
@@ -128,7 +128,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(number, model, sourc
     with pytest.raises(KeyboardInterrupt):
         part.run()
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    resumed = session_for(model, source, tmp_path / "part", resume=True)
+    resumed = run_for(model, source, tmp_path / "part", resume=True)
     assert resumed.trainer.updates == 2
     resumed.run()
     assert torch.equal(weights_of(whole), weights_of(resumed))
@@ -139,12 +139,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(number, model, sourc
     assert losses[0] == losses[1]
 
 
-def test_resume_refuses_nothing_and_other_settings(model, source, tmp_path):
+def test_resume_refuses_a_missing_checkpoint_and_other_settings(model, source, tmp_path):
     with pytest.raises(TokenGameError, match="nothing to resume"):
-        session_for(model, source, tmp_path / "run", resume=True)
-    session_for(model, source, tmp_path / "run").run()
+        run_for(model, source, tmp_path / "run", resume=True)
+    run_for(model, source, tmp_path / "run").run()
     with pytest.raises(TokenGameError, match="of other settings"):
-        session_for(model, source, tmp_path / "run", resume=True, updates=9)
+        run_for(model, source, tmp_path / "run", resume=True, updates=9)
 
 
 def test_unwritable_output_is_found_before_training(tmp_path):
@@ -156,25 +156,25 @@ def test_unwritable_output_is_found_before_training(tmp_path):
 def test_labelled_reward_without_labels_is_refused_before_training(model, source, tmp_path):
     source.labels = None
     with pytest.raises(TokenGameError, match="needs labels"):
-        session_for(model, source, tmp_path / "run", "rl4evit")
-    session_for(model, source, tmp_path / "run", "tokengame").run()
+        run_for(model, source, tmp_path / "run", "rl4evit")
+    run_for(model, source, tmp_path / "run", "tokengame").run()
 
 
-def test_share_learns_to_prune_when_staying_costs_and_to_stay_when_it_pays(model, source, tmp_path):
-    """beta alone drives all away, alpha alone keeps all: RL4EViT's two forces, each on its own."""
+def test_share_learns_to_prune_where_keeping_costs_and_to_keep_where_it_pays(model, source, tmp_path):
+    """beta alone prunes all tokens, alpha alone keeps all: the two terms of RL4EViT's reward, each on its own."""
     kept = {}
     labels = model(torch.stack([torch.zeros(3, 32, 32)])).argmax(1).item()
     source.labels = [labels] * 8
     for name, reward in {"cost": {"alpha": 0.0, "beta": 1.0}, "gain": {"alpha": 100.0, "beta": -1.0}}.items():
         ppo = {"lr": 3e-3, "entropy": 0.0}
-        session = session_for(model, source, tmp_path / name, "rl4evit", updates=25, reward=reward, ppo=ppo)
-        session.run()
-        kept[name] = session.loop.metrics["game/kept_1"]
+        run = run_for(model, source, tmp_path / name, "rl4evit", updates=25, reward=reward, ppo=ppo)
+        run.run()
+        kept[name] = run.loop.metrics["game/kept_1"]
     assert kept["cost"] < 0.15 < 0.6 < kept["gain"]
 
 
 @torch.no_grad()
-def test_agents_pay_for_softened_predictions_and_each_network_has_its_step(model):
+def test_agents_pay_for_softened_predictions_and_each_network_has_its_own_step_size(model):
     """What is charged is KL at the reward's temperature; what is reported and steered is plain KL."""
     config = merge(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2)}, "dtype": "float32"})
     trainer = Trainer(model, config, seed=1)

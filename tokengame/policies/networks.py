@@ -19,7 +19,7 @@ from tokengame.packed.heads import EXTRA_FEATURES
 
 
 class Scale(NamedTuple):
-    """Centre and inverse spread of a feature, measured on ViT-Ti/16 and ImageNet, so that weights have one magnitude."""
+    """Centre and inverse spread of a feature on ViT-Ti/16 and ImageNet, so that all weights have one magnitude."""
 
     centre: float = 0.0
     factor: float = 1.0
