@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 sources = sorted(Path("csrc").glob("*.cpp"))
 headers = sorted(Path("csrc").glob("*.h"))
-checksum = crc32(b"".join(path.read_bytes() for path in sources + headers))  # as in tokengame/kernels.py
+checksum = crc32(b"".join(path.read_bytes() for path in sources + headers))  # as in tokengame/kernels/library.py
 kernels = Extension(
     "tokengame._kernels",
     sources=[str(path) for path in sources],

@@ -1,4 +1,4 @@
-// The structs that Python passes to the compiled kernels (laid out as in tokengame/structs.py) and the exported functions.
+// The structs that Python passes to the compiled kernels (laid out as in tokengame/kernels/structs.py), and the functions.
 //
 // Images are packed: the rows (tokens) of all images follow each other in one array, without padding. cu_seqlens
 // [images + 1] says where: rows cu_seqlens[i] .. cu_seqlens[i + 1] - 1 belong to image i. The first `prefix` rows of an
@@ -70,7 +70,7 @@ struct FusedGame {  // a model, and a game with merging whose policy is linear i
     Norm norm;  // before the classifier
     const bf16 *start, *last_qkv;  // [prefix + agents, dim], see `embed`; qkv weight of the last block, see `last_block`
     long channels, height, width, patch, prefix, classes;
-    const int64_t* stages;  // [stage_count] decisions are taken before these blocks
+    const int64_t* stages;  // [stage_count] blocks (from 0) that decide in their attention, between keys, values and queries
     long stage_count;
     const float *linear, *dither;  // [stage_count, heads + EXTRA_FEATURES + 1], the last number is a bias; [agents]
     const float* thresholds;  // [stage_count, images]: tokens with a higher logit are kept, or else the one with the highest

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # This checkout beside another one of the same project (OTHER, a folder), in turns in one run: `eval` on the 150 held-back
-# ImageNet images (the decisions must be the same), `bench` of DeiT-S, training throughput. Half an hour on two quiet cores.
+# ImageNet images (decisions must be the same), `bench` of DeiT-S, training throughput. Half an hour on two quiet cores.
 #
 #   git worktree add ../before v0.10.0; bash runs/compare_checkouts.sh ../before
 set -euo pipefail
@@ -13,12 +13,14 @@ model=(--backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.saf
     --images "$DATA/imagenet_sample.tar" --class-map "$DATA/imagenet1k_synsets.txt")
 
 run() {  # checkout, name of the output, arguments of tokengame
-    (cd "$OUT" && PYTHONPATH=$1 "$PYTHON" -m tokengame "${@:3}" --json > "$2.json" 2> "$2.log") || { tail "$OUT/$2.log"; exit 1; }
+    (cd "$OUT" && PYTHONPATH=$1 "$PYTHON" -m tokengame "${@:3}" --json > "$2.json" 2> "$2.log") ||
+        { tail "$OUT/$2.log"; exit 1; }
 }
 for round in $(seq "$ROUNDS"); do
     for which in before after; do
         [[ $which == before ]] && folder=$OTHER || folder=$HERE
-        run "$folder" "eval_${which}_$round" eval "${model[@]}" --policy vit_tiny_patch16_224 --holdout 0.3 --dtype "$DTYPE"
+        run "$folder" "eval_${which}_$round" eval "${model[@]}" --policy vit_tiny_patch16_224 --holdout 0.3 \
+            --dtype "$DTYPE"
         run "$folder" "train_${which}_$round" train "${model[@]}" --updates 8 --holdout 0.3 --seed 0 \
             --output "$OUT/train_${which}_$round.safetensors" --dtype "$DTYPE"
         run "$folder" "bench_${which}_$round" bench --backbone deit_small_patch16_224 --dtypes "$DTYPE" \

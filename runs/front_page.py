@@ -116,7 +116,8 @@ def table(scores: dict[str, Scores], seconds: dict[str, float], batch_size: int)
     first = summaries["tokengame"]
     rows = [{"model": f"native, {form} attention", "top1": first["top1_native"], "drop_pp": 0.0,
              "drop_pp_ci95": [0.0, 0.0], "agreement": 1.0, "kl": 0.0, "gmacs": first["gmacs_native"],
-             "images_per_second": batch_size / seconds[form], "speedup": 1.0, "speedup_over_all_tokens": None}]  # fmt: skip
+             "images_per_second": batch_size / seconds[form], "speedup": 1.0,
+             "speedup_over_all_tokens": None}]  # fmt: skip
     for name, found in summaries.items():
         rows.append({
             "model": name,

@@ -1,4 +1,4 @@
-"""Run every timm VisionTransformer through the game once, at its own width, and write docs/models.md; minutes on two cores.
+"""Run every timm VisionTransformer through the game once, at its own width, and write docs/models.md: minutes.
 
 With every token kept the output must be the native model's. Two blocks of each, random weights, one image; images of
 more than 30 patches a side are made smaller. `python runs/timm_models.py`

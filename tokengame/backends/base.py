@@ -157,3 +157,24 @@ class Backend(Protocol):
 
     def fused(self, images: Tensor, request: FusedRequest) -> FusedOutput | None:
         """A whole game in one call, [B, channels, height, width] to logits; None where it must be played in steps."""
+
+
+def predict(
+    backend: Backend, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None, size: Tensor | None = None
+) -> Tensor:
+    """[B, classes] from packed rows [M, C] that have come to half-block `half`.
+
+    Where the prediction depends on prefix tokens alone, the last block computes those alone: what it makes of patches
+    is not used, and most of a block is saved.
+
+    Args:
+        backend: what computes.
+        half: `Backbone.last_half` of the blocks that have run.
+        x, layout: the rows.
+        bias: [M] added to the attention logits of each key, or None.
+        size: [M] patches each row stands for, or None where all stand for one.
+    """
+    if not backend.backbone.reads_prefix_only:
+        return backend.head(x, layout, size)
+    prefix = RaggedLayout([backend.backbone.prefix] * layout.images, x.device)
+    return backend.head(backend.finish(half, x, layout, bias), prefix)

@@ -104,7 +104,7 @@ def _by_score(
     """Settings of a rule that keeps fixed shares at evenly spaced blocks."""
 
     def settings(model: nn.Module) -> list[tuple[str, Method]]:
-        # the same blocks for both transitions, for comparison
+        # by default merge decides a block earlier than drop; here both have drop's blocks, to be comparable
         stages = GameConfig(stage_count=3).blocks(wrap(model).depth)
         game = GameConfig(stages=stages, transition=transition)  # type: ignore[arg-type]
         ways = {keep: KeepBest(score(), (keep, keep**2, keep**3)) for keep in KEEP}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokengame import backends
 from tokengame.backbones import wrap
 from tokengame.backends import Backend
+from tokengame.backends.base import predict
 from tokengame.packed.attention import Kernel, fastest_attention
 from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime.macs import block_macs, native_macs
@@ -113,14 +114,8 @@ class Reducer(nn.Module):
             half = 2 * block + 1
             counts.append(rows.layout.count)
         x = backend.run(half, self.end, rows.x, rows.layout, rows.bias).x
-        logits = self._logits(ReducedRows(x, rows.layout, rows.size), backend)
+        logits = predict(backend, self.end, x, rows.layout, rows.bias, rows.size)
         return ReducedOutput(logits, tuple(counts), self.backbone.prefix)
-
-    def _logits(self, rows: ReducedRows, backend: Backend) -> Tensor:
-        if not self.backbone.reads_prefix_only:
-            return backend.head(rows.x, rows.layout, rows.size)
-        x = backend.finish(self.end, rows.x, rows.layout, rows.bias)
-        return backend.head(x, RaggedLayout([self.backbone.prefix] * rows.layout.images, x.device))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, classes]."""

@@ -34,6 +34,7 @@ class Ablate(OnImages):
     """Train without each part of learning, over several seeds, and measure on the same held-back images."""
 
     name: ClassVar[str] = "ablate"
+    takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations"
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import tyro
 from torch import nn
 
 from tokengame.backbones import load_model, wrap
-from tokengame.config import require
+from tokengame.config import TrainConfig, require
 from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import STREAM, ImageSource, label_images, open_images
 from tokengame.data.hub import HuggingFaceStream
@@ -34,12 +35,20 @@ class Common:
     """command lines for --help, one a line"""
     distributed: ClassVar[bool] = False
     """whether several processes can run it together"""
+    takes_preset: ClassVar[bool] = False
+    """whether --preset sets defaults of its training settings, the field `config`"""
     json: bool = False
     """print one JSON document on stdout, everything else on stderr"""
     seed: int = 0
     """of everything random"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
+
+    @classmethod
+    def with_preset(cls, preset: str) -> Any:
+        """The command with the training settings of `preset`."""
+        settings: Any = {"backbone": tyro.MISSING, "images": tyro.MISSING, "config": TrainConfig.from_preset(preset)}
+        return cls(**settings)
 
     def rehearsed(self, batch_size: int) -> int:
         """Images of an update of a dry run: 32 a process, or fewer where the run has fewer."""

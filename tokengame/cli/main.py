@@ -24,11 +24,11 @@ from tokengame.cli.common import Common
 from tokengame.cli.compare import Compare
 from tokengame.cli.eval import Eval
 from tokengame.cli.finetune import Finetune
-from tokengame.cli.quickstart import Quickstart, short
+from tokengame.cli.quickstart import Quickstart
 from tokengame.cli.show import Show
 from tokengame.cli.sweep import Sweep
 from tokengame.cli.train import Train
-from tokengame.config import TrainConfig, require
+from tokengame.config import require
 from tokengame.errors import TokenGameError
 from tokengame.report.console import console
 
@@ -109,17 +109,9 @@ def entry() -> None:
 
 def parse(arguments: list[str]) -> Any:
     """The command that `arguments` name; exits with 2 and a sentence on unknown ones."""
-    defaults: dict[type, Any] = {}
     named = [value for flag, value in pairwise(arguments) if flag == "--preset"]
     named += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
-    if named:
-        preset = TrainConfig.from_preset(named[-1])
-        defaults = {
-            Train: Train(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
-            Quickstart: Quickstart(config=short(named[-1])),
-            Ablate: Ablate(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
-            Sweep: Sweep(backbone=tyro.MISSING, images=tyro.MISSING, config=preset),
-        }
+    defaults = {command: command.with_preset(named[-1]) for command in COMMANDS if named and command.takes_preset}
     subcommands = tuple(
         Annotated[
             command,

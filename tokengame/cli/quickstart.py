@@ -42,6 +42,7 @@ class Quickstart(Common):
     """Learn and measure a policy on the embedded backbone and images; write it with an HTML report."""
 
     name: ClassVar[str] = "quickstart"
+    takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = "tokengame quickstart\ntokengame quickstart --updates 300 --json > result.json"
 
     output: Path = Path("quickstart")
@@ -51,6 +52,11 @@ class Quickstart(Common):
     gmacs_ratio: float = 0.42
     """compute the policy is to recommend, pruned / native"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: short("tokengame"))
+
+    @classmethod
+    def with_preset(cls, preset: str) -> Quickstart:
+        """The command with the training settings of `preset`, shortened."""
+        return cls(config=short(preset))
 
     def run(self) -> dict[str, Any]:
         """Train on scenes of training photos, measure on fresh scenes of test photos."""

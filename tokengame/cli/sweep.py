@@ -41,6 +41,7 @@ class Sweep(OnImages):
     """How alpha / beta of the reward `share` sets how many tokens are kept, beside the predicted equilibrium."""
 
     name: ClassVar[str] = "sweep"
+    takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame sweep --backbone fashion --images fashion\n"
         "tokengame sweep --backbone deit_small_patch16_224 --images train/ --ratios 40 80 120 160 --updates 1000"

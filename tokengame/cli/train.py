@@ -27,6 +27,7 @@ class Train(OnImages):
     """Learn a policy for a backbone and images."""
 
     name: ClassVar[str] = "train"
+    takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame train --backbone vit_small_patch16_224 --images train/ --output policy.safetensors\n"
         "tokengame train --backbone vit_tiny_patch16_224 --weights vit.safetensors --images images.tar "

@@ -26,6 +26,7 @@ from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
 
 BAD_SHARE = 0.05
+"""above this share of unreadable images a set is refused"""
 
 
 @dataclass

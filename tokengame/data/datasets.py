@@ -150,9 +150,9 @@ def open_images(location: str, split: str = "train", watch: Progress = silent) -
 
     Args:
         location: "fashion" (1,000 embedded scenes), "fashion-val" (5,000 of the same photos) or "fashion-train"
-            (20,000 of other photos), each with ":FOLDER" of the whole Fashion-MNIST for one scene of every photo; a
-            folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging Face
-            data set, after "stream:" to learn from it while it arrives.
+            (20,000 of other photos); "fashion:FOLDER" and so on make one scene of each photo of the Fashion-MNIST in
+            FOLDER; a folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging
+            Face data set, after "stream:" to learn from it while it arrives.
         split: of a Hugging Face data set.
         watch: shows progress where many folders or shards are looked through.
 

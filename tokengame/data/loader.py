@@ -73,7 +73,7 @@ class StreamViews(Dataset):
 
     Args:
         transform: PIL RGB image -> tensor.
-        seed: of random augmentation, with the position.
+        seed: seeds the random augmentation, together with the position of the image in the run.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], seed: int):

@@ -22,6 +22,7 @@ from torch import Tensor
 from tokengame import backends
 from tokengame.backbones.base import Backbone
 from tokengame.backends import Backend
+from tokengame.backends.base import predict
 from tokengame.backends.decisions import no_features
 from tokengame.config import GameConfig
 from tokengame.game.state import Decide, Observation, State, ordered_dither
@@ -132,25 +133,14 @@ class TokenGame:
         return state
 
     def predict(self, state: State) -> Tensor:
-        """[B, classes] the network's prediction at the end of a game.
-
-        Where the prediction depends on prefix tokens alone, the last block computes those alone: what it makes of
-        patches is not used, and most of a block is saved.
-        """
-        backend, x, layout, size = state.backend, state.x, state.layout, state.size
-        if self.backbone.reads_prefix_only:
-            x = backend.finish(self.end, x, layout, state.bias)
-            layout, size = RaggedLayout([self.backbone.prefix] * layout.images, x.device), None
-        return backend.head(x, layout, size)
+        """[B, classes] the network's prediction at the end of a game."""
+        return predict(state.backend, self.end, state.x, state.layout, state.bias, state.size)
 
     def predict_unpruned(self, tokens: Tensor, backend: Backend) -> Tensor:
         """[b, classes] the prediction for tokens [b, prefix + N, C] before the first decision, if all are kept."""
         layout = RaggedLayout([tokens.shape[1]] * len(tokens), tokens.device)
         x = backend.run(self._decides_before(0), self.end, tokens.flatten(0, 1), layout).x
-        if self.backbone.reads_prefix_only:
-            x = backend.finish(self.end, x, layout)
-            layout = RaggedLayout([self.backbone.prefix] * layout.images, x.device)
-        return backend.head(x, layout)
+        return predict(backend, self.end, x, layout)
 
     def _decides_before(self, stage: int) -> int:
         """The half-block before which a stage decides; past the last stage, the end."""

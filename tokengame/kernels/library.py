@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -73,10 +73,10 @@ def status(dtype: torch.dtype | None = None, device: str = "cpu") -> Status:
         dtype: the number format in question; None for a general answer.
         device: the kind of device in question ("cpu", "cuda").
     """
-    kernels, reason = _loaded()
-    if kernels is not None and not _ENABLED.get():
+    loaded = _loaded()
+    if loaded.library is not None and not _ENABLED.get():
         return Status(None, "switched off by tokengame.kernels.disabled()", dtype, device)
-    return Status(None if kernels is None else INSTRUCTIONS[vars(kernels)["level"]], reason, dtype, device)
+    return Status(INSTRUCTIONS.get(loaded.level), loaded.reason, dtype, device)
 
 
 @cache
@@ -95,7 +95,7 @@ def _name(dtype: torch.dtype | None) -> str:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, ready for use; None where they do not exist or cannot run."""
-    return _loaded()[0]
+    return _loaded().library
 
 
 def available() -> bool:
@@ -103,26 +103,36 @@ def available() -> bool:
     return library() is not None
 
 
+class Loaded(NamedTuple):
+    """What became of loading the library."""
+
+    library: Any
+    """None where it cannot be used"""
+    level: int
+    """of `LEVELS`, the instructions in use"""
+    reason: str
+    """why it cannot be used; empty where it can"""
+
+
 @cache
-def _loaded() -> tuple[Any, str]:
-    """The library, or None and why."""
+def _loaded() -> Loaded:
     found = importlib.util.find_spec("tokengame._kernels")
     if found is None or found.origin is None:
-        return None, "tokengame was installed without a C++ compiler"
+        return Loaded(None, 0, "tokengame was installed without a C++ compiler")
     try:  # its threads are those of PyTorch, whose OpenMP is in the process already
         kernels = ctypes.CDLL(found.origin)
     except OSError as error:
-        return None, f"{found.origin} cannot be loaded: {error}"
+        return Loaded(None, 0, f"{found.origin} cannot be loaded: {error}")
     if SOURCES.is_dir() and _checksum(kernels) != _checksum_of(SOURCES):
         advice = "install tokengame again (make, or pip install -e .)"
         warnings.warn(f"{found.origin} was not compiled from {SOURCES} and is not used: {advice}", stacklevel=3)
-        return None, f"compiled from other sources: {advice}"
+        return Loaded(None, 0, f"compiled from other sources: {advice}")
     kernels.weight_version.restype, kernels.fused_workspace.restype = ctypes.c_ulonglong, ctypes.c_long
     wanted = os.environ.get("TOKENGAME_KERNELS", "amx")
-    vars(kernels)["level"] = kernels.set_level(LEVELS.get(wanted, 2))
-    if vars(kernels)["level"]:
-        return kernels, ""
-    return None, "switched off by TOKENGAME_KERNELS" if wanted == "none" else "the processor has no AVX-512 bfloat16"
+    if level := kernels.set_level(LEVELS.get(wanted, 2)):
+        return Loaded(kernels, level, "")
+    off = "switched off by TOKENGAME_KERNELS" if wanted == "none" else "the processor has no AVX-512 bfloat16"
+    return Loaded(None, 0, off)
 
 
 def _checksum(kernels: ctypes.CDLL) -> int | None:

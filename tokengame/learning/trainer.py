@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -22,8 +21,9 @@ from tokengame.learning.ppo import Experience, gae, normalise, update
 from tokengame.learning.rewards import Outcome, PriceController, fidelity, share, target
 from tokengame.learning.rollout import Rollout, initialise_biases, sample_games, thresholds_for
 from tokengame.measure.fidelity import fidelity_loss
-from tokengame.policies.networks import ContextActor, Critic, build_actor
+from tokengame.policies.networks import ContextActor, Critic, actor_shape, build_actor
 from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.timing import now
 
 
 def training_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -69,13 +69,7 @@ class Trainer:
         self.backbone = wrap(frozen)
         context = config.actor.observation == "context"
         self.game = TokenGame(self.backbone, config.game, features=context)
-        self.shape: dict[str, Any] = {
-            "dim": self.backbone.dim,
-            "heads": self.backbone.heads,
-            "agents": self.backbone.patches,
-            "stages": len(self.game.stages),
-            "transition": config.game.transition,
-        }
+        self.shape = actor_shape(self.backbone, config.game)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actor = build_actor(config.actor, self.shape).to(self.device)
@@ -97,12 +91,12 @@ class Trainer:
         Raises:
             TokenGameError: the backbone or the reward is not finite; says where.
         """
-        start, images = self._clock(), images.to(self.device, self.dtype)
+        start, images = now(self.device), images.to(self.device, self.dtype)
         if self.updates == 0 and self.config.actor.keep is not None:
             assert isinstance(self.actor, ContextActor)
             initialise_biases(self.game, self.actor, images, self.config.actor.keep, self.processes)
         rollout, outcome, metrics = self.rollout(images, labels)
-        played = self._clock()
+        played = now(self.device)
         self._anneal()
         experience = self.experience(rollout, outcome)
         metrics |= update(
@@ -113,7 +107,7 @@ class Trainer:
             self.controller.update(self._steered(metrics))
         self.updates += 1
         self.images_seen += len(images) * self.processes.size
-        end = self._clock()
+        end = now(self.device)
         speed = len(images) * self.processes.size * self.config.rollouts / (end - start)
         return metrics | {
             "charts/kl_weight": self.controller.weight,
@@ -158,9 +152,9 @@ class Trainer:
     def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
         """Play `rollouts` games on each image; the part before the first decision is computed once."""
         rollouts = self.config.rollouts
-        start = self._clock()
+        start = now(self.device)
         native = self.backbone.model(images).float()
-        native_time = self._clock() - start
+        native_time = now(self.device) - start
         self._require_finite(native, "the native model's prediction")
         state = self.game.reset(images).repeat(rollouts)
         rollout = sample_games(self.game, state, self.actor, self._noise(state))
@@ -243,12 +237,6 @@ class Trainer:
         index = torch.cat([row + start for row, start in zip(rows, first, strict=True)])
         possible = len(rows) * self.processes.size * games * agents
         return Experience(obs, action, log_probs, flat(advantages), flat(returns), index, possible, agents)
-
-    def _clock(self) -> float:
-        """Seconds, after all queued work is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def _anneal(self) -> None:
         left = 1 - self.updates / self.config.updates

@@ -26,6 +26,7 @@ from tokengame.measure.synthetic import SyntheticDecisions, synthetic_model
 from tokengame.packed.attention import padded_attention
 from tokengame.runtime import PrunedViT
 from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.timing import now
 
 WARM_UP = 2
 """rounds thrown away"""
@@ -206,12 +207,10 @@ def interleave(
     rounds, stop = -WARM_UP, 0.0
     while rounds < 5 or time.perf_counter() < stop:
         for name in order:
-            start = time.perf_counter()
+            start = now(device)
             variants[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             if rounds >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(now(device) - start)
         order = order[1:] + order[:1]
         rounds += 1
         stop = time.perf_counter() + seconds if rounds == 0 else stop

@@ -23,8 +23,10 @@ from tokengame.measure.fidelity import fidelity_loss
 from tokengame.measure.risk import upper_bound
 from tokengame.runtime import PrunedViT
 from tokengame.runtime.method import Method
+from tokengame.timing import now
 
 CALIBRATION_DIALS = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in np.arange(-6, 2.01, 0.5))
+"""dials that calibration measures: evenly spaced thresholds on the keep logits, from -6 to 2"""
 
 RATIOS = (0.8, 0.7, 0.6)
 """pruned / native compute at which methods are compared"""
@@ -146,11 +148,9 @@ def faster_native(model: nn.Module, images: Tensor) -> nn.Module:
 
 def timed(device: torch.device, call: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
     """The result of `call` on `images`, and the seconds it took."""
-    start = time.perf_counter()
+    start = now(device)
     result = call(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, now(device) - start
 
 
 def keep_freed_memory() -> bool:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tokengame.backends import Backend
 from tokengame.game import Observation
 from tokengame.runtime import PrunedViT, cascade
+from tokengame.timing import now
 
 PARTS = ("policy", "packing", "attention", "projections and MLP", "embedding and head")
 
@@ -33,17 +33,12 @@ class Stopwatch:
     @contextmanager
     def section(self, part: str) -> Iterator[None]:
         """Count the time of this context for `part`."""
-        start = self._now()
+        start = now(self.device)
         self._inner.append(0.0)
         yield
-        took = self._now() - start
+        took = now(self.device) - start
         self.seconds[part] += took - self._inner.pop()
         self._inner[-1] += took
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 class TimedBackend:

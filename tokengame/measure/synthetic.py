@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import Observation
-from tokengame.policies.networks import Actor, LinearDecision, build_actor, linear_decision
+from tokengame.policies.networks import Actor, LinearDecision, actor_shape, build_actor, linear_decision
 from tokengame.runtime import PrunedViT, prune_by
 
 SPREAD = 0.15
@@ -53,7 +51,7 @@ class SyntheticDecisions(nn.Module):
 
     @property
     def linear(self) -> LinearDecision | None:
-        """That of the actor, shifted; None while the shifts are being found."""
+        """The actor's linear decision with the shifts of each image that `fit` found; None while it runs."""
         linear = linear_decision(self.actor)
         return LinearDecision(linear.weights, self.table) if linear is not None and len(self.table) else None
 
@@ -111,8 +109,6 @@ def synthetic_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...],
     backbone, stages = fast.game.backbone, len(fast.game.stages)
     if stages != len(keep):
         raise TokenGameError(f"{len(keep)} shares to keep for {stages} stages: give one for each")
-    shape: dict[str, Any] = {"dim": backbone.dim, "heads": backbone.heads, "agents": backbone.patches, "stages": stages}
-    shape["transition"] = game.transition
-    actor = build_actor(ActorConfig("context", (32,)), shape).eval().to(backbone.device)
+    actor = build_actor(ActorConfig("context", (32,)), actor_shape(backbone, game)).eval().to(backbone.device)
     fast.actor = SyntheticDecisions(actor, keep, seed)  # type: ignore[assignment]
     return fast

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokengame.config import ActorConfig
+from tokengame.backbones import Backbone
+from tokengame.config import ActorConfig, GameConfig
 from tokengame.game.state import Observation
 from tokengame.packed.heads import EXTRA_FEATURES
 
@@ -180,6 +181,22 @@ class Critic(nn.Module):
         if self.features is not None:
             hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))
         return self.rest(torch.tanh(hidden)).squeeze(1)
+
+
+def actor_shape(backbone: Backbone, game: GameConfig) -> dict[str, Any]:
+    """What the size of an actor depends on: dim, heads, agents, stages, transition.
+
+    Args:
+        backbone: that it decides for.
+        game: whose stages it has.
+    """
+    return {
+        "dim": backbone.dim,
+        "heads": backbone.heads,
+        "agents": backbone.patches,
+        "stages": len(game.blocks(backbone.depth)),
+        "transition": game.transition,
+    }
 
 
 def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:

@@ -43,6 +43,10 @@ def forward(
 
 
 def fits(game: TokenGame) -> bool:
-    """Whether csrc/game.cpp plays such games: merging, observed features, patches not needed in the last block."""
+    """Whether csrc/game.cpp plays such games: merging, observed features, patches not needed in the last block.
+
+    A game with methods of its own, of a subclass or on the instance, is played step by step.
+    """
+    usual = type(game) is TokenGame and vars(TokenGame).keys().isdisjoint(vars(game))
     patches_leave = game.end == 2 * game.backbone.depth - 2
-    return type(game) is TokenGame and game.merge and game.features and bool(game.stages) and patches_leave
+    return usual and game.merge and game.features and bool(game.stages) and patches_leave
