@@ -105,7 +105,7 @@ def place(tmp_path_factory):
     return root, flags, small
 
 
-# Models and rows for kernels of our own
+# Models and rows for the compiled kernels
 
 
 needs_kernels = pytest.mark.skipif(

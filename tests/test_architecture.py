@@ -14,7 +14,7 @@ PACKAGE = Path(tokengame.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     {"errors"},
-    {"config", "distributed", "files"},
+    {"config", "distributed", "files", "timing"},
     {"data"},
     {"packed"},
     {"kernels"},

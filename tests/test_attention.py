@@ -68,7 +68,7 @@ def test_gradients_equal_the_naive_ones_and_none_is_longer_than_its_image(kernel
     nodes = [found.grad_fn]
     for node in nodes:
         nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
-    assert not any(node.name().startswith("SliceBackward") for node in nodes), "the gradient of a slice is as long as the whole batch"
+    assert not any(node.name().startswith("SliceBackward") for node in nodes), "such a gradient is as long as the batch"
     (gradient,) = torch.autograd.grad(found.sin().sum(), qkv)
     (expected,) = torch.autograd.grad(naive_attention(*qkv.unbind(1), counts, bias).sin().sum(), qkv)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
@@ -178,7 +178,7 @@ CPU = Shape(torch.device("cpu"), torch.float32, 2, 8, threads=99)
 
 
 def test_choice_by_cost(monkeypatch):
-    """By hand: a group costs as much as its longest image, a kernel that pads is for equal lengths, the cheapest wins."""
+    """By hand: groups cost as much as their longest image, padding is for equal lengths, the cheapest kernel wins."""
     costs = {
         "padded": 0.5,
         "looped": 1.0,

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokengame.backbones import wrap
+from tokengame.baselines import reducer
 from tokengame.baselines.ats import ATS, sample_by_significance
 from tokengame.baselines.evit import EViT
 from tokengame.baselines.tome import ToMe, merge_pairs, tome_at
@@ -43,10 +44,12 @@ def test_merging_nothing_gives_the_native_prediction(model):
 def merged(tome, images=IMAGES):
     """Rows [B, n, C] before the head, and how many patches each stands for."""
     ends = []
-    tome._logits = lambda rows, _backend: ends.append(rows)
-    tome.predict(images)
-    shape = ends[0].layout.images, ends[0].layout.longest
-    return ends[0].x.view(*shape, -1), ends[0].size.view(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reducer, "predict", lambda _backend, _half, *rows: ends.append(rows))
+        tome.predict(images)
+    ((x, layout, _, size),) = ends
+    shape = layout.images, layout.longest
+    return x.view(*shape, -1), size.view(shape)
 
 
 @torch.inference_mode()
@@ -119,14 +122,14 @@ def test_tome_is_that_of_the_paper(model):
         torch.testing.assert_close(found[image], expected, atol=1e-4, rtol=1e-4)
 
 
-def counted(reducer, image):
+def counted(method, image):
     """Multiply-accumulates up to the head: those that PyTorch counts, and those of the formula."""
-    backbone = reducer.backbone
+    backbone = method.backbone
     backbone.head = lambda x, layout, _size=None: x.new_zeros(layout.images, 5)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = reducer.predict(image)
+        output = method.predict(image)
     head = backbone.head_macs(output.counts[-1].double())
-    return counter.get_total_flops() / 2, float(reducer.macs(output)[1] - head)
+    return counter.get_total_flops() / 2, float(method.macs(output)[1] - head)
 
 
 @pytest.mark.parametrize("merges", [(3, 0, 2, 1), (3, 0, 2, 0)])
@@ -232,13 +235,13 @@ def test_ats_is_that_of_the_paper(model):
         torch.testing.assert_close(found[image], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [EViT, ATS])
+@pytest.mark.parametrize(("kind", "setting"), [(EViT, 0.5), (ATS, 6)])
 @torch.inference_mode()
-def test_macs_of_single_images(method, model):
-    reducer = method(model, 0.5) if method is EViT else method(model, 6)
-    reducer.attend = unfused_attention
+def test_macs_of_single_images(kind, setting, model):
+    method = kind(model, setting)
+    method.attend = unfused_attention
     for image in IMAGES.split(1):
-        found, expected = counted(reducer, image)
+        found, expected = counted(method, image)
         # the counter does not count the class token's attention that ranks the rows: it is no matrix product
-        ranking = sum(int(rows) for rows in reducer.predict(image).counts[:-1]) * reducer.backbone.dim
+        ranking = sum(int(rows) for rows in method.predict(image).counts[:-1]) * method.backbone.dim
         assert found + ranking == pytest.approx(expected, rel=1e-6)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tokengame import kernels
 from tokengame.backbones import wrap
-from tokengame.baselines import ats, dynamicvit, evit, heuristics, tome
+from tokengame.baselines import Baseline, ats, dynamicvit, evit, heuristics, tome
 from tokengame.baselines.dynamicvit import (
     DynamicViT,
     Predictor,
@@ -25,6 +25,7 @@ from tokengame.baselines.dynamicvit import (
     train_dynamicvit,
 )
 from tokengame.baselines.heuristics import AtBudgets, KeepBest, Random, attention, keep_best
+from tokengame.baselines.reducer import ReducedRows, Reducer
 from tokengame.cli.main import main
 from tokengame.config import GameConfig
 from tokengame.data.batches import Batch
@@ -216,6 +217,44 @@ def test_a_method_is_timed_on_pytorchs_kernels_too_where_compiled_ones_run(monke
     assert summary.summary()["speedup_pytorch"] == pytest.approx(5.0 / 4.0)
 
 
+class EverySecondPatch(Reducer):
+    """A worked example of a baseline: after the attention of a block it keeps every second patch."""
+
+    def reduce(self, rows, _qkv, _backend):
+        layout, prefix = rows.layout, self.backbone.prefix
+        place = torch.arange(layout.rows) - layout.start[layout.image]  # [M] in the image
+        kept = (place < prefix) | ((place - prefix) % 2 == 0)
+        return ReducedRows(rows.x[kept], RaggedLayout(layout.per_image(kept), layout.device))
+
+    def cost(self, rows):
+        return rows * 0
+
+
+def every_second_patch(model):
+    return [(f"block {block}", EverySecondPatch(model, (block,))) for block in (0, 2)]
+
+
+@torch.inference_mode()
+def test_a_baseline_is_a_reducer_and_one_line_of_the_registry(model, monkeypatch):
+    baseline = Baseline("every second patch", every_second_patch, published=False)
+    monkeypatch.setattr(comparison, "BASELINES", (baseline,))
+    rows = compare(model, baseline_entries(model), batches(), 2)
+    assert [(row["method"], row["setting"]) for row in rows] == [("every second patch", f"block {n}") for n in (0, 2)]
+    assert [row["tokens_kept"] for row in rows] == [[8.0], [8.0]]
+    assert rows[0]["gmacs_ratio"] < rows[1]["gmacs_ratio"] < 1, "earlier is cheaper"
+    for row in rows:
+        assert row["images"] == 8
+        assert row["kl"] > 0
+        assert row["speedup"] > 0
+        assert not row["published"]
+    ((_, early), _), tokens = every_second_patch(model), wrap(model).embed(IMAGES)
+    for index, block in enumerate(model.blocks):  # the same on dense batches, with timm's own attention
+        tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
+        tokens = tokens if index else torch.cat([tokens[:, :1], tokens[:, 1::2]], 1)
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    torch.testing.assert_close(early(IMAGES), model.forward_head(model.norm(tokens)), atol=1e-5, rtol=1e-4)
+
+
 def test_entries_that_are_not_timed_have_no_speed(model):
     fast = prune_by(model, GameConfig(stages=(1,)), KeepBest(attention, (0.5,)))
     (row,) = compare(model, [Entry("a", "", AtBudgets(fast, Random()), False, is_timed=False)], batches(), 2)
@@ -270,14 +309,14 @@ def few_settings(monkeypatch):
 
 @pytest.mark.usefixtures("few_settings")
 def test_the_command(tmp_path, capsys):
-    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.02", "--batch-size", "10"]
+    arguments = ["compare", "--backbone", "fashion", "--images", "fashion", "--holdout", "0.005", "--batch-size", "2"]
     arguments += ["--dynamicvit-updates", "2"]
     assert main([*arguments, "--output", str(tmp_path / "out"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     written = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == [row["method"] for row in written]
     assert "DynamicViT, frozen" in {row["method"] for row in rows}
-    assert {row["images"] for row in rows} == {20}
+    assert {row["images"] for row in rows} == {5}
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "speeds.csv").is_file()
     quality = list(csv.DictReader((tmp_path / "out" / "qualities.csv").read_text().splitlines()))

@@ -1,4 +1,4 @@
-"""Whole games in one call against the same games step by step, and when it steps aside for them."""
+"""Fused forward against the same games step by step, and when games are played step by step instead."""
 
 import copy
 import math
@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tokengame import kernels, looks, whole
+from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
+from tokengame.kernels import library
 from tokengame.measure.profile import peak_memory, time_shares
 from tokengame.measure.synthetic import synthetic_model
 from tokengame.policies.networks import START, ContextActor, TokenActor
-from tokengame.runtime import prune
+from tokengame.runtime import cascade, fused, prune
 from tokengame.runtime.torch_compile import CompiledGame
 
 pytestmark = needs_kernels
@@ -46,7 +47,7 @@ def game_of(model, stages=(1, 2), transition="merge"):
 def actor_of(game, seed=0):
     """A policy to which every feature matters."""
     actor = ContextActor(game.backbone.heads, len(game.stages), START["merge"])
-    noise = torch.randn(actor.line.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(actor.weight.shape, generator=torch.Generator().manual_seed(seed))
     actor.weight.data.add_(0.3 * noise)
     return actor.requires_grad_(False)
 
@@ -55,26 +56,34 @@ def images_for(model, number, seed=0):
     return normal(number, 3, *model.patch_embed.img_size, seed=seed)
 
 
-def same(found, expected):
-    """The same agents have left, and the rows that remain are the same bytes."""
+def forward(game, images, actor, threshold=0.0, tokens_before=False):
+    return fused.forward(game, game.backend_for(images), images, actor, threshold, tokens_before)
+
+
+def step_by_step(game, images, actor, threshold=0.0, tokens_before=False):
+    return cascade.step_by_step(game, game.backend_for(images), images, actor, threshold, tokens_before)
+
+
+def assert_same(found, expected):
+    """The same agents are left, and the tokens before the first decision are the same bytes."""
     assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
     assert torch.equal(found.alive, expected.alive)
-    assert off(found.prediction, expected.prediction) < 1e-3
-    assert (found.opening is None) == (expected.opening is None)
-    assert found.opening is None or torch.equal(found.opening, expected.opening)
+    assert off(found.logits, expected.logits) < 1e-3
+    assert (found.tokens_before is None) == (expected.tokens_before is None)
+    assert found.tokens_before is None or torch.equal(found.tokens_before, expected.tokens_before)
 
 
 @pytest.mark.usefixtures("level")
 @settings(max_examples=60)
 @given(key=st.sampled_from(list(MODELS)), number=st.integers(1, 11), seed=st.integers(0, 99),
-       stages=st.sampled_from([(0,), (2,), (0, 1), (1, 2), (0, 1, 2)]), opening=st.booleans(),
+       stages=st.sampled_from([(0,), (2,), (0, 1), (1, 2), (0, 1, 2)]), tokens_before=st.booleans(),
        threshold=st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 2.0, 99.0]))  # fmt: skip
 @torch.no_grad()
-def test_equals_the_game_step_by_step(key, number, stages, opening, threshold, seed):
-    """From keep_all stays to one of each image does."""
+def test_equals_the_game_step_by_step(key, number, stages, tokens_before, threshold, seed):
+    """From all tokens kept to one of each image."""
     game, images = game_of(MODELS[key], stages), images_for(MODELS[key], number, seed)
-    settings = game, images, actor_of(game, seed), threshold, opening
-    same(whole.play(*settings), looks._step_by_step(*settings))
+    settings = game, images, actor_of(game, seed), threshold, tokens_before
+    assert_same(forward(*settings), step_by_step(*settings))
 
 
 @pytest.mark.usefixtures("level", "two_threads")
@@ -83,24 +92,24 @@ def test_an_image_has_the_same_bytes_in_any_batch_and_for_any_threads():
     model = MODELS["another seed, 257 rows"]
     game, images = game_of(model), images_for(model, 24)
     actor = actor_of(game)
-    together = whole.play(game, images, actor, 0.3, False)
+    together = forward(game, images, actor, 0.3)
     assert len(set(together.kept[1].tolist())) > 5, "every image has its own count"
     for threads in (2, 1):
         torch.set_num_threads(threads)
         for some in (slice(0, 24), slice(5, 6), slice(3, 10)):
-            found = whole.play(game, images[some], actor, 0.3, False)
-            assert torch.equal(found.prediction, together.prediction[some])
+            found = forward(game, images[some], actor, 0.3)
+            assert torch.equal(found.logits, together.logits[some])
             assert torch.equal(found.alive, together.alive[some])
 
 
-def test_two_callers_at_once_do_not_meet():
+def test_two_callers_at_once_do_not_disturb_each_other():
     model = MODELS["plain"]
     game, images = game_of(model), images_for(model, 6)
     actor = actor_of(game)
 
     @torch.no_grad()
     def predicted(number):
-        return whole.play(game, images[: number + 1], actor, 0.0, False).prediction
+        return forward(game, images[: number + 1], actor).logits
 
     expected = [predicted(number) for number in range(6)]
     with ThreadPoolExecutor(2) as pool:
@@ -109,106 +118,119 @@ def test_two_callers_at_once_do_not_meet():
 
 
 @torch.inference_mode()
-def test_a_pruned_model_plays_this_way_and_looks_twice_at_whom_it_should(monkeypatch):
+def test_a_pruned_model_runs_fused_and_the_same_images_fall_back(monkeypatch):
     model = half_vit()
     policy = policy_for(model)
     policy.card["game"]["cascade_margin"] = 0.05
     fast, images = prune(model, policy, 0.5), images_for(model, 12)
     found = fast.predict(images)
-    assert 0 < len(found.again) < 12
+    assert 0 < len(found.fallback) < 12
     assert torch.equal(fast.trace(images)[-1], found.alive)
-    monkeypatch.setattr(TokenGame, "turn", lambda *_: pytest.fail("step by step"))
-    assert torch.equal(fast(images), found.prediction)
+    monkeypatch.setattr(TokenGame, "observe", lambda *_: pytest.fail("step by step"))
+    assert torch.equal(fast(images), found.logits)
     monkeypatch.undo()
-    monkeypatch.setattr(whole, "play", lambda *_: None)
+    monkeypatch.setattr(fused, "forward", lambda *_: None)
     expected = fast.predict(images)
-    assert torch.equal(found.again, expected.again)
-    assert off(found.prediction, expected.prediction) < 1e-3
+    assert torch.equal(found.fallback, expected.fallback)
+    assert off(found.logits, expected.logits) < 1e-3
     assert all(torch.equal(some, other) for some, other in zip(found.kept, expected.kept, strict=True))
 
 
+def test_a_pruned_model_runs_fused_where_the_caller_records_gradients(monkeypatch):
+    model = half_vit()
+    fast, images = prune(model, policy_for(model), 0.5), images_for(model, 3)
+    with torch.no_grad():
+        expected = fast(images)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenGame, "observe", lambda *_: pytest.fail("step by step"))
+        assert torch.equal(fast(images), expected)
+    logits = fast.train()(images)
+    assert logits.requires_grad
+    assert off(logits.detach(), expected) < 0.03
+
+
 @torch.inference_mode()
-def test_decisions_forced_to_wished_shares_are_taken_this_way_too(monkeypatch):
+def test_synthetic_decisions_run_fused_too(monkeypatch):
     fast = synthetic_model(half_vit(), GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
     images = images_for(fast.model, 8)
-    wished = fast.actor.force(fast, images, 2)
+    fitted = fast.actor.fit(fast, images, 2)
+    assert forward(fast.game, images, fast.actor) is not None
     found = fast.predict(images)
-    assert torch.equal(torch.stack(found.kept), wished[:, :8])
-    monkeypatch.setattr(whole, "play", lambda *_: None)
+    assert torch.equal(torch.stack(found.kept), fitted[:, :8])
+    monkeypatch.setattr(fused, "forward", lambda *_: None)
     assert torch.equal(fast.predict(images).alive, found.alive)
 
 
 @torch.no_grad()
-def test_what_it_does_not_do_is_done_step_by_step():
+def test_other_games_policies_and_models_are_played_step_by_step():
     model = half_vit()
     game, images = game_of(model), images_for(model, 2)
     actor = actor_of(game)
 
-    def plays(game=game, images=images, actor=actor):
-        return whole.play(game, images, actor, 0.0, False) is not None
+    def runs(game=game, images=images, actor=actor):
+        return forward(game, images, actor) is not None
 
-    assert plays()
-    assert not plays(game_of(model, transition="drop"))
-    assert not plays(game_of(model, (1, 3))), "patches play in the last block too"
-    assert not plays(CompiledGame(game.backbone, game.config))
-    assert not plays(TokenGame(game.backbone, game.config, features=False))
-    assert not plays(actor=lambda obs: obs.attention)
-    assert not plays(actor=TokenActor(64, 16, (8, 8)))
-    assert not plays(actor=actor_of(game).double())
-    assert not plays(actor=Reluctant(game.backbone.heads, 2, START["merge"])), "its class says it is more than a line"
-    assert not plays(images=images.float())
-    assert not plays(images=images[:, :, :24])
+    assert runs()
+    assert not runs(game_of(model, transition="drop"))
+    assert not runs(game_of(model, (1, 3))), "patches are computed in the last block too"
+    assert not runs(CompiledGame(game.backbone, game.config))
+    assert not runs(TokenGame(game.backbone, game.config, features=False))
+    assert not runs(actor=lambda obs: obs.attention)
+    assert not runs(actor=TokenActor(64, 16, (8, 8)))
+    assert not runs(actor=actor_of(game).double())
+    assert not runs(actor=Reluctant(game.backbone.heads, 2, START["merge"])), "its class does not say that it is linear"
+    assert not runs(images=images.float())
+    assert not runs(images=images[:, :, :24])
     for changes in ({"class_token": False, "global_pool": "avg"}, {"pre_norm": True}, {"img_size": 16, "patch_size": 4},
                     {"name": "deit_tiny_distilled_patch16_224"}):  # fmt: skip
         other = half_vit(**changes)
-        assert not plays(game_of(other), images_for(other, 2)), changes
+        assert not runs(game_of(other), images_for(other, 2)), changes
     with torch.enable_grad():
-        assert not plays()
+        assert not runs()
     with kernels.disabled():
-        assert not plays()
-    watched, changed = actor_of(game), actor_of(game)
-    watched.register_forward_hook(lambda *_: None)
-    assert not plays(actor=watched)
+        assert not runs()
+    hooked, changed = actor_of(game), actor_of(game)
+    hooked.register_forward_hook(lambda *_: None)
+    assert not runs(actor=hooked)
     changed.forward = lambda obs: obs.attention
-    assert not plays(actor=changed)
+    assert not runs(actor=changed)
     other = game_of(model)
     other.observe = lambda state: TokenGame.observe(other, state)
-    assert not plays(other)
+    assert not runs(other)
     other = game_of(copy.deepcopy(model))
     other.backbone.model.patch_drop = nn.Hardtanh()
-    assert not plays(other)
+    assert not runs(other)
     model.blocks[1].mlp.register_forward_hook(lambda *_: None)
-    assert not plays()
+    assert not runs()
 
 
 @torch.no_grad()
-def test_changed_weights_count_at_once():
+def test_changed_weights_take_effect_at_once():
     model = half_vit()
     game, images = game_of(model), images_for(model, 3)
     actor = actor_of(game)
-    for part in (model.blocks[-1].attn.qkv.weight, model.pos_embed, model.head.bias, actor.line):
-        before = whole.play(game, images, actor, 0.0, False).prediction
+    for part in (model.blocks[-1].attn.qkv.weight, model.pos_embed, model.head.bias, actor.weight):
+        before = forward(game, images, actor).logits
         part.data.add_(torch.randn_like(part))
-        settings = game, images, actor, 0.0, False
-        after = whole.play(*settings)
-        assert not torch.equal(after.prediction, before)
-        same(after, looks._step_by_step(*settings))
+        after = forward(game, images, actor)
+        assert not torch.equal(after.logits, before)
+        assert_same(after, step_by_step(game, images, actor))
 
 
 @torch.no_grad()
-def test_a_policy_of_another_shape_is_refused_as_step_by_step():
+def test_a_policy_of_another_shape_is_refused():
     game, images = game_of(MODELS["plain"]), images_for(MODELS["plain"], 2)
     for other in (game_of(MODELS["plain"], (1,)), game_of(MODELS["one head"])):
         with pytest.raises((IndexError, RuntimeError)):
-            looks.play(game, images, actor_of(other), 0.0)
+            cascade.predict(game, images, actor_of(other), 0.0)
 
 
 @torch.inference_mode()
-def test_anatomy_sees_every_part():
+def test_time_shares_and_peak_memory_of_compiled_games():
     model = half_vit(img_size=64)
     fast = synthetic_model(model, GameConfig(stages=(1, 2), transition="merge"), (0.7, 0.4))
     images = images_for(model, 8)
-    fast.actor.force(fast, images)
+    fast.actor.fit(fast, images)
     shares = time_shares(fast, images)
     assert all(shares[part] > 0 for part in ("policy", "packing", "projections and MLP", "embedding and head"))
     rows = 8 * 65 * 64 * 2 / 2**20  # MiB of one copy of the tokens
@@ -216,6 +238,6 @@ def test_anatomy_sees_every_part():
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(kernels, "_checksum_of", lambda _: 1)
+    monkeypatch.setattr(library, "_checksum_of", lambda _: 1)
     with pytest.warns(UserWarning, match="install tokengame again"):
-        assert kernels.library.__wrapped__() is None
+        assert library._loaded.__wrapped__().library is None

@@ -67,9 +67,9 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
             keys = rows if transition == "merge" else after
             if (block, transition) == (3, "drop"):  # two heads of the class token attend to the rows themselves
                 expected += 4 * 32 * 32 + 2 * keys * 2 * 32 + 8 * 32 * 32
-            else:  # all have keys and values, kept ones a query; behind a decision in the last block only one goes on
-                going_on = 1 if block == 3 else after
-                expected += keys * 2 * 32 * 32 + after * 2 * 32 * 32 + 2 * keys * after * 32 + going_on * 8 * 32 * 32
+            else:  # all have keys and values, kept ones a query; the MLP of the last block has the class token alone
+                in_mlp = 1 if block == 3 else after
+                expected += keys * 2 * 32 * 32 + after * 2 * 32 * 32 + 2 * keys * after * 32 + in_mlp * 8 * 32 * 32
             rows = after
         if transition == "merge":
             expected += 2 * 32 * 32  # a query of the class token's own at each stage
@@ -79,7 +79,7 @@ def test_pruned_equals_native_blocks_of_shorter_images(transition, model):
 
 @pytest.mark.parametrize("preset", ["tokengame", "rl4evit"])
 @torch.inference_mode()
-def test_the_policy_costs_what_the_flop_counter_sees(preset):
+def test_macs_of_the_policy_equal_the_flop_counter(preset):
     """Within 3 %: what a decision computes once an image (rows of prefix tokens) is left out.
 
     The context actor multiplies element by element, which the counter does not count.

@@ -1,5 +1,4 @@
-"""Models that change after our kernels have packed their weights, and models that do what the kernels do not."""
-
+"""Models that change after their weights were packed, and models that do what the compiled kernels do not."""
 
 import copy
 import pickle
@@ -7,20 +6,18 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import policy_for, tiny_vit
-from test_kernels import game_of, half_vit, normal, off, played
+from conftest import half_vit, needs_kernels, normal, off, policy_for, tiny_vit
+from test_kernels import game_of, is_compiled, predicted
 from timm.layers import Attention, GELUTanh, Mlp
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from tokengame import kernels
 from tokengame.backbones import wrap
+from tokengame.backends import CompiledBlocks
 from tokengame.kernels.weights import packed_weights
 from tokengame.runtime import PrunedViT
 
-pytestmark = pytest.mark.skipif(
-    not kernels.available(), reason="no kernels of our own: no AVX-512 bfloat16 in the processor, or no compiler"
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture
@@ -64,57 +61,57 @@ CHANGES = {
 def test_a_model_that_changed_predicts_as_it_is_now(key):
     model, images = half_vit(init_values=0.3), normal(3, 3, 32, 32)
     game = game_of(model)
-    before = played(game, images)
-    assert game.backbone.tiled(images)
+    before = predicted(game, images)
+    assert is_compiled(game, images)
     CHANGES[key](model)
     images = images.to(game.backbone.dtype)
-    assert off(before, model(images)) > 0.08, "the test is blind"
-    for now in [game_of(model)] + [game] * (key != "other blocks"):
-        assert off(played(now, images), model(images)) < 0.03
+    assert off(before, model(images)) > 0.08, "the change changes the prediction"
+    for now in (game_of(model), game):
+        assert off(predicted(now, images), model(images)) < 0.03
 
 
 @torch.inference_mode()
-def test_a_model_made_in_inference_mode_may_change_too():
+def test_a_model_made_in_inference_mode_predicts_as_it_is_now():
     model, images = half_vit(), normal(3, 3, 32, 32)
-    before = played(game_of(model), images)
+    before = predicted(game_of(model), images)
     in_place(model)
-    assert off(before, model(images)) > 0.08, "the test is blind"
-    assert off(played(game_of(model), images), model(images)) < 0.03
+    assert off(before, model(images)) > 0.08, "the change changes the prediction"
+    assert off(predicted(game_of(model), images), model(images)) < 0.03
 
 
-WATCHERS = {
-    "hook": lambda mlp, see: mlp.register_forward_hook(lambda *_: see()),
-    "hook before": lambda mlp, see: mlp.fc1.register_forward_pre_hook(lambda *_: see()),
-    "hook on all": lambda mlp, see: register_module_forward_hook(lambda part, *_: see() if part is mlp else None),
-    "own forward": lambda mlp, see: setattr(mlp, "forward", lambda rows: (see(), type(mlp).forward(mlp, rows))[1]),
+HOOKS = {
+    "hook": lambda mlp, call: mlp.register_forward_hook(lambda *_: call()),
+    "hook before": lambda mlp, call: mlp.fc1.register_forward_pre_hook(lambda *_: call()),
+    "hook on all": lambda mlp, call: register_module_forward_hook(lambda part, *_: call() if part is mlp else None),
+    "own forward": lambda mlp, call: setattr(mlp, "forward", lambda rows: (call(), type(mlp).forward(mlp, rows))[1]),
 }
 
 
-@pytest.mark.parametrize("key", WATCHERS)
-def test_who_watches_a_part_of_the_model_sees_it_at_work(key, model):
-    game, images, seen = game_of(model), normal(3, 3, 32, 32), []
-    expected, mlp = played(game, images), model.blocks[1].mlp
-    handle = WATCHERS[key](mlp, lambda: seen.append(1))
-    found = played(game, images)
+@pytest.mark.parametrize("key", HOOKS)
+def test_hooks_of_a_part_of_the_model_are_called(key, model):
+    game, images, calls = game_of(model), normal(3, 3, 32, 32), []
+    expected, mlp = predicted(game, images), model.blocks[1].mlp
+    handle = HOOKS[key](mlp, lambda: calls.append(1))
+    found = predicted(game, images)
     handle.remove() if handle else delattr(mlp, "forward")
     assert off(found, expected) < 0.02
-    assert torch.equal(played(game, images), expected)
-    assert len(seen) == 1
+    assert torch.equal(predicted(game, images), expected)
+    assert len(calls) == 1
 
 
 def test_dropout_is_done_by_pytorch():
-    """Of a model that trains, or of one layer, which estimates of uncertainty leave on."""
+    """In a model in training mode, or in one layer, as for estimates of uncertainty."""
     model, images = half_vit(proj_drop_rate=0.5), normal(3, 3, 32, 32)
-    before = played(game_of(model), images)
+    before = predicted(game_of(model), images)
     for part in (model, model.blocks[1].mlp.drop1):
         part.train()
-        assert not torch.equal(played(game_of(model), images), played(game_of(model), images))
+        assert not torch.equal(predicted(game_of(model), images), predicted(game_of(model), images))
         model.eval()
-        assert torch.equal(played(game_of(model), images), before)
+        assert torch.equal(predicted(game_of(model), images), before)
 
 
 class Doubling(torch.Tensor):
-    """A weight that is not what its memory says, like those of quantised models."""
+    """A weight that is more than the numbers in its memory, like those of quantised models."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -147,21 +144,22 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
 @torch.no_grad()
-def test_models_that_do_something_else_are_run_by_pytorch(key):
+def test_models_that_do_something_else_run_on_pytorch(key):
     model, images = UNSUPPORTED[key](), normal(3, 3, 32, 32)
     assert packed_weights(model, wrap(model).plain_weights) is None
-    assert off(played(game_of(model), images), model(images)) < 0.03
+    assert not is_compiled(game_of(model), images)
+    assert off(predicted(game_of(model), images), model(images)) < 0.03
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
 @torch.no_grad()
-def test_copies_and_pickles_of_a_model_in_use_predict_the_same_and_are_on_their_own(duplicate):
+def test_copies_and_pickles_of_a_model_in_use_predict_the_same_and_are_independent(duplicate):
     model = tiny_vit(embed_dim=64)
     fast, images = PrunedViT(model, policy_for(model), 0.5).bfloat16(), normal(4, 3, 32, 32)
     expected = fast(images)
-    assert fast.game.backbone.tiled(images)
-    twin = duplicate(fast)
-    assert torch.equal(twin(images), expected)
-    in_place(twin.model)
-    assert off(twin(images), expected) > 0.05
+    assert isinstance(fast.game.backend_for(images), CompiledBlocks)
+    other = duplicate(fast)
+    assert torch.equal(other(images), expected)
+    in_place(other.model)
+    assert off(other(images), expected) > 0.05
     assert torch.equal(fast(images), expected)

@@ -56,24 +56,25 @@ def test_the_imagenet_recipe_rehearses(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["rehearsal.safetensors"]
 
 
-def test_sweep_trains_one_policy_for_each_ratio_and_none_twice(place, capsys):
-    root, flags, small = place
-    run = ["sweep", *flags, *small, "--ratios", "50", "400", "--output", str(root / "sweep"), "--json"]
+def test_sweep_trains_one_policy_for_each_ratio_and_none_twice(tmp_path, capsys):
+    small = ["--holdout", "0.004", "--batch-size", "4", "--updates", "2", "--workers", "0"]
+    run = ["sweep", "--backbone", "fashion", "--images", "fashion", *small, "--ratios", "50", "400", "--json"]
+    run += ["--output", str(tmp_path)]
     assert main(run) == 0
     rows = document(capsys)
     assert [row["alpha_over_beta"] for row in rows] == [50, 400]
     assert {"keep", "keep_sampled", "keep_predicted", "earned", "reading", "gmacs_ratio", "tokens_kept"} <= set(rows[0])
-    with Image.open(root / "sweep" / "sweep.png") as picture:
+    with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.width > 1000
-    timings = (root / "sweep" / "alpha50_log" / "timings.jsonl").read_text()
+    timings = (tmp_path / "alpha50_log" / "timings.jsonl").read_text()
     assert main(run) == 0
     assert document(capsys)[0]["keep"] == rows[0]["keep"]
-    assert (root / "sweep" / "alpha50_log" / "timings.jsonl").read_text() == timings, "no update took place again"
+    assert (tmp_path / "alpha50_log" / "timings.jsonl").read_text() == timings, "no update took place again"
 
 
-def test_an_interrupted_sweep_resumes_within_a_run(place, monkeypatch):
-    root, flags, _ = place
-    run = ["sweep", *flags, "--batch-size", "4", "--updates", "3", "--ratios", "50", "--output"]
+def test_an_interrupted_sweep_resumes_within_a_run(tmp_path, monkeypatch):
+    small = ["--holdout", "0.004", "--batch-size", "4", "--updates", "3", "--workers", "0"]
+    run = ["sweep", "--backbone", "fashion", "--images", "fashion", *small, "--ratios", "50", "--output"]
     update = Trainer.update
 
     def stopped(self, images, labels):
@@ -83,15 +84,15 @@ def test_an_interrupted_sweep_resumes_within_a_run(place, monkeypatch):
         return metrics
 
     monkeypatch.setattr(Trainer, "update", stopped)
-    assert main([*run, str(root / "part")]) == 130
+    assert main([*run, str(tmp_path / "part")]) == 130
     monkeypatch.setattr(Trainer, "update", update)
-    log = root / "part" / "alpha50_log" / "timings.jsonl"
+    log = tmp_path / "part" / "alpha50_log" / "timings.jsonl"
     before = log.read_text()
     assert before.count("\n") == 2
     for name in ("part", "whole"):
-        assert main([*run, str(root / name)]) == 0
+        assert main([*run, str(tmp_path / name)]) == 0
     assert log.read_text().startswith(before)
-    policies = [(root / name / "alpha50.safetensors").read_bytes() for name in ("part", "whole")]
+    policies = [(tmp_path / name / "alpha50.safetensors").read_bytes() for name in ("part", "whole")]
     assert policies[0] == policies[1]
 
 

@@ -96,9 +96,9 @@ def test_calibrated_thresholds_keep_as_many_as_sampling_did(model, source, tmp_p
 def test_a_finished_run_that_is_resumed_is_not_calibrated_again(model, source, tmp_path):
     first = run_for(model, source, tmp_path)
     first.run()
-    again = run_for(model, source, tmp_path, resume=True)
-    again.run()
-    assert torch.equal(weights_of(first), weights_of(again))
+    resumed = run_for(model, source, tmp_path, resume=True)
+    resumed.run()
+    assert torch.equal(weights_of(first), weights_of(resumed))
 
 
 @pytest.mark.usefixtures("two_threads")
