@@ -20,7 +20,7 @@ class ATS(Reducer):
     """Adaptive Token Sampling (Fayyaz et al., ECCV 2022): patches are sampled by significance, few where few matter.
 
     Significance is the class token's attention times the norm of the value, summed over heads (eq. 3). Its cumulative
-    distribution is inverted at `samples` evenly spaced points (section 3.2); a patch hit several times is_kept once, so
+    distribution is inverted at `samples` evenly spaced points (section 3.2); a patch hit several times is kept once, so
     that images with a few significant patches keep fewer. All rows of the attention are computed and projected before
     some are removed, where the paper skips those: a twelfth of a block's work on them.
 

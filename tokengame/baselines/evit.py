@@ -24,7 +24,7 @@ class EViT(Reducer):
 
     Args:
         model: of a supported family.
-        keep: share of the patches that is_kept at each of the blocks.
+        keep: share of the patches that is kept at each of the blocks.
         blocks: where; evenly spread by default.
         fuse: whether the others are fused, or dropped.
     """

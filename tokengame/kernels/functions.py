@@ -104,7 +104,7 @@ def _observation(request: ObservationRequest, heads: int) -> tuple[ObservationRe
 def last_block(block: Any, qkv: Tensor, x: Tensor, layout: RaggedLayout, prefix: int, bias: Tensor | None) -> Tensor:
     """The last block for the first `prefix` rows of each image alone: [M, C] -> [B * prefix, C].
 
-    Keys and values are never computed (see `backends.pytorch.folded_attention`).
+    Keys and values are never computed (see `TorchBackend._attend_rows`).
 
     Args:
         block: `BlockStruct`.
