@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from tokengame import kernels
 from tokengame.cli.main import main
-from tokengame.config import GAME_VERSION, TrainConfig, merge
+from tokengame.config import GAME_VERSION, TrainConfig, with_overrides
 from tokengame.kernels.library import library
 from tokengame.learning.trainer import Trainer
 from tokengame.packed.layout import RaggedLayout
 from tokengame.policies import Policy
 from tokengame.policies.networks import build_actor
-from tokengame.policies.policy import FORMAT, actor_shape, fingerprint
+from tokengame.policies.policy import FORMAT, card_shape, fingerprint
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 # under `pytest -n` processes share the cores: threads that wait for each other on a busy core take many times as long
@@ -73,7 +73,9 @@ def model():
 
 def policy_for(model, transition="merge"):
     """An untrained policy that prunes about a third at each of two stages."""
-    config = merge(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2), "transition": transition}})
+    config = with_overrides(
+        TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2), "transition": transition}}
+    )
     trainer = Trainer(model, replace(config, dtype="float32"))
     shape = trainer.backbone.shape()
     card = {
@@ -84,7 +86,7 @@ def policy_for(model, transition="merge"):
         "calibration": [], "dial": 0.5,
     }  # fmt: skip
     torch.manual_seed(0)
-    return Policy(build_actor(config.actor, actor_shape(card)).eval(), card)
+    return Policy(build_actor(config.actor, card_shape(card)).eval(), card)
 
 
 @pytest.fixture(scope="session")

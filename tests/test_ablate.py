@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_vit
 
 from tokengame.cli.main import main
-from tokengame.config import TrainConfig, merge
+from tokengame.config import TrainConfig, with_overrides
 from tokengame.game import Observation
 from tokengame.learning.trainer import Trainer
 from tokengame.measure.ablate import ABLATIONS, across_seeds, variants
@@ -59,7 +59,7 @@ def test_a_local_critic_does_not_see_the_class_token():
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_variant_learns(name):
     base = {"game": {"stages": (1, 2)}, "updates": 2, "rollouts": 2, "batch_size": 3, "dtype": "float32"}
-    config = variants(merge(TrainConfig.from_preset("tokengame"), base))[name]
+    config = variants(with_overrides(TrainConfig.from_preset("tokengame"), base))[name]
     trainer = Trainer(tiny_vit(), config, seed=1)
     before = [p.clone() for p in trainer.actor.parameters()]
     metrics = trainer.update(torch.randn(config.batch_size, 3, 32, 32), None)
@@ -74,6 +74,7 @@ def test_the_command_measures_all_and_trains_nothing_twice(tmp_path, capsys):
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     names = [row["ablation"] for row in rows]
+    assert {"processor", "kernels", "threads", "commit", "command"} <= set(rows[0])
     assert set(names) == {*ABLATIONS, "attention at its budgets", "random at its budgets"}
     assert [row["ablation"] for row in csv.DictReader((tmp_path / "ablations.csv").read_text().splitlines())] == names
     timings = {path: path.read_text() for path in tmp_path.glob("*_log/timings.jsonl")}

@@ -41,7 +41,7 @@ BENCH_KEYS = CONDITIONS | {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def inputs(tmp_path_factory):
     """A real timm model with random weights in a local file, and images of five classes."""
     root = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
@@ -55,14 +55,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flags(place):
-    return ["--backbone", NAME, "--weights", str(place / "weights.safetensors"), "--images", str(place / "images"),
+def flags(inputs):
+    return ["--backbone", NAME, "--weights", str(inputs / "weights.safetensors"), "--images", str(inputs / "images"),
             "--workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def trained(place, flags):
-    policy = place / "policy.safetensors"
+def trained(inputs, flags):
+    policy = inputs / "policy.safetensors"
     run = ["train", *flags, "--output", str(policy), "--updates", "2", "--batch-size", "4", "--rollouts", "2", "--json"]
     return policy, run
 
@@ -273,9 +273,9 @@ def one_sentence(capsys, run) -> str:
     return lines[0]
 
 
-def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
-    weights = ["--weights", str(place / "weights.safetensors")]
-    images = ["--images", str(place / "images")]
+def test_bad_input_gets_one_sentence(inputs, flags, policy, tmp_path, capsys):
+    weights = ["--weights", str(inputs / "weights.safetensors")]
+    images = ["--images", str(inputs / "images")]
     (tmp_path / "empty").mkdir()
     (tmp_path / "map.txt").write_text("a\nb\nc\nd\nx\n")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
@@ -302,14 +302,14 @@ def test_bad_input_gets_one_sentence(place, flags, policy, tmp_path, capsys):
         "outside the calibrated": ["eval", *flags, "--policy", str(policy), "--gmacs-ratio", "0.01"],
         "between 0": ["eval", *flags, "--policy", str(policy), "--dial", "7"],
         "no device": ["eval", *flags, "--policy", str(policy), "--device", "cuda:7"],
-        "cannot write ": ["bench", "--backbone", NAME, "--output", str(place / "weights.safetensors")],
+        "cannot write ": ["bench", "--backbone", NAME, "--output", str(inputs / "weights.safetensors")],
         "shares between": ["bench", "--backbone", NAME, "--keep", "0.3", "0.5"],
-        "cannot write": [*train, *weights, *images, "--output", str(place / "weights.safetensors" / "p.safetensors")],
+        "cannot write": [*train, *weights, *images, "--output", str(inputs / "weights.safetensors" / "p.safetensors")],
         "does not fit": ["show", *flags, "--policy", str(policy), "--backbone", "fashion", "--output",
                          str(tmp_path / "t.png")],
     }  # fmt: skip
     cases["does not fit"].remove("--weights")
-    cases["does not fit"].remove(str(place / "weights.safetensors"))
+    cases["does not fit"].remove(str(inputs / "weights.safetensors"))
     for reason, run in cases.items():
         assert reason in one_sentence(capsys, run), run
     assert not (tmp_path / "p.safetensors").exists()

@@ -228,7 +228,7 @@ def test_progress_is_shown_over_many_folders(tmp_path):
 
 def test_shards_that_are_missing_or_mislabelled_are_named(folder):
     as_shards(folder, ["cat"], ["feline"])
-    with pytest.raises(TokenGameError, match=r"no tar file at .*shard-001.tar, which .* asks for"):
+    with pytest.raises(TokenGameError, match=r"no tar file at .*shard-001.tar, which .* names"):
         open_images(str(folder.parent / "shard-{000..001}.tar"))
     with pytest.raises(TokenGameError, match="no tar file at"):
         open_images(str(folder.parent / "other-*.tar"))

@@ -75,8 +75,8 @@ def learned(images, tmp_path_factory):
     for name, command in {"one": COMMAND, "two": LAUNCH}.items():
         output = tmp_path_factory.mktemp(name) / "policy.safetensors"
         flags = ["--updates", "3", "--batch-size", "6", "--dtype", "float32", "--workers", "0"]
-        place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
-        found[name] = run(command, "train", *flags, *place, "--json")
+        files = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
+        found[name] = run(command, "train", *flags, *files, "--json")
     return found
 
 
@@ -103,8 +103,8 @@ def test_two_processes_tune_as_one(learned, images, tmp_path):
     for name, command in {"one": COMMAND, "two": LAUNCH}.items():
         flags = ["--updates", "3", "--batch-size", "6", "--dtype", "float32", "--workers", "0", "--dial", "0.9",
                  "--opt", "sgd", "--lr", "0.01", "--warmup", "0"]  # fmt: skip
-        place = ["--backbone", "fashion", "--images", str(images), "--policy", learned["one"]["policy"]]
-        found[name] = run(command, "finetune", *flags, *place, "--output", str(tmp_path / name), "--json")
+        files = ["--backbone", "fashion", "--images", str(images), "--policy", learned["one"]["policy"]]
+        found[name] = run(command, "finetune", *flags, *files, "--output", str(tmp_path / name), "--json")
     native = load_model("fashion").state_dict()
     tuned = [load_file(found[name]["model"]) for name in ("one", "two")]
     one, two = (torch.cat([(weights[key] - native[key]).flatten() for key in native]) for weights in tuned)
@@ -139,10 +139,10 @@ def test_advantages_are_normalised_over_all_processes():
 
 
 def train(images, output, *flags):
-    place = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
+    files = ["--backbone", "fashion", "--images", str(images), "--output", str(output), "--device", "cpu"]
     config = ["--updates", "14", "--batch-size", "4", "--workers", "1", "--checkpoint-every", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "train", *place, *config, *flags]
+    command = [*COMMAND, "train", *files, *config, *flags]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -107,6 +107,7 @@ def test_finetune_writes_weights_and_a_card_that_names_them(place, capsys, recwa
     assert main([*run, "--dial", "0.8", "--aa", "rand-m9-mstd0.5-inc1", "--ema", "0.9", "--lr", "1e-3"]) == 0
     found = document(capsys)
     assert {"before", "after", "recovered", "model", "policy"} <= set(found)
+    assert {"processor", "kernels", "threads", "commit", "command"} <= found["before"].keys() & found["after"].keys()
     assert found["before"]["images"] == found["after"]["images"] == 4
     assert found["before"]["top1_native"] == found["after"]["top1_native"], "native is the model as it came"
     policy = Policy.load(tuned / "policy.safetensors")

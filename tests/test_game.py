@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokengame.backbones import wrap
-from tokengame.config import GameConfig, TrainConfig, merge
+from tokengame.config import GameConfig, TrainConfig, with_overrides
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.game.state import ordered_dither
@@ -170,7 +170,7 @@ def test_dither_is_observed_by_position(model):
 
 def trainer_for(model, **changes):
     defaults = {"game": {"stages": (1, 2)}, "updates": 10, "dtype": "float32"}
-    return Trainer(model, merge(merge(TrainConfig.from_preset("rl4evit"), defaults), changes), seed=1)
+    return Trainer(model, with_overrides(with_overrides(TrainConfig.from_preset("rl4evit"), defaults), changes), seed=1)
 
 
 def play(trainer, batch=4):

@@ -64,6 +64,7 @@ def test_sweep_trains_one_policy_for_each_ratio_and_none_twice(tmp_path, capsys)
     rows = document(capsys)
     assert [row["alpha_over_beta"] for row in rows] == [50, 400]
     assert {"keep", "keep_sampled", "keep_predicted", "earned", "reading", "gmacs_ratio", "tokens_kept"} <= set(rows[0])
+    assert {"processor", "kernels", "threads", "commit", "command"} <= set(rows[0])
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.width > 1000
     timings = (tmp_path / "alpha50_log" / "timings.jsonl").read_text()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tokengame
 from tokengame.backbones import preprocessing_of, wrap
-from tokengame.config import TrainConfig, merge
+from tokengame.config import TrainConfig, with_overrides
 from tokengame.errors import TokenGameError
 from tokengame.learning.run import TrainingRun
 from tokengame.learning.trainer import Trainer
@@ -21,7 +21,9 @@ from tokengame.runtime import PrunedViT
 
 
 def make_policy(model, tmp_path, preset="tokengame", **changes):
-    config = merge(merge(TrainConfig.from_preset(preset), {"game": {"stages": (1, 2)}, "dtype": "float32"}), changes)
+    config = with_overrides(
+        with_overrides(TrainConfig.from_preset(preset), {"game": {"stages": (1, 2)}, "dtype": "float32"}), changes
+    )
     run = object.__new__(TrainingRun)
     run.config, run.name, run.seed = config, "tiny", 0
     run.trainer, run.preprocessing = Trainer(model, config), preprocessing_of(model)

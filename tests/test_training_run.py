@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokengame.config import PRESETS, TrainConfig, merge
+from tokengame.config import PRESETS, TrainConfig, with_overrides
 from tokengame.data.datasets import FolderImages
 from tokengame.errors import TokenGameError
 from tokengame.files import require_writable
@@ -30,7 +30,7 @@ def source(tmp_path):
 
 
 def run_for(model, source, folder, preset="tokengame", resume=False, **changes):
-    config = merge(merge(TrainConfig.from_preset(preset), SMALL), changes)
+    config = with_overrides(with_overrides(TrainConfig.from_preset(preset), SMALL), changes)
     return TrainingRun(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
 
 
@@ -176,7 +176,7 @@ def test_share_learns_to_prune_where_keeping_costs_and_to_keep_where_it_pays(mod
 @torch.no_grad()
 def test_agents_pay_for_softened_predictions_and_each_network_has_its_own_step_size(model):
     """What is charged is KL at the reward's temperature; what is reported and steered is plain KL."""
-    config = merge(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2)}, "dtype": "float32"})
+    config = with_overrides(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2)}, "dtype": "float32"})
     trainer = Trainer(model, config, seed=1)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     rollout, outcome, metrics = trainer.rollout(images, None)

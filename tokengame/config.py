@@ -181,7 +181,7 @@ class TrainConfig:
         """
         if name not in PRESETS:
             raise TokenGameError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
-        return merge(TrainConfig(preset=name), PRESETS[name])
+        return with_overrides(TrainConfig(preset=name), PRESETS[name])
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,11 @@ def require(holds: bool, sentence: str) -> None:
         raise TokenGameError(sentence)
 
 
-def merge(config: Any, overrides: dict[str, Any]) -> Any:
+def with_overrides(config: Any, overrides: dict[str, Any]) -> Any:
     """`config` with nested `overrides` applied; unknown keys raise TypeError."""
     known = {f.name for f in fields(config)}
     values = {
-        k: merge(getattr(config, k), v) if k in known and is_dataclass(getattr(config, k)) else _tuples(v)
+        k: with_overrides(getattr(config, k), v) if k in known and is_dataclass(getattr(config, k)) else _tuples(v)
         for k, v in overrides.items()
     }
     return replace(config, **values)

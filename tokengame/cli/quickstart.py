@@ -13,7 +13,7 @@ import tyro
 from tokengame.backbones import load_model
 from tokengame.backbones.load import EMBEDDED
 from tokengame.cli.common import Common
-from tokengame.config import TrainConfig, merge, require
+from tokengame.config import TrainConfig, require, with_overrides
 from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import SceneImages, Subset
 from tokengame.data.scenes import FashionScenes
@@ -34,7 +34,7 @@ def short(preset: str) -> TrainConfig:
     The default preset gets two stages: in 8 narrow blocks a third takes more time than it saves (docs/LOG.md).
     """
     fewer = {"game": {"stages": (1, 4)}, "reward": {"target_kl": 0.03}} if preset == "tokengame" else {}
-    return merge(TrainConfig.from_preset(preset), {"updates": 150, **fewer})
+    return with_overrides(TrainConfig.from_preset(preset), {"updates": 150, **fewer})
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ import tyro
 from torch import nn
 
 from tokengame.cli.common import OnImages
-from tokengame.config import RewardConfig, TrainConfig, merge, require
+from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
 from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import ImageSource, split_images
 from tokengame.files import require_writable, write_csv
@@ -79,7 +79,7 @@ class Sweep(OnImages):
 
     def _point(self, model: nn.Module, learn: ImageSource, held: ImageSource, ratio: float) -> dict[str, Any]:
         name = f"alpha {ratio:g}"
-        config = merge(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
+        config = with_overrides(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
         path = self.output / f"alpha{ratio:g}.safetensors"
         training = TrainingRun(
             model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, resume=None,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tokengame.baselines.heuristics import AtBudgets, Random, Score, attention
-from tokengame.config import TrainConfig, merge
+from tokengame.config import TrainConfig, with_overrides
 from tokengame.data.batches import Batch
 from tokengame.measure.evaluate import Scores, at_ratios, calibrate, score
 from tokengame.policies import Policy
@@ -33,10 +33,10 @@ RULES: dict[str, Callable[[], Score]] = {
 
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     """Settings of each ablation. One game an image plays as many games in all, on more images."""
-    settings = {name: merge(config, changes) for name, changes in ABLATIONS.items()}
+    settings = {name: with_overrides(config, changes) for name, changes in ABLATIONS.items()}
     games = config.batch_size * config.rollouts
     single = "one game an image, no leave-one-out"
-    settings[single] = merge(settings[single], {"batch_size": games})
+    settings[single] = with_overrides(settings[single], {"batch_size": games})
     return settings
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokengame.backbones.base import Backbone
-from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, merge
+from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, with_overrides
 from tokengame.errors import TokenGameError, first_line
 from tokengame.policies.networks import Actor, build_actor
 
@@ -44,7 +44,7 @@ class Policy:
 
     @property
     def game(self) -> GameConfig:
-        return merge(GameConfig(), self.card["game"])
+        return with_overrides(GameConfig(), self.card["game"])
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all."""
@@ -87,10 +87,10 @@ class Policy:
                 f"{' and '.join(map(str, READABLE))}, game {GAME_VERSION}: "
                 "train it again or install the matching tokengame"
             )
-        merge(GameConfig(), card["game"])
+        with_overrides(GameConfig(), card["game"])
         threshold(card["dial"])
         card["backbone"]["name"], card["backbone"]["fingerprint"], card["calibration"]  # required
-        actor = build_actor(merge(ActorConfig(), card["actor"]), actor_shape(card))
+        actor = build_actor(with_overrides(ActorConfig(), card["actor"]), card_shape(card))
         actor.load_state_dict(weights)
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise TokenGameError(f"policy file {path} holds weights that are not finite; train it again")
@@ -122,7 +122,7 @@ def find_policy(name: str | Path) -> Path:
     return shipped
 
 
-def actor_shape(card: dict[str, Any]) -> dict[str, Any]:
+def card_shape(card: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `build_actor` from a card."""
     shape = card["backbone"]["shape"]
     return {
