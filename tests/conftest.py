@@ -24,7 +24,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 # under `pytest -n` processes share the cores: threads that wait for each other on a busy core take many times as long
 THREADS = max(1, min(2, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 torch.set_num_threads(THREADS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of commands that tests start
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of commands that tests start; workers inherit another number
 settings.register_profile("shared", deadline=None, derandomize=True)  # machines are shared, failures must repeat
 settings.load_profile("shared")
 REAL = Path(os.environ.get("TOKENGAME_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))

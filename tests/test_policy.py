@@ -174,7 +174,7 @@ def test_an_unknown_shipped_name_lists_what_there_is(model):
 
 @torch.no_grad()
 def test_a_target_instead_of_a_dial(model, path, images):
-    """Compute asked for between two calibrated dials is what the model then takes."""
+    """Compute requested between two calibrated dials is what the model then takes."""
     policy = Policy.load(path)
     with torch.no_grad():
         policy.actor.weight[:, -1] -= 2.0  # so that the dials reach from all to few
