@@ -14,15 +14,15 @@ test: $(VENV)/.installed-dev
 	BIN=$(BIN) scripts/check
 
 $(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing tokengame into $(VENV). PyTorch is some gigabytes: this takes one to five minutes."
 	$(PIP) --editable . | scripts/brief
-	touch $@
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need."
 	$(PIP) --editable '.[dev,oracle]' | scripts/brief
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf $(VENV) quickstart build *.egg-info

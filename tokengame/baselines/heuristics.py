@@ -101,7 +101,7 @@ class AtBudgets(nn.Module):
 def _by_score(
     score: Callable[[], Score], transition: str, features: bool = True
 ) -> Callable[[nn.Module], list[tuple[str, Method]]]:
-    """Settings of a rule that keeps fixed shares at evenly spaced blocks."""
+    """Settings of a rule that keeps fixed shares of the tokens best by `score`, at evenly spaced blocks."""
 
     def settings(model: nn.Module) -> list[tuple[str, Method]]:
         # by default merge decides a block earlier than drop; here both have drop's blocks, to be comparable

@@ -72,7 +72,7 @@ class Calibrate(OnImages):
         tally = BadImages(len(source.names))
         views = plain_views(source, preprocessing_of(model))
         loader = views.loader(self.batch_size, self.workers)
-        batches = progress(checked(loader, tally), "calibrating", len(loader))
+        batches = progress(checked(loader, tally), "calibrating dials", len(loader))
         policy.card["calibration"] = calibrate(fast, batches, reference=model)
         report_bad(tally)
         policy.card["backbone"]["fingerprint"] = fingerprint(fast.game.backbone)  # the guarantee is for these weights

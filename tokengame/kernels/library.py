@@ -56,14 +56,14 @@ class Status:
 
     def __str__(self) -> str:
         if self.device != "cpu":
-            return f"kernels: none for {self.device}, PyTorch's"
-        if self.instructions is None:
-            named = "" if self.dtype is None else f" for {_name(self.dtype)}"
-            return f"kernels: none{named} here, PyTorch's ({self.reason})"
+            return f"kernels: PyTorch's on {self.device}"
+        if self.dtype not in (None, torch.bfloat16):
+            return f"kernels: PyTorch's for {_name(self.dtype)} (compiled ones serve bfloat16)"
         if self.active:
-            others = " (other number formats run on PyTorch's)" if self.dtype is None else ""
-            return f"kernels: compiled, bfloat16 on {self.instructions}{others}"
-        return f"kernels: none for {_name(self.dtype)} here, PyTorch's (compiled ones serve bfloat16)"
+            others = "" if self.dtype else "; PyTorch's for other number formats"
+            return f"kernels: compiled for bfloat16, on {self.instructions}{others}"
+        named = "bfloat16" if self.dtype else "every number format"
+        return f"kernels: PyTorch's for {named} ({self.reason})"
 
 
 def status(dtype: torch.dtype | None = None, device: str = "cpu") -> Status:

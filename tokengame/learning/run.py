@@ -161,7 +161,7 @@ def calibration_batches(
     """Batches of at most `most` images held back, in random order, because sources are sorted by class."""
     chosen = np.random.default_rng(seed).permutation(len(held.names))[:most].tolist()
     loader = plain_views(held, preprocessing, chosen).loader(32, workers)
-    return progress(checked(loader, BadImages(len(chosen))), "calibrating", len(loader))
+    return progress(checked(loader, BadImages(len(chosen))), "calibrating dials", len(loader))
 
 
 def trained_policy(run: TrainingRun, progress: Progress = silent) -> Policy:

@@ -190,7 +190,9 @@ def speed_at(rows: list[dict[str, Any]], agreement: float, key: str = "speedup")
 
 
 def speeds(rows: list[dict[str, Any]], levels: Sequence[float] = LEVELS) -> list[dict[str, Any]]:
-    """For each agreement the speed-up of every timed method (None: out of reach), and the fastest one of a paper.
+    """The speed-up of every timed method at each of `levels` of agreement (None: out of reach).
+
+    Each row also names the fastest published method.
 
     Where all run on the compiled kernels, also the fastest one of a paper on PyTorch's.
     """
