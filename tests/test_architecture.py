@@ -178,5 +178,5 @@ def test_names_are_those_of_the_field():
 
 
 @pytest.mark.parametrize("sentence", ["nobody asks", "images are looked at twice or a second look", "The clock ran"])
-def test_the_search_for_words_finds_them(sentence):
+def test_private_words_are_detected(sentence):
     assert PRIVATE.search(sentence)

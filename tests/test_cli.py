@@ -160,7 +160,7 @@ def test_show_writes_a_picture_one_strip_an_image(flags, policy, tmp_path, capsy
         assert picture.height > 3 * 160
 
 
-def test_bench_rows(tmp_path, capsys):
+def test_bench_reports_and_writes_the_same_figures(tmp_path, capsys):
     run = ["bench", "--backbone", NAME, "--batch-sizes", "2", "--dtypes", "float32", "--seconds", "0.5", "--json"]
     assert main([*run, "--keep", "0.5", "0.25", "--no-compiled", "--tome", "--output", str(tmp_path)]) == 0
     (row,) = document(capsys)

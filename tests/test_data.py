@@ -99,7 +99,7 @@ def test_hugging_face_data_set_from_local_files(folder):
         ("a.tar", "no folder"),
     ],
 )
-def test_a_location_without_images_gets_one_sentence(location, reason, tmp_path):
+def test_a_location_without_images_is_refused_with_the_reason(location, reason, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("this is not an archive")
     with pytest.raises(TokenGameError, match=reason):

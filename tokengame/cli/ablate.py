@@ -52,7 +52,7 @@ class Ablate(OnImages):
     )
 
     def run(self) -> list[dict[str, Any]]:
-        """Train and measure every variant with every seed; a row a variant."""
+        """Train and measure every variant with every seed; one row per variant."""
         require(self.seeds >= 1, "--seeds must be at least 1")
         require_writable(self.output / "ablations.csv")
         model, source = self.load()

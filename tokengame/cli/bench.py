@@ -64,7 +64,7 @@ class Bench(Common):
     """folder for the CSV, whose name holds the conditions"""
 
     def run(self) -> list[dict[str, Any]]:
-        """Time every number format at every batch size; a row each."""
+        """Time every number format at every batch size; one row each."""
         require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
         require(bool(self.dtypes), "--dtypes must name at least one")
         embedded = self.weights is not None or self.backbone == EMBEDDED

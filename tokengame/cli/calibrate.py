@@ -58,7 +58,7 @@ class Calibrate(OnImages):
     """for the card, instead of the policy's own; 0.15: images whose prediction is uncertain fall back to all tokens"""
 
     def run(self) -> list[dict[str, Any]]:
-        """Measure every dial and write the policy file; a row a dial."""
+        """Measure every dial and write the policy file; one row per dial."""
         require_writable(self.output)
         model, source = self.load()
         if self.holdout is not None:

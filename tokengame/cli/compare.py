@@ -72,7 +72,7 @@ class Compare(OnImages):
     speeds.csv (at the same agreement), frontier.png"""
 
     def run(self) -> list[dict[str, Any]]:
-        """Measure all methods, time them, write tables and the picture; a row a method and setting."""
+        """Measure all methods, time them, write tables and the picture; one row per method and setting."""
         require_writable(self.output / "compare.csv")
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         needs = "DynamicViT must be trained on images that it is not measured on"

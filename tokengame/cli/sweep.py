@@ -60,7 +60,7 @@ class Sweep(OnImages):
     )
 
     def run(self) -> list[dict[str, Any]]:
-        """Train and measure a policy for every ratio, draw the figure; a row a ratio."""
+        """Train and measure a policy for every ratio, draw the figure; one row per ratio."""
         require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
         fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
