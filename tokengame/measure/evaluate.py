@@ -225,9 +225,9 @@ def calibrate(
     Measured against the model that is pruned, or against `reference` where the backbone was tuned.
 
     Returns:
-        One row per dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens left at the end), agreement,
-        kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: the upper bound of the drop at 95 % confidence (None
-        without labels; see `measure.risk`).
+        One row per dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens left at the end),
+        agreement, kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: the upper bound of the drop at 95 %
+        confidence (None without labels; see `measure.risk`).
     """
     weight, wanted, model = next(fast.model.parameters()), fast.dial, reference or fast.model
     scores = {dial: Scores() for dial in sorted(dials)}
