@@ -25,7 +25,8 @@ def test_shipped_policy_on_images_it_has_not_learned_from(flags, capsys):
     assert found["gmacs_ratio"] <= 0.70
     assert found["agreement"] >= 0.94
     assert found["gmacs_ratio_std"] > 0.02, "every image has its own count"
-    assert found["speedup"] > 0
+    ratio = found["images_per_second_pruned"] / found["images_per_second_native"]
+    assert found["speedup"] == pytest.approx(ratio), "how fast it is here decides nothing"
 
 
 def test_labels_are_those_of_the_class_map(flags, capsys):
