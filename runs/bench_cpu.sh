@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The speed tables of README.md: about 50 minutes on two cores, with nothing else running; a fifth of that with
+# The bench tables of docs/results.md: about 50 minutes on two cores, with nothing else running; a fifth of that with
 # "--dtypes bfloat16 --seconds 6" (options are those of bench). CSV files go to results/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
