@@ -3,6 +3,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "network.h"
 
 namespace tokengame {
@@ -38,10 +40,17 @@ int set_level(int wanted) {
 
 unsigned source_checksum() { return SOURCES; }
 
-unsigned long long weight_version(const bf16* const* tensors, const long* sizes, long number) {
+unsigned long long weight_version(const bf16* const* tensors, const long* rows, const long* columns, long number) {
     unsigned long long sum = 0;
-    for (long i = 0; i < number; i++)
-        for (long k = 0; k < 8 && sizes[i] > 0; k++) sum = (sum + tensors[i][(sizes[i] - 1) * k / 7]) * 0x9e3779b97f4a7c15ull;
+    for (long i = 0; i < number; i++) {
+        const long height = rows[i], width = columns[i], step = 7919 % std::max(width, 1l);
+        const long samples = height && width ? std::max(height, width) : 0;
+        for (long k = 0, row = 0, column = 0; k < samples; k++) {
+            sum = (sum + tensors[i][row * width + column]) * 0x9e3779b97f4a7c15ull;
+            if (++row == height) row = 0;
+            if ((column += step) >= width) column -= width;
+        }
+    }
     return sum;
 }
 }

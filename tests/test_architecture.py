@@ -14,7 +14,7 @@ PACKAGE = Path(tokengame.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     {"errors"},
-    {"config", "distributed", "files", "timing"},
+    {"config", "distributed", "files", "modules", "timing"},
     {"data"},
     {"packed"},
     {"kernels"},

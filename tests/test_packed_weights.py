@@ -17,7 +17,7 @@ from tokengame.backends import CompiledBlocks
 from tokengame.kernels.weights import packed_weights
 from tokengame.runtime import PrunedViT
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore:.*see packed rows")]
 
 
 @pytest.fixture
@@ -146,7 +146,8 @@ UNSUPPORTED = {
 @torch.no_grad()
 def test_models_that_do_something_else_run_on_pytorch(key):
     model, images = UNSUPPORTED[key](), normal(3, 3, 32, 32)
-    assert packed_weights(model, wrap(model).plain_weights) is None
+    backbone = wrap(model)
+    assert packed_weights(model, backbone.watch, backbone.plain_weights) is None
     assert not is_compiled(game_of(model), images)
     assert off(predicted(game_of(model), images), model(images)) < 0.03
 
