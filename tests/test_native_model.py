@@ -1,7 +1,7 @@
 """A pruned model is the native model with fewer tokens: what it honours of the model, and what it refuses by name.
 
 At dial 0 no token is pruned, so whatever the model does, the pruned model does too, or it says that it does not.
-docs/honours.md lists each line with its test here.
+docs/native.md lists each line with its test here.
 """
 
 import copy
@@ -18,7 +18,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as masks
@@ -558,15 +558,16 @@ def test_distilled_training_gives_both_predictions(margin):
 # torch.func, tracing
 
 
-def test_gradients_by_torch_func_are_autograds(model):
-    fast = pruned(model, 0.5).train()
-    image = IMAGES[:1]
-    jacobian = jacrev(fast)(image)
-    variable = image.clone().requires_grad_()
-    expected = torch.autograd.grad(fast(variable)[0, 2], variable)[0]
-    torch.testing.assert_close(jacobian[0, 2], expected)
-    with pytest.raises(TokenGameError, match="records no gradients in evaluation mode"):
-        jacrev(fast.eval())(image)
+@pytest.mark.filterwarnings("ignore:.*is deprecated")  # jvp, within torch
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("transform", [vmap, jacrev, grad, lambda f: lambda x: jvp(f, (x,), (x,))])
+def test_transforms_of_torch_func_are_refused_and_autograd_works(transform, training, model):
+    fast = pruned(model, 0.5).train(training)
+    with pytest.raises(TokenGameError, match=r"cannot be transformed by torch\.func"):
+        transform(lambda images: fast(images).sum())(IMAGES[:1])
+    variable = IMAGES[:1].clone().requires_grad_()
+    fast.train()(variable)[0, 2].backward()
+    assert variable.grad.abs().sum() > 0
 
 
 def test_functional_call_uses_the_given_weights(model):
@@ -577,12 +578,10 @@ def test_functional_call_uses_the_given_weights(model):
     same(fast, model)
 
 
-def test_vmap_is_refused(model):
+def test_ensembles_by_vmap_are_refused(model):
     fast = pruned(model)
-    with pytest.raises(TokenGameError, match="cannot be vectorised by vmap"):
-        vmap(fast)(IMAGES[:, None])
     stacked = {name: torch.stack([p, p]) for name, p in fast.named_parameters()}
-    with pytest.raises(TokenGameError, match="cannot be vectorised by vmap"):
+    with pytest.raises(TokenGameError, match=r"cannot be transformed by torch\.func"):
         vmap(lambda weights: functional_call(fast, weights, (IMAGES,)))(stacked)
 
 

@@ -86,7 +86,8 @@ class PackedModel:
         self.tensors = [(p, _storage_state(p)) for p in parameters] if plain else []
         self.pointers = (ctypes.c_void_p * len(self.tensors))(*[where for _, (where, _) in self.tensors])
         shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p, _ in self.tensors]
-        self.rows, self.columns = ((ctypes.c_long * len(shapes))(*sizes) for sizes in zip(*shapes, strict=True))
+        self.rows = (ctypes.c_long * len(shapes))(*[rows for rows, _ in shapes])
+        self.columns = (ctypes.c_long * len(shapes))(*[columns for _, columns in shapes])
         self.version = self._weight_version()
         exported = export() if plain else None
         self.weights = None if exported is None or not _fits(exported) else _packed(exported)

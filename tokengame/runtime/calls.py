@@ -12,13 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tokengame.errors import TokenGameError
 
 
-def check_call(images: Any, parameter: Tensor, records: bool) -> None:
+def check_call(images: Any, parameter: Tensor) -> None:
     """Refuse what would trace, export or vectorise one image's tokens as if they were every image's.
 
     Args:
         images: [B, channels, height, width], or what a tracer passes in its place.
         parameter: one of the model's.
-        records: whether gradients are recorded.
 
     Raises:
         TokenGameError: says how the model was called and what to do instead.
@@ -27,19 +26,11 @@ def check_call(images: Any, parameter: Tensor, records: bool) -> None:
         raise TokenGameError(not_traced("exported or traced"))
     if not isinstance(images, Tensor) or isinstance(images, FakeTensor) or images.is_meta:
         raise TokenGameError(not_traced(f"run on a {type(images).__name__} without pixels"))
-    for tensor in (images, parameter):
-        while _functorch.is_functorch_wrapped_tensor(tensor):
-            if _functorch.is_batchedtensor(tensor):
-                raise TokenGameError(
-                    "a pruned model cannot be vectorised by vmap: every image has its own number of tokens; it takes "
-                    "whole batches, fast(images)"
-                )
-            if not records:
-                raise TokenGameError(
-                    "a pruned model records no gradients in evaluation mode, so torch.func would see zeros: call "
-                    "fast.train() or fast.predict(images, gradients=True).logits"
-                )
-            tensor = _functorch.get_unwrapped(tensor)
+    if any(map(_functorch.is_functorch_wrapped_tensor, (images, parameter))):
+        raise TokenGameError(
+            "a pruned model cannot be transformed by torch.func (vmap, grad, jacrev): every image has its own number "
+            "of tokens; pass whole batches, and take gradients by torch.autograd after fast.train()"
+        )
     if images.ndim != 4:
         raise TokenGameError(f"images must be [batch, channels, height, width], not {list(images.shape)}")
 

@@ -93,15 +93,14 @@ class PrunedViT(nn.Module):
         Raises:
             TokenGameError: the model has changed and cannot be run exactly any more, or is traced.
         """
-        self._check(images, gradients)
+        self._check(images)
         with self._gradients(gradients):
             return cascade.predict(self.game, images, self.actor, self._threshold)
 
-    def _check(self, images: Tensor, gradients: bool | None = None) -> None:
+    def _check(self, images: Tensor) -> None:
         """Refuse calls that cannot work, and follow changes of the wrapped model."""
-        backbone, records = self.game.backbone, self.training if gradients is None else gradients
-        check_call(images, next(self.model.parameters()), records)
-        kernels.announce(backbone.dtype, images.device.type)
+        check_call(images, next(self.model.parameters()))
+        kernels.announce(self.game.backbone.dtype, images.device.type)
         sharing = self.__dict__["_sharing"]
         if sharing is None and self.model.training != self.training:
             self.train(self.training)  # the wrapped model has another mode now, which is its own
