@@ -60,7 +60,7 @@ def test_there_are_numbers_to_try():
         (RewardConfig, {"alpha": math.inf}, "--reward.alpha must be"),
         (GameConfig, {"stage_count": 0}, "--game.stage-count must be a whole number from 1 to 1,000, not 0"),
         (GameConfig, {"transition": "mErge"}, "--game.transition must be 'drop' or 'merge', not 'mErge'"),
-        (GameConfig, {"cascade_margin": 1.5}, "--game.cascade-margin must be a number from 0 to 1"),
+        (GameConfig, {"cascade_margin": 1e9}, "--game.cascade-margin must be a number from 0 to 100"),
         (GameConfig, {"stages": (2.0, 3)}, "each of --game.stages must be a whole number, not 2.0"),
         (GameConfig, {"stages": 3}, "--game.stages must be a list of numbers, not 3"),
         (ActorConfig, {"hidden": ()}, "--actor.hidden must be 1 to 8 widths, not 0"),

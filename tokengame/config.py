@@ -55,7 +55,7 @@ class GameConfig:
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of a pruned token. drop: it leaves before the block. merge: the most similar kept token absorbs it
     inside the block's attention, where its key and value still count; the sum gets the greater length of the two"""
-    cascade_margin: Annotated[float, SHARE] = 0.0
+    cascade_margin: Annotated[float, Range(0, 100)] = 0.0
     """images whose two likeliest classes are less than this apart in probability fall back to all tokens (see
     `tokengame.runtime.cascade`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
 
