@@ -14,7 +14,8 @@ PACKAGE = Path(tokengame.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     {"errors"},
-    {"config", "distributed", "files", "modules", "timing"},
+    {"modules", "ranges"},
+    {"config", "distributed", "files", "timing"},
     {"data"},
     {"packed"},
     {"kernels"},

@@ -89,7 +89,7 @@ def test_train_prints_its_document_alone_on_stdout(trained, capsys):
 @pytest.mark.parametrize("name", ["drop", "kl"])
 def test_a_target_goes_by_its_short_name(name, capsys):
     assert main(["train", "--backbone", "fashion", "--images", "fashion", f"--target-{name}", "-1"]) == 2
-    assert f"target_{name} must be above 0" in capsys.readouterr().err
+    assert f"--target-{name} must be a number above 0" in capsys.readouterr().err
 
 
 def test_eval_at_each_operating_point(flags, policy, capsys):
@@ -294,7 +294,7 @@ def test_bad_input_gets_one_sentence(inputs, flags, policy, tmp_path, capsys):
         "another architecture": [*train, *weights, *images, "--backbone", "vit_small_patch16_224"],
         "is not timm's VisionTransformer": ["bench", "--backbone", "resnet18"],
         "from 0 to 11": [*train, *weights, *images, "--game.stages", "3", "12"],
-        "between 0 and 1, not 1.5": [*train, *weights, *images, "--actor.keep", "1.5"],
+        "above 0 and below 1, not 1.5": [*train, *weights, *images, "--actor.keep", "1.5"],
         "--actor.keep None": [*train, *weights, *images, "--actor.observation", "token_id"],
         "no preset": [*train, *weights, *images, "--preset", "magic"],
         "no policy file": ["eval", *flags, "--policy", "nowhere.safetensors"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,24 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+
+
+def require_file(path: str | Path, what: str) -> int:
+    """The size in bytes of the regular file `path`, which is `what`; links are followed, and nothing is opened.
+
+    Raises:
+        TokenGameError: there is none, it is empty, or it is a folder, a pipe or a device, which could block.
+    """
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise TokenGameError(f"no {what} at {path}") from None
+    except OSError as error:
+        raise TokenGameError(f"cannot read {what} {path} ({error.strerror})") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise TokenGameError(f"{path} is a folder, not a {what}")
+    if not stat.S_ISREG(found.st_mode):
+        raise TokenGameError(f"{path} is a pipe, a socket or a device, not a {what}")
+    if not found.st_size:
+        raise TokenGameError(f"{what} {path} is empty")
+    return found.st_size

@@ -20,7 +20,7 @@ from tokengame.backbones import unfused
 from tokengame.data.batches import Batch
 from tokengame.errors import TokenGameError
 from tokengame.measure.fidelity import fidelity_loss
-from tokengame.measure.risk import upper_bound
+from tokengame.measure.risk import interval, upper_bound
 from tokengame.runtime import PrunedViT
 from tokengame.runtime.method import Method
 from tokengame.timing import now
@@ -117,16 +117,19 @@ class Scores:
     def _labelled(self) -> dict[str, Any]:
         if not self.correct_native:
             return dict.fromkeys(("top1_native", "top1_pruned", "drop_pp", "drop_pp_ci95"))
-        native, pruned = np.asarray(self.correct_native, float), np.asarray(self.correct_pruned, float)
-        lost = 100 * (native - pruned)  # paired: each image is its own control
-        half = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else float("nan")
-        drop = float(lost.mean())
+        lost, gained = self.lost_and_gained()
+        images = len(self.correct_native)
         return {
-            "top1_native": float(native.mean()),
-            "top1_pruned": float(pruned.mean()),
-            "drop_pp": drop,
-            "drop_pp_ci95": [drop - half, drop + half],
+            "top1_native": float(np.mean(self.correct_native)),
+            "top1_pruned": float(np.mean(self.correct_pruned)),
+            "drop_pp": 100 * (lost - gained) / images,
+            "drop_pp_ci95": [100 * end for end in interval(lost, gained, images)],
         }
+
+    def lost_and_gained(self) -> tuple[int, int]:
+        """How many images the native model alone got right, and the pruned one alone: each is its own control."""
+        native, pruned = np.asarray(self.correct_native), np.asarray(self.correct_pruned)
+        return int((native & ~pruned).sum()), int((pruned & ~native).sum())
 
 
 def faster_native(model: nn.Module, images: Tensor) -> nn.Module:
@@ -247,9 +250,7 @@ def _calibrated(scores: Scores) -> dict[str, Any]:
     row |= {"gmacs": summary["gmacs_pruned"], "keep": summary["tokens_kept"][-1] / scores.tokens}
     bound = None
     if scores.correct_native:
-        native, pruned = np.asarray(scores.correct_native), np.asarray(scores.correct_pruned)
-        lost, gained = int((native & ~pruned).sum()), int((pruned & ~native).sum())
-        bound = 100 * upper_bound(lost, gained, len(native))
+        bound = 100 * upper_bound(*scores.lost_and_gained(), len(scores.correct_native))
     return row | {"drop_pp_bound95": bound}
 
 
