@@ -25,12 +25,15 @@ COUNT, HELD = 60, 12
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
     """A data set in three parquet files; the label says which image it is, and so does its grey."""
-    root = tmp_path_factory.mktemp("stream")
+    return write(tmp_path_factory.mktemp("stream"), range(COUNT))
+
+
+def write(root, labels):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     for part in range(3):
         rows = range(part * COUNT // 3, (part + 1) * COUNT // 3)
         images = [Image.new("RGB", (24, 24), (4 * i,) * 3) for i in rows]
-        table = datasets.Dataset.from_dict({"image": images, "label": list(rows)}, features=features)
+        table = datasets.Dataset.from_dict({"image": images, "label": [labels[i] for i in rows]}, features=features)
         table.to_parquet(root / f"train-0000{part}-of-00003.parquet")
     return root
 
@@ -130,7 +133,9 @@ def test_classes_a_model_does_not_have_are_found_at_the_start(tmp_path):
         label_images(stream, None, 5)
 
 
-def test_training_on_a_stream_resumes_exactly(parquet, monkeypatch, tmp_path):
+def test_training_on_a_stream_resumes_exactly(monkeypatch, tmp_path):
+    (tmp_path / "set").mkdir()
+    parquet = write(tmp_path / "set", [i % 10 for i in range(COUNT)])
     common = [
         "--backbone", "fashion", "--images", f"stream:{parquet}", "--batch-size", "4", "--rollouts", "2",
         "--workers", "0", "--dtype", "float32", "--game.stages", "3", "--ppo.epochs", "1",

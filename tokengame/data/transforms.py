@@ -18,19 +18,27 @@ from tokengame.errors import TokenGameError
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to 8-bit RGB: 16-bit and float scaled, transparency put on white, grey and CMYK converted."""
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float32)
-        top = (
-            65535.0
-            if image.mode.startswith("I") and values.max() > 255
-            else max(float(values.max()), 1.0)
-            if image.mode == "F"
-            else 255.0
-        )
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or float, as grey of 8; in place, as images are large.
+
+    Raises:
+        ValueError: a pixel is no finite number.
+    """
+    values = np.array(image, np.float32)
+    highest = float(values.max())
+    if not np.isfinite([highest, values.min()]).all():
+        raise ValueError("a pixel is no finite number")
+    top = max(highest, 1.0) if image.mode == "F" else 65535.0 if highest > 255 else 255.0
+    values /= top
+    values *= 255
+    return Image.fromarray(np.clip(values, 0, 255, out=values).astype(np.uint8))
 
 
 @contextmanager
