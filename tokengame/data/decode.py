@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from tokengame.data.transforms import to_rgb
@@ -28,8 +29,12 @@ EXTENSIONS = (
 """of files that are taken for images; what is in a file decides how it is read"""
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's decoders that are used, none of which starts another program"""
-MAX_PIXELS = 64_000_000
-"""of one image, known before it is decoded: 256 MB in memory, and decoders hold up to three times that"""
+MAX_PIXELS = 50_000_000
+"""of one image, known before it is decoded, so that none takes more than 512 MiB"""
+COSTLY = {"WEBP", "AVIF", "CMYK"}
+"""formats and modes that take twice the memory of others, so that their images may have half the pixels"""
+TILEWIDTH, TILELENGTH = 322, 323
+"""tags of TIFF"""
 MAX_ASPECT = 100
 """longer side / shorter side; the shorter one is resized to the model's, which would make a longer image giant"""
 MAX_BYTES = 2**28
@@ -87,15 +92,22 @@ def _attempt(read: Callable[[], Result]) -> Result | str:
 
 def _rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
     with open_image() as image:
-        _require_bounded(*image.size)
+        _require_bounded(image)
         return to_rgb(image)
 
 
-def _require_bounded(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width:,} x {height:,} pixels are more than {MAX_PIXELS:,}")
+def _require_bounded(image: Image.Image) -> None:
+    """Raise ValueError if an image that is not decoded yet would take too much memory, now or resized."""
+    width, height = image.size
+    most = MAX_PIXELS // 2 if COSTLY & {image.format, image.mode} else MAX_PIXELS
+    if width * height > most:
+        raise ValueError(f"{width:,} x {height:,} pixels are more than {most:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width:,} x {height:,} pixels: one side is more than {MAX_ASPECT} times the other")
+    if isinstance(image, TiffImageFile):  # decoded tile by tile, and a tile may be larger than the image
+        tile = image.tag_v2.get(TILEWIDTH, 0) * image.tag_v2.get(TILELENGTH, 0)
+        if tile > most:
+            raise ValueError(f"tiles of {tile:,} pixels, more than {most:,}")
 
 
 @contextmanager
