@@ -15,7 +15,7 @@ from tokengame.files import Progress, silent
 
 MANY = 100
 """entries of a folder from which on looking through them is worth a progress bar"""
-LINKS = 3
+LINKS = 2
 """links to folders that are followed one inside the other"""
 
 
@@ -76,11 +76,13 @@ def _files(entry: os.DirEntry[str], above: frozenset, dropped: list[str]) -> Ite
             continue
         if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             own = _identity(entry.path)
+            if own in above:
+                continue
             if links > LINKS:
                 dropped.append(entry.path)
-            elif own not in above:
-                with os.scandir(entry.path) as entries:
-                    stack += [(inner, above | {own}, links) for inner in entries]
+                continue
+            with os.scandir(entry.path) as entries:
+                stack += [(inner, above | {own}, links) for inner in entries]
         elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
             yield entry.path
         elif entry.is_symlink():

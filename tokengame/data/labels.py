@@ -62,28 +62,27 @@ def label_by_folder(source: FolderImages | TarImages, class_map: ClassMap | None
     where = f"in {counted(len(known), 'class folder')}"
     inside = nested(paths)
     if class_map is None and len(known) != classes:
-        return f"{where}, unlabelled: {_of_model(classes)}; --class-map FILE says which of them these are"
+        return f"{where}, unlabelled: {_of_model(classes, 'says which these are')}"
     if class_map is None and inside is not None:
         return f"{where}, unlabelled: {printable(inside)} lies in another class folder"
     index = dict(zip(known, range(classes), strict=True)) if class_map is None else _mapped(known, class_map, classes)
     stray = [name for name, folder in zip(source.names, folders, strict=True) if not folder]
     source.keep([i for i, folder in enumerate(folders) if folder])
     source.labels = [index[folder] for folder in folders if folder]
-    left = (
-        f"; {counted(len(stray), 'image')} beside the class folders left out, the first is {stray[0]}" if stray else ""
-    )
-    return f"{where}, labelled by {_order(known) if class_map is None else class_map.path}{left}"
+    how = f"{where}, labelled by {_order(known) if class_map is None else class_map.path}"
+    if stray:
+        how += f"; {counted(len(stray), 'image')} beside the class folders left out, the first is {stray[0]}"
+    return how
 
 
-def _of_model(classes: int) -> str:
-    return f"the model has {classes:,} classes" if classes else "the model has no classes"
+def _of_model(classes: int, hint: str) -> str:
+    return f"the model has {classes:,} classes; --class-map FILE {hint}" if classes else "the model has no classes"
 
 
 def _order(known: list[str]) -> str:
-    other = (
-        "" if known == sorted(known) else ", which torchvision sorts otherwise; --class-map FILE gives another order"
-    )
-    return f"folder in timm's natural order{other}"
+    """The order that was taken for the model's, with a warning where the field does not agree on it."""
+    order = "folder in timm's natural order"
+    return order if known == sorted(known) else f"{order}; torchvision sorts otherwise, which --class-map FILE can say"
 
 
 def _mapped(known: list[str], class_map: ClassMap, classes: int) -> dict[str, int]:
@@ -146,10 +145,8 @@ def _why_not(labelled: bool, class_names: Sequence[str] | None, class_map: Class
     elif class_names is not None and len(class_names) != classes:
         if len(class_names) > classes > 0:
             raise TokenGameError(f"the data set has {len(class_names)} classes but the model has {classes}")
-        return (
-            f"the data set has {len(class_names)} classes but {_of_model(classes)}; --class-map FILE maps their names"
-        )
-    return "" if classes else _of_model(classes)
+        return f"the data set has {len(class_names)} classes but {_of_model(classes, 'maps their names')}"
+    return "" if classes else _of_model(classes, "")
 
 
 def _reader(class_names: Sequence[str] | None, class_map: ClassMap | None, classes: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,15 +44,15 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _highest(image: Image.Image) -> float:
     """The value that becomes white."""
-    lowest, highest = np.array(image.getextrema(), float)
-    if not math.isfinite(lowest) or not math.isfinite(highest):
-        raise ValueError("a pixel is no finite number")
-    return max(float(highest), 1.0) if image.mode == "F" else 65535.0 if highest > 255 else 255.0
+    highest = float(np.array(image.getextrema(), float)[1])
+    return max(highest, 1.0) if image.mode == "F" else 65535.0 if highest > 255 else 255.0
 
 
 def _eight_bits(image: Image.Image, highest: float) -> Image.Image:
     """Grey of 16 or 32 bits, or float, as grey of 8."""
     values = np.asarray(image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("a pixel is no finite number")
     return Image.fromarray((values / highest * 255).clip(0, 255).astype(np.uint8))
 
 
