@@ -13,7 +13,7 @@ from torch import nn
 
 from tokengame.backbones import load_model, wrap
 from tokengame.config import TrainConfig, require
-from tokengame.data.batches import BadImages, checked, plain_views
+from tokengame.data.batches import BadImages, checked, plain_views, require_readable
 from tokengame.data.datasets import STREAM, ImageSource, label_images, open_images
 from tokengame.data.hub import HuggingFaceStream
 from tokengame.distributed import Processes, device_of, join_processes
@@ -109,7 +109,8 @@ class OnImages(Common):
         require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
         source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
-        label_images(source, self.class_map, wrap(model).classes)
+        console.print(label_images(source, self.class_map, wrap(model).classes), markup=False, soft_wrap=True)
+        require_readable(source)
         return model, source
 
     def measure(
