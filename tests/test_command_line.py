@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_help_shows_exactly_the_flags_that_are_parsed(command, capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         tyro.cli(command, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
-    listed = set(re.findall(r"^│ (--[\w.-]+)", capsys.readouterr().out, re.M))
+    listed = set(re.findall(r"^[│| ] (--[\w.-]+)", capsys.readouterr().out, re.M))
     short, everything = (shown([command.name, flag], capsys)[1] for flag in ("--help", "--help-all"))
     assert set(re.findall(r"^  (--[\w.-]+)", everything, re.M)) == listed
     assert set(re.findall(r"^  (--[\w.-]+)", short, re.M)) == {name for name in listed if "." not in name}
@@ -121,7 +123,11 @@ def sentence(arguments, capsys):
 
 MISTYPED = {
     "no command 'trian' (did you mean train?); see tokengame --help": ["trian"],
-    "Unrecognized options: --sead 4; see tokengame quickstart --help": ["quickstart", "--sead", "4"],
+    "Unrecognized options: --sead, 4; Perhaps you meant: --seed INT; see tokengame quickstart --help": [
+        "quickstart",
+        "--sead",
+        "4",
+    ],
     "--seed: 'x' is not a whole number; see tokengame quickstart --help": ["quickstart", "--seed", "x"],
     "--gmacs-ratio: 'half' is not a number": ["quickstart", "--gmacs-ratio", "half"],
     "--backbone STR --images STR; see tokengame train --help": ["train"],
@@ -136,12 +142,15 @@ def test_a_mistyped_command_line_gets_one_sentence(reason, capsys):
 
 
 def ranges():
-    """(command, flag, limits, kind) of every flag with a range."""
+    """(command, flag, limits) of every flag with a range."""
+    found = []
     for command in COMMANDS:
+        hints = get_type_hints(command, include_extras=True)
         for flag in flags_of(command):
-            limits = next((extra for extra in getattr(flag.hint, "__metadata__", ()) if isinstance(extra, Range)), None)
-            if limits is not None:
-                yield pytest.param(command, flag, limits, id=f"{command.name}-{flag.name}")
+            extras = getattr(hints.get(flag.name), "__metadata__", ())
+            limits = [extra for extra in extras if isinstance(extra, Range)]
+            found += [pytest.param(command, flag, one, id=f"{command.name}-{flag.name}") for one in limits]
+    return found
 
 
 def test_every_number_of_a_command_has_a_range():
@@ -304,6 +313,7 @@ def logged(monkeypatch, capsys):
 
     def announced(dtype, **able):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+        monkeypatch.setattr(logging.Logger, "hasHandlers", lambda _: False)  # pytest's
         kernels.announce.cache_clear()
         for _ in range(2):
             kernels.announce(dtype, "cpu")
@@ -325,7 +335,7 @@ def test_a_slow_number_format_is_said_once(logged):
 
 def test_a_gpu_that_emulates_bfloat16_is_slow(monkeypatch):
     for able in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, able=able: able)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **_: able)
         assert bool(kernels.why_slow(torch.bfloat16, "cuda")) is not able
     assert kernels.why_slow(torch.float16, "cuda") == ""
 

@@ -188,11 +188,11 @@ def _parsed(command: type[Common], default: Common | None, arguments: list[str])
 
 
 def _sentence(box: str) -> str:
-    """What tyro draws as a box, in a line: without frame, colours and the help of each flag (indented by 8)."""
-    rows = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:-1]
-    text = " ".join(row.strip("│ ") for row in rows if not row[1:].startswith(" " * 9))
-    parts = [part.strip(" .") for part in re.split(r"─{8,}", text)]
-    sentence = "; ".join(part for part in parts if not part.startswith(("Argument help", "For full help")))
+    """What tyro draws as a box, in a line: without title, frame, colours and each flag's help (indented by 8)."""
+    rows = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    text = " ".join(row.strip("│| ") for row in rows if not row[1:].startswith(" " * 9))
+    parts = [part.strip(" .╰╯+") for part in re.split(r"[─-]{8,}", text)]  # rules are drawn between them
+    sentence = "; ".join(part for part in parts if part and not part.startswith(("Argument help", "For full help")))
     for said, plain in PLAIN.items():
         sentence = re.sub(said, plain, sentence)
     return sentence

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from tokengame.errors import TokenGameError
+from tokengame.config import require
 
 
 @dataclass(frozen=True)
 class Range:
-    """Annotates a number, or a tuple of numbers of which there must be one: all are finite and within these bounds."""
+    """Annotates a number or a tuple of numbers: all are finite and within these bounds."""
 
     least: float | None = None
     above: float | None = None
@@ -42,20 +42,18 @@ COMPUTE = Range(above=0, most=1)
 
 
 def require_in_range(flags: Any) -> None:
-    """Check every field of a dataclass that is annotated with a `Range`; None stands for no number.
+    """Check every field of a dataclass that is annotated with a `Range`.
+
+    None stands for no number; a tuple may be empty where that is its default.
 
     Raises:
         TokenGameError: a number is not finite or out of range; the sentence has the flag as it is typed.
     """
-    for name, hint in get_type_hints(type(flags), include_extras=True).items():
-        for limits in getattr(hint, "__metadata__", ()):
+    hints = get_type_hints(type(flags), include_extras=True)
+    for field in fields(flags):
+        flag, value = "--" + field.name.replace("_", "-"), getattr(flags, field.name)
+        for limits in getattr(hints[field.name], "__metadata__", ()):
             if isinstance(limits, Range):
-                _require("--" + name.replace("_", "-"), getattr(flags, name), limits)
-
-
-def _require(flag: str, value: Any, limits: Range) -> None:
-    if value == ():
-        raise TokenGameError(f"{flag} takes at least one number")
-    for number in value if isinstance(value, tuple) else (value,):
-        if number is not None and number not in limits:
-            raise TokenGameError(f"{flag} must be {limits}, not {number}")
+                require(value != () or field.default == (), f"{flag} takes at least one number")
+                for number in value if isinstance(value, tuple) else (value,):
+                    require(number is None or number in limits, f"{flag} must be {limits}, not {number}")
