@@ -14,6 +14,7 @@ PACKAGE = Path(tokengame.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     {"errors"},
+    {"ranges"},
     {"config", "distributed", "files", "timing"},
     {"data"},
     {"packed"},

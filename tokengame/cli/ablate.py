@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.cli.common import OnImages, ratio_headings
-from tokengame.cli.ranges import PART, Range
+from tokengame.cli.common import PART, OnImages, ratio_headings
 from tokengame.config import TrainConfig
 from tokengame.files import require_writable, write_csv
+from tokengame.ranges import Range
 from tokengame.report.console import named, progress, show_rows
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Ablate(OnImages):
         "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations"
     )
 
-    seeds: Annotated[int, Range(least=1, most=1000)] = 3
+    seeds: Annotated[int, Range(1, 1_000, whole=True)] = 3
     """runs of each; the first has the seed given by --seed"""
     holdout: Annotated[float, PART] = 0.3
     """share of the images held back and measured on"""

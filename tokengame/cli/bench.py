@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import Common
-from tokengame.cli.ranges import COMPUTE, COUNT, NATURAL, Range
+from tokengame.cli.common import BATCH, COMPUTE, Common
 from tokengame.config import GameConfig, require
 from tokengame.files import require_writable, write_csv
+from tokengame.ranges import Range
 from tokengame.report.console import console, show_rows, steps
 
 BENCH_HEADINGS = {
@@ -42,15 +42,15 @@ class Bench(Common):
     """local checkpoint"""
     keep: Annotated[tuple[float, ...], COMPUTE] = (0.7, 0.49, 0.34)
     """share of tokens left after each stage, spread over images (synthetic decisions)"""
-    stages: Annotated[tuple[int, ...], NATURAL] = ()
+    stages: Annotated[tuple[int, ...], Range(0, 1_000, whole=True)] = ()
     """blocks at which tokens are pruned; empty: evenly spaced"""
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of pruned tokens"""
-    batch_sizes: Annotated[tuple[int, ...], COUNT] = (1, 8, 32)
+    batch_sizes: Annotated[tuple[int, ...], BATCH] = (1, 8, 32)
     """images a batch"""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """what both models compute in"""
-    seconds: Annotated[float, Range(above=0, most=86400)] = 20.0
+    seconds: Annotated[float, Range(0, 86_400, above=True)] = 20.0
     """time spent on each row, after warm-up"""
     compiled: bool = True
     """also time what torch.compile makes of both models; of each the fastest counts"""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from tokengame.cli.common import OnImages, report_bad, tuned_weights
-from tokengame.cli.ranges import COUNT, PART, SHARE
+from tokengame.cli.common import BATCH, PART, SHARE, OnImages, report_bad, tuned_weights
 from tokengame.files import require_writable
 from tokengame.report.console import console, progress, show_rows
 
@@ -43,7 +42,7 @@ class Calibrate(OnImages):
     """policy file, or the name of a shipped one"""
     output: Path
     """the policy file to write; may be the same"""
-    batch_size: Annotated[int, COUNT] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch"""
     holdout: Annotated[float | None, PART] = None
     """calibrate only on the share that `train` held back with the same --holdout and --seed"""

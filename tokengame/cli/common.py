@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.cli.ranges import Range, require_in_range
 from tokengame.config import TrainConfig, require
 from tokengame.errors import TokenGameError, first_line
+from tokengame.ranges import Range, check_fields, hints_of
 from tokengame.report.console import console, progress
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from tokengame.measure.evaluate import Scores
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedViT
+
+
+SHARE, PART = Range(0, 1), Range(0, 1, above=True, below=True)
+"""with both ends, and without"""
+COMPUTE = Range(0, 1, above=True)
+"""pruned / native"""
+BATCH, UPDATES = Range(1, 65_536, whole=True), Range(1, 10**8, whole=True)
 
 
 @dataclass(kw_only=True)
@@ -47,7 +54,7 @@ class Common:
     """whether --preset sets defaults of its training settings, the field `config`"""
     json: bool = False
     """print one JSON document on stdout, everything else on stderr"""
-    seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1, whole=True)] = 0
     """of everything random"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
@@ -64,7 +71,11 @@ class Common:
         Raises:
             TokenGameError: a number is out of range, or flags do not go together.
         """
-        require_in_range(self)
+        kind: Any = type(self)
+        numbers = {name: getattr(self, name) for name, hint in hints_of(kind).items() if _has_range(hint)}
+        check_fields(kind, numbers, flag)
+        for name, value in numbers.items():
+            require(value != () or getattr(kind, name) == (), f"{flag(name)} takes at least one number")
         named = re.fullmatch(r"[a-z]+(:[0-9]{1,3})?", self.device)
         require(named is not None, f"--device must be auto, cpu, cuda, cuda:1, ..., not {self.device!r}")
 
@@ -123,7 +134,7 @@ class OnImages(Common):
     """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
     split: str = "validation"
     """of a Hugging Face data set"""
-    workers: Annotated[int, Range(least=0, most=256)] = 1
+    workers: Annotated[int, Range(0, 256, whole=True)] = 1
     """processes that decode images; none while a CPU is timed"""
 
     @property
@@ -187,6 +198,15 @@ class OnImages(Common):
             tally.add(bad)
         report_bad(tally)
         return Scores.joined([part for part, _ in parts])
+
+
+def flag(name: str) -> str:
+    """How the field `name` is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def _has_range(hint: Any) -> bool:
+    return any(isinstance(extra, Range) for extra in getattr(hint, "__metadata__", ()))
 
 
 def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import OnImages, ratio_headings, report_bad, tuned_weights
-from tokengame.cli.ranges import COUNT, NATURAL, PART, SHARE
+from tokengame.cli.common import BATCH, PART, SHARE, OnImages, ratio_headings, report_bad, tuned_weights
 from tokengame.config import require
 from tokengame.files import require_writable, write_csv
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress, show_rows
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class Compare(OnImages):
     """also time the methods, one after the other"""
     holdout: Annotated[float | None, PART] = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
-    dynamicvit_updates: Annotated[int, NATURAL] = 0
+    dynamicvit_updates: Annotated[int, Range(0, 10**8, whole=True)] = 0
     """train DynamicViT's predictor on the images not held back for so many updates; 0 leaves it out"""
-    batch_size: Annotated[int, COUNT] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what all models compute in"""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import OnImages, tuned_weights
-from tokengame.cli.ranges import COMPUTE, COUNT, PART, SHARE, Range
+from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnImages, tuned_weights
 from tokengame.config import require
+from tokengame.ranges import Range
 from tokengame.report.console import console, show_table
 
 
@@ -29,10 +29,10 @@ class Eval(OnImages):
     """operating point: 0 keeps all tokens, 0.5 is the policy's own choice, 1 prunes most"""
     gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """operating point: pruned / native compute, by the policy's calibration"""
-    max_drop: Annotated[float | None, Range(least=0, most=100)] = None
+    max_drop: Annotated[float | None, Range(0, 100)] = None
     """operating point: the hardest at which calibration guarantees, with 95 % confidence, to lose at most so many
     points of top-1"""
-    batch_size: Annotated[int, COUNT] = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch, in the timing too"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what both models compute in"""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import tyro
 
-from tokengame.cli.common import OnImages, report_bad
-from tokengame.cli.ranges import COMPUTE, COUNT, PART, SHARE
+from tokengame.cli.common import COMPUTE, PART, SHARE, UPDATES, OnImages, report_bad
 from tokengame.config import GAME_VERSION, FinetuneConfig, require
 from tokengame.files import require_writable
 from tokengame.report.console import console, progress, show_rows, show_table
@@ -64,7 +63,7 @@ class Finetune(OnImages):
     """of a Hugging Face data set"""
     resume: bool = False
     """continue from the checkpoint in the log"""
-    checkpoint_every: Annotated[int, COUNT] = 50
+    checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
     """load everything, do two updates of 32 images a process, say how long all would take and how much

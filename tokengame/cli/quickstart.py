@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.cli.common import Common
-from tokengame.cli.ranges import COMPUTE, Range
+from tokengame.cli.common import COMPUTE, Common
 from tokengame.config import TrainConfig, with_overrides
 from tokengame.files import require_writable
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress, show_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Quickstart(Common):
 
     output: Path = Path("quickstart")
     """folder for policy.safetensors and report.html"""
-    eval_images: Annotated[int, Range(least=1, most=1_000_000)] = 1000
+    eval_images: Annotated[int, Range(1, 1_000_000, whole=True)] = 1000
     """fresh scenes to measure on"""
     gmacs_ratio: Annotated[float, COMPUTE] = 0.42
     """compute the policy is to recommend, pruned / native"""

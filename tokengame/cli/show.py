@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import OnImages, report_bad, tuned_weights
-from tokengame.cli.ranges import NATURAL, SHARE, Range
+from tokengame.cli.common import SHARE, OnImages, report_bad, tuned_weights
 from tokengame.config import require
 from tokengame.errors import TokenGameError
 from tokengame.files import require_writable
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ class Show(OnImages):
     """policy file, or the name of a shipped one"""
     output: Path = Path("tokens.png")
     """PNG of one strip per image; or .html: a gallery with counts and predictions before and after"""
-    count: Annotated[int, Range(least=1, most=1000)] = 8
+    count: Annotated[int, Range(1, 1_000, whole=True)] = 8
     """how many images"""
     pick: Literal["random", "extremes"] = "random"
     """random: by the seed. extremes: the images that kept the least compute, then those that kept the most"""
     dial: Annotated[float | None, SHARE] = None
     """between 0 and 1; default is the policy's recommendation"""
-    side: Annotated[int, Range(least=16, most=2048)] = 160
+    side: Annotated[int, Range(16, 2_048, whole=True)] = 160
     """height of a panel in pixels"""
-    dynamicvit_updates: Annotated[int, NATURAL] = 0
+    dynamicvit_updates: Annotated[int, Range(0, 10**8, whole=True)] = 0
     """also train DynamicViT's predictor for so many updates, on the other images, and show what it keeps at the same
     mean compute; 0 leaves it out"""
 

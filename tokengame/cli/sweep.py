@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.cli.common import OnImages
-from tokengame.cli.ranges import PART, Range
+from tokengame.cli.common import PART, OnImages
 from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
 from tokengame.files import require_writable, write_csv
+from tokengame.ranges import Range
 from tokengame.report.console import console, named, show_rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Sweep(OnImages):
         "tokengame sweep --backbone deit_small_patch16_224 --images train/ --ratios 40 80 120 160 --updates 1000"
     )
 
-    ratios: Annotated[tuple[float, ...], Range(above=0, most=1e6)] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
+    ratios: Annotated[tuple[float, ...], Range(0, 1e6, above=True)] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
     """values of alpha / beta; beta is 1"""
     holdout: Annotated[float, PART] = 0.2
     """share of the images held back and measured on"""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.cli.common import OnImages, report_bad
-from tokengame.cli.ranges import COMPUTE, COUNT, PART
+from tokengame.cli.common import COMPUTE, PART, UPDATES, OnImages, report_bad
 from tokengame.config import TrainConfig
 from tokengame.files import require_writable
 from tokengame.report.console import console, progress, show_rows, show_table
@@ -48,7 +47,7 @@ class Train(OnImages):
     """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
     resume: bool = False
     """continue from the checkpoint in NAME_log"""
-    checkpoint_every: Annotated[int, COUNT] = 50
+    checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
     """load everything, do two updates of 32 images a process, say how long all would take and how much
