@@ -186,7 +186,7 @@ def test_one_bad_number_of_several_is_refused(capsys):
     assert "--batch-sizes takes at least one number" in sentence([*bench, "--batch-sizes"], capsys)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:-1", "meta", "cpu;", "CPU"])
+@pytest.mark.parametrize("device", ["tpu", "hpu", "cuda:99", "cuda:-1", "meta", "cpu;", "CPU"])
 def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(device, capsys, monkeypatch):
     monkeypatch.setattr("tokengame.backbones.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert "--device" in sentence(["quickstart", "--device", device], capsys)

@@ -85,7 +85,7 @@ class Common:
 
         try:
             torch.zeros(1, device=self.torch_device).item()
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise TokenGameError(f"no device {self.device!r} here ({first_line(error)}); see --device") from None
 
     def rehearsed(self, batch_size: int) -> int:
