@@ -21,3 +21,16 @@ def warn(sentence: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tokengame":
         depth, frame = depth + 1, frame.f_back
     warnings.warn(sentence, stacklevel=depth)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, met where a run can stop; its text says what is kept and how to go on.
+
+    Args:
+        text: one sentence.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.number = number
