@@ -8,3 +8,16 @@ class TokenGameError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type where the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, met where a run can stop; its text says what is kept and how to go on.
+
+    Args:
+        text: one sentence.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.number = number

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokengame.backbones import preprocessing_of
 from tokengame.cli.common import AT_RATIOS, OnImages
+from tokengame.cli.hints import about
 from tokengame.config import TrainConfig, require
 from tokengame.data.batches import BadImages, Batch, checked, plain_views
 from tokengame.data.datasets import ImageSource, split_images
@@ -77,8 +78,9 @@ class Ablate(OnImages):
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
         path, device = self.output / f"{name}.safetensors", self.torch_device
         training = TrainingRun(
-            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers
-        )
+            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers,
+            about=about(self),
+        )  # fmt: skip
         return trained_policy(training, partial(named, name))
 
     @staticmethod

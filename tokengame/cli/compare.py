@@ -18,7 +18,7 @@ from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import ImageSource, split_images
 from tokengame.data.loader import TrainingLoader
 from tokengame.data.transforms import transform_for
-from tokengame.files import require_writable, write_csv
+from tokengame.files import require_writable, write_csv, write_whole, writing
 from tokengame.measure.compare import baseline_entries, compare, dynamicvit_entries, policy_entries, qualities, speeds
 from tokengame.measure.conditions import conditions
 from tokengame.measure.evaluate import keep_freed_memory
@@ -37,6 +37,7 @@ COMPARE_HEADINGS = {
     "drop_pp": "points\nlost",
     "speedup": "speed-\nup",
 }
+FILES = ("compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png", "speeds.csv")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +74,7 @@ class Compare(OnImages):
 
     def run(self) -> list[dict[str, Any]]:
         """Measure all methods, time them, write tables and the picture; one row per method and setting."""
-        require_writable(self.output / "compare.csv")
+        require_writable(*(self.output / name for name in FILES))
         require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         needs = "DynamicViT must be trained on images that it is not measured on"
         require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
@@ -96,9 +97,13 @@ class Compare(OnImages):
         tally = BadImages(len(held.names))
         keep_freed_memory()
         loader = self._loader(model, held)
-        rows = compare(model, entries, checked(loader, tally), len(loader), progress)
-        report_bad(tally)
         circumstances = conditions(getattr(torch, self.dtype), self.torch_device)
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            write_csv([row | circumstances for row in rows], self.output / "compare.csv")
+
+        rows = compare(model, entries, checked(loader, tally), len(loader), progress, keep)
+        report_bad(tally)
         self._write([row | circumstances for row in rows])
         return rows
 
@@ -118,14 +123,16 @@ class Compare(OnImages):
         write_csv(rows, self.output / "compare.csv")
         quality, table, paper = qualities(rows), speeds(rows), paper_rows(rows)
         write_csv(paper, self.output / "table.csv")
-        (self.output / "table.md").write_text(markdown(paper))
+        write_whole(self.output / "table.md", markdown(paper))
         write_csv(quality, self.output / "qualities.csv")
-        (self.output / "frontier.png").write_bytes(frontier_figure(rows, [Path(path).stem for path in self.policies]))
+        figure = frontier_figure(rows, [Path(path).stem for path in self.policies])
+        write_whole(self.output / "frontier.png", figure)
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **AT_RATIOS})
-        files = ["compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png"]
-        (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
+        files = list(FILES[:-1])
+        with writing(self.output / "speeds.csv"):
+            (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
         if self.timing:
             write_csv(table, self.output / "speeds.csv")
             show_rows(table)

@@ -19,7 +19,7 @@ from tokengame.data.datasets import ImageSource, Subset
 from tokengame.data.loader import TrainingLoader
 from tokengame.data.transforms import transform_for
 from tokengame.errors import TokenGameError
-from tokengame.files import require_writable
+from tokengame.files import require_writable, write_whole
 from tokengame.policies import Policy
 from tokengame.policies.policy import find_policy
 from tokengame.report.console import console, progress
@@ -79,7 +79,7 @@ class Show(OnImages):
             names = [source.names[index] for index in picked]
             write_gallery(self.output, f"{self.backbone}: tokens kept", names, methods, classes)
         else:
-            self.output.write_bytes(png(stack(together(methods))))
+            write_whole(self.output, png(stack(together(methods))))
         console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
         return {"files": [str(self.output)]}
 

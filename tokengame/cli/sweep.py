@@ -12,10 +12,11 @@ import tyro
 from torch import nn
 
 from tokengame.cli.common import OnImages
+from tokengame.cli.hints import about
 from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
 from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import ImageSource, split_images
-from tokengame.files import require_writable, write_csv
+from tokengame.files import require_writable, write_csv, write_whole
 from tokengame.learning.run import TrainingRun, trained_policy
 from tokengame.measure.conditions import conditions
 from tokengame.measure.evaluate import evaluate, keep_freed_memory
@@ -65,14 +66,14 @@ class Sweep(OnImages):
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
         fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
         require(fixed, "sweep sets alpha and beta itself, by --ratios")
-        require_writable(self.output / "sweep.csv")
+        require_writable(self.output / "sweep.csv", self.output / "sweep.png")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
         rows = []
         for ratio in sorted(self.ratios):
             rows.append(self._point(model, learn, held, ratio))
             write_csv(rows, self.output / "sweep.csv")  # keep what is measured, whatever happens later
-        (self.output / "sweep.png").write_bytes(sweep_figure(rows))
+        write_whole(self.output / "sweep.png", sweep_figure(rows))
         show_rows(rows, SWEEP_HEADINGS)
         console.print(f"wrote sweep.csv and sweep.png in {self.output}", markup=False, soft_wrap=True)
         return rows
@@ -83,7 +84,7 @@ class Sweep(OnImages):
         path = self.output / f"alpha{ratio:g}.safetensors"
         training = TrainingRun(
             model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, resume=None,
-            workers=self.workers,
+            workers=self.workers, about=about(self),
         )  # fmt: skip
         policy = trained_policy(training, partial(named, name))
         loader = plain_views(held, training.preprocessing).loader(32, 0)
