@@ -29,9 +29,12 @@ def source(tmp_path):
     return FolderImages(tmp_path, [f"{i}.png" for i in range(8)], [i % 5 for i in range(8)])
 
 
-def run_for(model, source, folder, preset="tokengame", resume=False, **changes):
+def run_for(model, source, folder, preset="tokengame", resume=False, overwrite=False, **changes):
     config = with_overrides(with_overrides(TrainConfig.from_preset(preset), SMALL), changes)
-    return TrainingRun(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
+    return TrainingRun(
+        model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, overwrite=overwrite,
+        workers=0,
+    )  # fmt: skip
 
 
 def weights_of(run):
@@ -144,7 +147,7 @@ def test_resume_refuses_a_missing_checkpoint_and_other_settings(model, source, t
         run_for(model, source, tmp_path / "run", resume=True)
     run_for(model, source, tmp_path / "run").run()
     with pytest.raises(TokenGameError, match="of other settings"):
-        run_for(model, source, tmp_path / "run", resume=True, updates=9)
+        run_for(model, source, tmp_path / "run", resume=True, rollouts=3)
 
 
 def test_unwritable_output_is_found_before_training(tmp_path):

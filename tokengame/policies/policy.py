@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from tokengame.backbones.base import Backbone
 from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, with_overrides
 from tokengame.errors import TokenGameError, first_line
+from tokengame.files import whole
 from tokengame.policies.networks import Actor, build_actor
 
 FORMAT = 5
@@ -48,11 +48,9 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.actor.state_dict().items()}
-        save_file(weights, part, metadata={"tokengame": json.dumps(self.card)})
-        os.replace(part, path)
+        with whole(path) as part:
+            save_file(weights, part, metadata={"tokengame": json.dumps(self.card)})
 
     @staticmethod
     def load(path: str | Path) -> Policy:
