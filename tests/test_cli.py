@@ -301,7 +301,7 @@ def test_bad_input_gets_one_sentence(inputs, flags, policy, tmp_path, capsys):
         "no policy file": ["eval", *flags, "--policy", "nowhere.safetensors"],
         "give one of": ["eval", *flags, "--policy", str(policy), "--dial", "0.5", "--max-drop", "1"],
         "outside the calibrated": ["eval", *flags, "--policy", str(policy), "--gmacs-ratio", "0.01"],
-        "between 0": ["eval", *flags, "--policy", str(policy), "--dial", "7"],
+        "--dial must be a number from 0 to 1": ["eval", *flags, "--policy", str(policy), "--dial", "7"],
         "no device": ["eval", *flags, "--policy", str(policy), "--device", "cuda:7"],
         "cannot write ": ["bench", "--backbone", NAME, "--output", str(inputs / "weights.safetensors")],
         "shares between": ["bench", "--backbone", NAME, "--keep", "0.3", "0.5"],
