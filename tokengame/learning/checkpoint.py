@@ -170,13 +170,13 @@ class RunFolder:
         if not self.main:
             yield
             return
-        try:
-            with writing(self.path / "lock"):
+        with writing(self.path / "lock"):
+            try:
                 self._lock.acquire(timeout=0)
-        except Timeout:
-            raise TokenGameError(
-                f"another run is writing to {self.path}; wait until it ends, or choose another --output"
-            ) from None
+            except Timeout:
+                raise TokenGameError(
+                    f"another run is writing to {self.path}; wait until it ends, or choose another --output"
+                ) from None
         try:
             yield
         finally:

@@ -162,6 +162,8 @@ class Tuner:
         with fitting("model"):
             self.student.load_state_dict(state["student"])
             load_optimizer(self.optimizer, state["optimizer"])
+            if (self.ema is None) != (state["ema"] is None):
+                raise ValueError("one of both has no moving average (--ema)")
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
             self.updates, self.images_seen = int(state["updates"]), int(state["images_seen"])

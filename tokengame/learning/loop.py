@@ -82,7 +82,7 @@ class Loop:
     ):
         self.learner, self.log, self.config = learner, log, config
         self.resume = log.checkpoint.is_file() if resume is None else resume
-        self.again = "run the same command again" if resume is None else "run it again with --resume"
+        self.how = "run the same command again" if resume is None else "run it again with --resume"
         self.updates, self.batch_size, self.workers, self.processes = updates, batch_size, workers, processes
         self.loader = TrainingLoader(images, transform, seed, batch_size, updates, processes)
         self.tally = BadImages(self.loader.total)
@@ -149,7 +149,7 @@ class Loop:
                     whole = True
                     if self.processes.any(bool(stopped())):
                         done = f"stopped after update {self.learner.updates} of {self.updates}, which is saved"
-                        raise Interrupted(f"{done}: {self.again} to go on", stopped() or signal.SIGINT)
+                        raise Interrupted(f"{done}: {self.how} to go on", stopped() or signal.SIGINT)
                     if self.learner.updates % checkpoint_every == 0:
                         self.save()
             finally:

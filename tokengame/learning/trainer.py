@@ -148,7 +148,7 @@ class Trainer:
             batches: [B, channels, height, width] this process's part of each.
         """
         assert isinstance(self.actor, ContextActor)
-        found = []
+        found, noise = [], self.generator.get_state()
         for images in batches:
             images = images.to(self.device, self.dtype)
             state = self.game.reset(images)
@@ -156,6 +156,7 @@ class Trainer:
             number = self.processes.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
             shares = [after / before for before, after in pairwise([state.total, *number.values()])]
             found.append(thresholds_for(self.game, self.actor, images, shares, self.processes))
+        self.generator.set_state(noise)  # learning may go on as if this had not been
         self.learned = self._biases.clone()
         self._biases.sub_(torch.stack(found).mean(0))
 
