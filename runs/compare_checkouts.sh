@@ -21,6 +21,7 @@ for round in $(seq "$ROUNDS"); do
         [[ $which == before ]] && folder=$OTHER || folder=$HERE
         run "$folder" "eval_${which}_$round" eval "${model[@]}" --policy vit_tiny_patch16_224 --holdout 0.3 \
             --dtype "$DTYPE"
+        rm -rf "$OUT/train_${which}_$round"{.safetensors,_log}  # of an earlier call
         run "$folder" "train_${which}_$round" train "${model[@]}" --updates 8 --holdout 0.3 --seed 0 \
             --output "$OUT/train_${which}_$round.safetensors" --dtype "$DTYPE"
         run "$folder" "bench_${which}_$round" bench --backbone deit_small_patch16_224 --dtypes "$DTYPE" \

@@ -7,10 +7,13 @@ cd "$(dirname "$0")/.."
 FASHION=${FASHION:-/usr/share/datasets/fashion-mnist} OUTPUT=${OUTPUT:-build/fashion_finetune} BIN=${BIN:-.venv/bin}
 POLICY=${POLICY:-$OUTPUT/quickstart/policy.safetensors}
 
+resume() { [[ -f $1/checkpoint.pt ]] && echo --resume || true; }  # a run that was interrupted continues
+
 [ -f "$POLICY" ] || "$BIN/tokengame" quickstart --output "$OUTPUT/quickstart"
+# shellcheck disable=SC2046
 "$BIN/torchrun" --nproc-per-node 2 -m tokengame finetune --backbone fashion --images "fashion-train:$FASHION" \
     --validate fashion-val --policy "$POLICY" --gmacs-ratio 0.34 --updates 1400 --batch-size 128 --opt muon --lr 4e-4 \
-    --labels 1 --crop 0.95 --dtype float32 --output "$OUTPUT/tuned" "$@"
+    --labels 1 --crop 0.95 --dtype float32 --output "$OUTPUT/tuned" $(resume "$OUTPUT/tuned/log") "$@"
 measure() {
     "$BIN/tokengame" eval --backbone fashion --images "fashion-val:$FASHION" --gmacs-ratio 0.34 --dtype float32 "$@"
 }

@@ -30,7 +30,7 @@ if [[ $DRY == --dry-run ]]; then
   tokengame train "${MODEL[@]}" --images "$TRAIN" "${LEARN[@]}" --updates "$UPDATES" --dry-run
   # Fine-tuning goes through a policy that has hardly learned, at a dial where about as many tokens leave as later.
   alone train "${MODEL[@]}" --images "$VAL" --split validation --preset "$PRESET" --updates 1 --batch-size 16 \
-    --holdout 0.002 --output "$OUT/rehearsal.safetensors"
+    --holdout 0.002 --output "$OUT/rehearsal.safetensors" --overwrite
   [[ $PRESET == tokengame ]] && DIAL=0.75 || DIAL=0.5
   tokengame finetune "${MODEL[@]}" --images "$TRAIN" "${TUNE[@]}" --policy "$OUT/rehearsal.safetensors" \
     --dial "$DIAL" --updates $((UPDATES * EPOCHS)) --dry-run

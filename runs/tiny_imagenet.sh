@@ -9,9 +9,11 @@ DATA=${DATA:-../shared/data} OUTPUT=${OUTPUT:-build/tiny_imagenet} DTYPE=${DTYPE
 common=(--backbone vit_tiny_patch16_224 --weights "$DATA/vit_tiny_patch16_224.safetensors"
     --class-map "$DATA/imagenet1k_synsets.txt")
 tokengame() { "${BIN:-.venv/bin}/tokengame" "$@"; }
+resume() { [[ -f $1/checkpoint.pt ]] && echo --resume || true; }  # a run that was interrupted continues
 
+# shellcheck disable=SC2046
 tokengame train "${common[@]}" --images "$DATA/tiny_imagenet_train.tar" --holdout 0.05 --updates 300 \
-    --gmacs-ratio 0.62 --output "$OUTPUT/tiny_imagenet.safetensors"
+    --gmacs-ratio 0.62 --output "$OUTPUT/tiny_imagenet.safetensors" $(resume "$OUTPUT/tiny_imagenet_log")
 for policy in vit_tiny_patch16_224 "$OUTPUT/tiny_imagenet.safetensors"; do
     tokengame eval "${common[@]}" --images "$DATA/tiny_imagenet_val.tar" --policy "$policy" --gmacs-ratio 0.62 \
         --batch-size 64 --dtype "$DTYPE"

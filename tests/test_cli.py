@@ -22,6 +22,7 @@ from tokengame.backbones import preprocessing_of
 from tokengame.cli.common import Common
 from tokengame.cli.main import COMMANDS, main, parse
 from tokengame.config import require
+from tokengame.errors import TokenGameError
 from tokengame.policies import Policy
 from tokengame.runtime import prune
 
@@ -64,7 +65,7 @@ def flags(inputs):
 def trained(inputs, flags):
     policy = inputs / "policy.safetensors"
     run = ["train", *flags, "--output", str(policy), "--updates", "2", "--batch-size", "4", "--rollouts", "2", "--json"]
-    return policy, run
+    return policy, [*run, "--overwrite"]
 
 
 @pytest.fixture(scope="module")
@@ -319,10 +320,10 @@ def test_a_full_disk_leaves_the_old_policy_whole(policy, monkeypatch):
     before, loaded = policy.read_bytes(), Policy.load(policy)
 
     def fail(*_):
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(TokenGameError, match="cannot write"):
         loaded.save(policy)
     assert policy.read_bytes() == before
 

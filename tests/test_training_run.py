@@ -1,18 +1,24 @@
 """A training run on disk: same seed same policy, resumable, nothing half-written, and it learns."""
 
+import copy
 import json
+import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import policy_for
 from PIL import Image
 
-from tokengame.config import PRESETS, TrainConfig, with_overrides
+from tokengame.config import PRESETS, FinetuneConfig, TrainConfig, with_overrides
 from tokengame.data.datasets import FolderImages
-from tokengame.errors import TokenGameError
+from tokengame.errors import Interrupted, TokenGameError
 from tokengame.files import require_writable
+from tokengame.learning.finetune import Tuner
+from tokengame.learning.loop import memory_taken
 from tokengame.learning.rollout import initialise_biases, sample_games
 from tokengame.learning.run import TrainingRun
 from tokengame.learning.trainer import Trainer, training_dtype
@@ -29,9 +35,12 @@ def source(tmp_path):
     return FolderImages(tmp_path, [f"{i}.png" for i in range(8)], [i % 5 for i in range(8)])
 
 
-def run_for(model, source, folder, preset="tokengame", resume=False, **changes):
+def run_for(model, source, folder, preset="tokengame", resume=False, overwrite=False, **changes):
     config = with_overrides(with_overrides(TrainConfig.from_preset(preset), SMALL), changes)
-    return TrainingRun(model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, workers=0)
+    return TrainingRun(
+        model, "tiny", config, source, folder / "policy.safetensors", seed=3, resume=resume, overwrite=overwrite,
+        workers=0,
+    )  # fmt: skip
 
 
 def weights_of(run):
@@ -144,7 +153,7 @@ def test_resume_refuses_a_missing_checkpoint_and_other_settings(model, source, t
         run_for(model, source, tmp_path / "run", resume=True)
     run_for(model, source, tmp_path / "run").run()
     with pytest.raises(TokenGameError, match="of other settings"):
-        run_for(model, source, tmp_path / "run", resume=True, updates=9)
+        run_for(model, source, tmp_path / "run", resume=True, rollouts=3)
 
 
 def test_unwritable_output_is_found_before_training(tmp_path):
@@ -195,3 +204,176 @@ def test_auto_dtype_is_one_the_device_computes_in(able, chosen, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     assert training_dtype("auto", torch.device("cpu")) == chosen
     assert training_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_an_earlier_run_is_not_replaced_unless_that_is_wanted(model, source, tmp_path):
+    run_for(model, source, tmp_path).run()
+    log = tmp_path / "policy_log"
+    before = (log / "metrics.jsonl").read_bytes()
+    with pytest.raises(TokenGameError, match="checkpoint.pt is of an earlier run.*--resume.*--overwrite"):
+        run_for(model, source, tmp_path)
+    (log / "checkpoint.pt").unlink()
+    with pytest.raises(TokenGameError, match="metrics.jsonl is of an earlier run"):
+        run_for(model, source, tmp_path)
+    assert (log / "metrics.jsonl").read_bytes() == before
+    run_for(model, source, tmp_path, overwrite=True, updates=1).run()
+    assert len((log / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("resume", [False, None])
+def test_a_policy_without_its_log_is_not_replaced(resume, model, source, tmp_path):
+    (tmp_path / "policy.safetensors").write_bytes(b"mine")
+    with pytest.raises(TokenGameError, match=r"policy.safetensors is (of an earlier run|there but not the log)"):
+        run_for(model, source, tmp_path, resume=resume)
+    assert (tmp_path / "policy.safetensors").read_bytes() == b"mine"
+
+
+def test_a_run_that_continues_by_itself_refuses_one_of_other_settings(model, source, tmp_path):
+    run_for(model, source, tmp_path).run()
+    with pytest.raises(TokenGameError, match="of other settings"):
+        run_for(model, source, tmp_path, resume=None, rollouts=3)
+    assert run_for(model, source, tmp_path, resume=None).trainer.updates == 4
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_finished_run_goes_on_as_if_it_had_not_been_calibrated(model, source, tmp_path):
+    """Calibration at the end moves biases; learning goes on from those before, at the step sizes of the longer run."""
+    finished, cut = (run_for(model, source, tmp_path / name) for name in ("finished", "cut"))
+    finished.run()
+    cut.loop.run()  # all updates, but no calibration
+    assert not torch.equal(weights_of(finished), weights_of(cut))
+    longer = []
+    for name in ("finished", "cut"):
+        with pytest.warns(UserWarning, match="the run of 4 updates goes on after 4 as one of 6"):
+            run = run_for(model, source, tmp_path / name, resume=True, updates=6)
+        run.run()
+        assert run.trainer.calibrated
+        longer.append(run)
+    assert torch.equal(*map(weights_of, longer))
+    lines = [(run.log.path / "metrics.jsonl").read_text().splitlines() for run in longer]
+    assert lines[0] == lines[1]
+    sizes = [json.loads(line)["charts/learning_rate"] for line in lines[0]]
+    assert sizes == pytest.approx([1e-2 * left for left in (1, 3 / 4, 2 / 4, 1 / 4, 2 / 6, 1 / 6)])
+
+
+def test_fewer_updates_than_were_done_are_refused(model, source, tmp_path):
+    run_for(model, source, tmp_path).run()
+    with pytest.raises(TokenGameError, match="has done 4 updates already; --updates must be at least that, not 3"):
+        run_for(model, source, tmp_path, resume=True, updates=3)
+
+
+def test_config_json_tells_what_was_run_and_metrics_do_not_depend_on_it(model, source, tmp_path):
+    run_for(model, source, tmp_path / "a").run()
+    config = with_overrides(TrainConfig.from_preset("tokengame"), SMALL)
+    about = {"images": "somewhere", "weights": None}
+    other = TrainingRun(model, "other", config, source, tmp_path / "b" / "policy", seed=3, workers=0, about=about)
+    other.run()
+    found = json.loads((tmp_path / "b" / "policy_log" / "config.json").read_text())
+    assert {"backbone": "other", "images": "somewhere", "weights": None, "seed": 3}.items() <= found.items()
+    assert {"tokengame", "torch", "timm", "command", "commit", "folder"} <= found.keys()
+    assert found["settings"]["game"]["stages"] == [1, 2]
+    metrics = [(tmp_path / run / "policy_log" / "metrics.jsonl").read_bytes() for run in "ab"]
+    assert metrics[0] == metrics[1]
+
+
+def interrupted(run, *numbers):
+    """The exception of a run that gets these signals in its second update."""
+    steer = run.trainer.controller.update
+
+    def interrupt(kl):
+        if run.trainer.updates == 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        steer(kl)
+
+    run.trainer.controller.update = interrupt
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run.run()
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(number, model, source, tmp_path):
+    error = interrupted(run_for(model, source, tmp_path / "run"), number)
+    assert isinstance(error, Interrupted)
+    assert error.number == number
+    assert str(error) == "stopped after update 2 of 4, which is saved: run it again with --resume to go on"
+    assert run_for(model, source, tmp_path / "run", resume=True).trainer.updates == 2
+    error = interrupted(run_for(model, source, tmp_path / "by itself", resume=None), number)
+    assert str(error).endswith("run the same command again to go on")
+
+
+def test_a_second_signal_claims_nothing(model, source, tmp_path):
+    error = interrupted(run_for(model, source, tmp_path), signal.SIGINT, signal.SIGINT)
+    assert type(error) is KeyboardInterrupt
+    assert not str(error)
+    with pytest.raises(TokenGameError, match="nothing to resume"):
+        run_for(model, source, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0, -1, 2, 3], "label -1 is no class of the model, whose classes are 0 to 4"),
+        ([0, 1, 5, 3], "label 5 is no class"),
+        ([0.0, 1.0, 2.0, 3.0], "must be integers, not torch.float32"),
+        ([True, False, True, True], "must be integers, not torch.bool"),
+        ([0, 1, 2], r"for each of 4 images, not \[3\]"),
+        ([[0], [1], [2], [3]], r"not \[4, 1\]"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, says, model):
+    config = with_overrides(TrainConfig.from_preset("tokengame"), {"game": {"stages": (1, 2)}, "dtype": "float32"})
+    images = torch.randn(4, 3, 32, 32)
+    tuner = Tuner(model, policy_for(model), 0.5, FinetuneConfig(labels=1.0, dtype="float32"))
+    for learner in (Trainer(model, config), tuner):
+        with pytest.raises(TokenGameError, match=says):
+            learner.update(images, torch.tensor(labels))
+        assert learner.updates == 0
+
+
+def states(model):
+    """Learners and states that do not fit them."""
+    trainer = Trainer(model, with_overrides(TrainConfig.from_preset("tokengame"), SMALL))
+    tuner = Tuner(model, policy_for(model), 0.5, FinetuneConfig(dtype="float32"))
+    for learner in (trainer, tuner):
+        learner.update(torch.randn(4, 3, 32, 32), None)
+        good = learner.state_dict()
+        yield learner, {}
+        yield learner, []
+        for name, value in good.items():
+            yield learner, {key: item for key, item in good.items() if key != name}
+            if isinstance(value, dict) and name != "optimizer":
+                yield learner, good | {name: {key: torch.zeros(3, 7) for key in value}}
+            yield learner, good | {name: "nonsense"}
+        wrong = copy.deepcopy(good)
+        wrong["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 3)
+        yield learner, wrong
+
+
+def test_a_state_that_does_not_fit_is_one_sentence(model):
+    for learner, state in states(model):
+        with pytest.raises(TokenGameError, match="^the saved state does not fit this (policy|model): [^\n]+$"):
+            learner.load_state_dict(copy.deepcopy(state))
+
+
+def test_memory_is_unknown_where_the_system_does_not_say(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert math.isnan(memory_taken())
+
+
+def test_the_progress_says_what_the_updates_measure(model, source, tmp_path):
+    said = []
+
+    def watch(iterable, description, _total):
+        for item in iterable:
+            yield item
+            said.append(description() if callable(description) else description)
+
+    run = run_for(model, source, tmp_path)
+    run.run(watch)
+    lines = [json.loads(line) for line in (run.log.path / "metrics.jsonl").read_text().splitlines()]
+    for line, text in zip(lines, said, strict=False):
+        assert text.startswith(f"training  KL {line['game/kl']:.3f}  compute {line['game/gmacs_ratio']:.2f}  ")
+        assert text.endswith(" images/s")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from tokengame.cli.common import PART, OnImages, ratio_headings
+from tokengame.cli.hints import about
 from tokengame.config import TrainConfig
 from tokengame.files import require_writable, write_csv
 from tokengame.ranges import Range
@@ -81,8 +82,9 @@ class Ablate(OnImages):
 
         path, device = self.output / f"{name}.safetensors", self.torch_device
         training = TrainingRun(
-            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers
-        )
+            model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers,
+            about=about(self),
+        )  # fmt: skip
         return trained_policy(training, partial(named, name))
 
     @staticmethod

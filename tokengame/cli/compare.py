@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tokengame.cli.common import BATCH, PART, SHARE, OnImages, ratio_headings, report_bad, tuned_weights
 from tokengame.config import require
-from tokengame.files import require_writable, write_csv
+from tokengame.files import require_writable, write_csv, write_whole, writing
 from tokengame.ranges import Range
 from tokengame.report.console import console, progress, show_rows
 
@@ -29,6 +29,7 @@ COMPARE_HEADINGS = {
     "drop_pp": "points\nlost",
     "speedup": "speed-\nup",
 }
+FILES = ("compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png", "speeds.csv")
 
 
 @dataclass(kw_only=True)
@@ -82,7 +83,7 @@ class Compare(OnImages):
         from tokengame.policies import Policy
         from tokengame.policies.policy import find_policy
 
-        require_writable(self.output / "compare.csv")
+        require_writable(*(self.output / name for name in FILES))
         policies = [Policy.load(find_policy(path)) for path in self.policies]
         names = [
             Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(self.policies, policies, strict=True)
@@ -102,9 +103,13 @@ class Compare(OnImages):
         tally = BadImages(len(held.names))
         keep_freed_memory()
         loader = self._loader(model, held)
-        rows = compare(model, entries, checked(loader, tally), len(loader), progress)
-        report_bad(tally)
         circumstances = conditions(getattr(torch, self.dtype), self.torch_device)
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            write_csv([row | circumstances for row in rows], self.output / "compare.csv")
+
+        rows = compare(model, entries, checked(loader, tally), len(loader), progress, keep)
+        report_bad(tally)
         self._write([row | circumstances for row in rows])
         return rows
 
@@ -139,14 +144,16 @@ class Compare(OnImages):
         write_csv(rows, self.output / "compare.csv")
         quality, table, paper = qualities(rows), speeds(rows), paper_rows(rows)
         write_csv(paper, self.output / "table.csv")
-        (self.output / "table.md").write_text(markdown(paper))
+        write_whole(self.output / "table.md", markdown(paper))
         write_csv(quality, self.output / "qualities.csv")
-        (self.output / "frontier.png").write_bytes(frontier_figure(rows, [Path(path).stem for path in self.policies]))
+        figure = frontier_figure(rows, [Path(path).stem for path in self.policies])
+        write_whole(self.output / "frontier.png", figure)
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
         show_rows(quality, {"method": "method", **ratio_headings()})
-        files = ["compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png"]
-        (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
+        files = list(FILES[:-1])
+        with writing(self.output / "speeds.csv"):
+            (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
         if self.timing:
             write_csv(table, self.output / "speeds.csv")
             show_rows(table)

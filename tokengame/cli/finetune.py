@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import tyro
 
 from tokengame.cli.common import COMPUTE, PART, SHARE, UPDATES, OnImages, report_bad
+from tokengame.cli.hints import about, next_command
 from tokengame.config import GAME_VERSION, FinetuneConfig, require
-from tokengame.files import require_writable
+from tokengame.files import require_writable, whole
 from tokengame.report.console import console, progress, show_rows, show_table
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ class Finetune(OnImages):
     split: str = "train"
     """of a Hugging Face data set"""
     resume: bool = False
-    """continue from the checkpoint in the log"""
+    """continue from the checkpoint in the log. With more --updates a finished run goes on: the step size then falls
+    as in a run of that many"""
+    overwrite: bool = False
+    """replace what an earlier run left at --output; without it, that is refused"""
     checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
@@ -79,9 +82,11 @@ class Finetune(OnImages):
         """Also: there is one operating point."""
         super().check()
         require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
+        require(not (self.resume and self.overwrite), "give one of --resume and --overwrite")
 
     def run(self) -> dict[str, Any]:
         """Measure the pruned model, tune it, calibrate the policy for the tuned weights, measure again."""
+        from tokengame.learning.checkpoint import require_new
         from tokengame.learning.finetune import Tuner
         from tokengame.policies import Policy
         from tokengame.policies.policy import find_policy
@@ -89,7 +94,9 @@ class Finetune(OnImages):
 
         self.processes.local_batch(self.config.batch_size)
         if not self.dry_run:
-            require_writable(self._weights)
+            require_writable(self._weights, self._card_file)
+            if self.processes.main and not (self.resume or self.overwrite):
+                require_new(self.output / "log", self._weights, self._card_file)
         model, source = self.load_to_learn()
         require(not self.config.labels or source.labels is not None, "--labels needs labelled images: see --class-map")
         learn, held = self._split(model, source)
@@ -100,13 +107,14 @@ class Finetune(OnImages):
         require(0 < dial < 1, f"tuning wants a dial between 0 and 1, not {dial:g}")
         before = self._measured(prune(model, policy, dial), held, model, "before")
         tuner = Tuner(model, policy, dial, self.config, before["gmacs_ratio"], self.processes)
-        loop = self._loop(tuner, dial, self.config, learn, self.output)
+        loop = self._loop(tuner, dial, self.config, learn, self.output, self.resume)
         loop.run(progress, "tuning", self.checkpoint_every)
         report_bad(loop.tally)
         if self.processes.main:
             self._write(policy, tuner.tuned(), held, model, before["gmacs_ratio"])
         self.processes.wait()
         after = self._measured(prune(tuner.tuned(), Policy.load(self._card_file)), held, model, "after")
+        self._say_next(source)
         lost = before["drop_pp"]
         return {
             "before": before,
@@ -118,6 +126,17 @@ class Finetune(OnImages):
             "seconds": loop.seconds,
             "waited_for_images": loop.waited(),
         }
+
+    def _say_next(self, source: ImageSource | HuggingFaceStream) -> None:
+        from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
+
+        held: dict[str, Any] = {}
+        if self.validate is None and not isinstance(source, HuggingFaceStream):
+            split = self.split if isinstance(source, HuggingFaceImages) else None
+            held = {"holdout": self.holdout, "seed": self.seed, "split": split}
+        command = next_command(self, self._card_file, self.validate or self.images, **held)
+        text = f"weights: {self._weights}\npolicy: {self._card_file}\nnext: {command}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _split(self, model: nn.Module, source: ImageSource | HuggingFaceStream) -> tuple[ImageSet, ImageSource]:
         from tokengame.backbones import wrap
@@ -138,24 +157,29 @@ class Finetune(OnImages):
     def _card_file(self) -> Path:
         return self.output / "policy.safetensors"
 
-    def _loop(self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSet, folder: Path) -> Loop:
+    def _loop(
+        self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSet, folder: Path, resume: bool = False
+    ) -> Loop:
         from safetensors.torch import save
 
         from tokengame.backbones import preprocessing_of
         from tokengame.data.transforms import transform_for
         from tokengame.learning.checkpoint import RunFolder
         from tokengame.learning.loop import Loop, names_hash
+        from tokengame.learning.run import description_of, lasting
         from tokengame.policies.policy import fingerprint
 
         augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
         actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
         marks = [fingerprint(tuner.fast.game.backbone), actor, dial]
-        identity = json.dumps([GAME_VERSION, asdict(config), self.seed, marks, names_hash(learn)])
+        identity = json.dumps([GAME_VERSION, lasting(config), self.seed, marks, names_hash(learn)])
         log = RunFolder(folder / "log", identity, self.processes.main)
+        known = about(self) | {"policy": self.policy, "dial": dial}
+        description = description_of(self.backbone, config, self.seed, self.torch_device, known)
         return Loop(
-            tuner, learn, transform, log, asdict(config), updates=config.updates, batch_size=config.batch_size,
-            seed=self.seed, resume=self.resume, workers=self.workers, processes=self.processes,
+            tuner, learn, transform, log, description, updates=config.updates, batch_size=config.batch_size,
+            seed=self.seed, resume=resume, workers=self.workers, processes=self.processes,
         )  # fmt: skip
 
     def _measured(self, fast: PrunedViT, held: ImageSource, native: nn.Module, when: str) -> dict[str, Any]:
@@ -183,9 +207,8 @@ class Finetune(OnImages):
         from tokengame.policies.policy import dial_for, fingerprint
         from tokengame.runtime import prune
 
-        part = self._weights.with_suffix(".part")
-        save_file({name: weight.cpu().contiguous() for name, weight in tuned.state_dict().items()}, part)
-        os.replace(part, self._weights)
+        with whole(self._weights) as part:
+            save_file({name: weight.cpu().contiguous() for name, weight in tuned.state_dict().items()}, part)
         names = {"fingerprint": fingerprint(wrap(tuned)), "weights": self._weights.name}
         backbone = policy.card["backbone"] | names
         finetuning = {"config": asdict(self.config), "seed": self.seed, "gmacs_ratio": compute}

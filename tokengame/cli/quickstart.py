@@ -42,7 +42,7 @@ class Quickstart(Common):
     examples: ClassVar[str] = "tokengame quickstart\ntokengame quickstart --updates 300 --json > result.json"
 
     output: Path = Path("quickstart")
-    """folder for policy.safetensors and report.html"""
+    """folder for policy.safetensors and report.html; a run found there is continued"""
     eval_images: Annotated[int, Range(1, 1_000_000, whole=True)] = 1000
     """fresh scenes to measure on"""
     gmacs_ratio: Annotated[float, COMPUTE] = 0.42
@@ -73,10 +73,14 @@ class Quickstart(Common):
             soft_wrap=True,
         )
         policy, page = self.output / "policy.safetensors", self.output / "report.html"
-        require_writable(page)
+        require_writable(policy, page)
         model = self.place(load_model(EMBEDDED))
         learn = SceneImages(FashionScenes("train", self.config.updates * self.config.batch_size, seed=self.seed))
-        training = TrainingRun(model, EMBEDDED, self.config, learn, policy, seed=self.seed, device=self.torch_device)
+        training = TrainingRun(
+            model, EMBEDDED, self.config, learn, policy, seed=self.seed, device=self.torch_device, resume=None
+        )
+        if training.trainer.updates:
+            console.print(f"continues the run in {self.output} after update {training.trainer.updates}", markup=False)
         training.run(progress)
         held = SceneImages(
             FashionScenes("test", min(512, self.eval_images), seed=self.seed + 2)

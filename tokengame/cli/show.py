@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tokengame.cli.common import SHARE, OnImages, report_bad, tuned_weights
 from tokengame.config import require
 from tokengame.errors import TokenGameError
-from tokengame.files import require_writable
+from tokengame.files import require_writable, write_whole
 from tokengame.ranges import Range
 from tokengame.report.console import console, progress
 
@@ -86,7 +86,7 @@ class Show(OnImages):
             names = [source.names[index] for index in picked]
             write_gallery(self.output, f"{self.backbone}: tokens kept", names, methods, classes)
         else:
-            self.output.write_bytes(png(stack(together(methods))))
+            write_whole(self.output, png(stack(together(methods))))
         console.print(f"wrote {self.output}", markup=False, soft_wrap=True)
         return {"files": [str(self.output)]}
 

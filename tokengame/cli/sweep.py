@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from tokengame.cli.common import PART, OnImages
+from tokengame.cli.hints import about
 from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
-from tokengame.files import require_writable, write_csv
+from tokengame.files import require_writable, write_csv, write_whole
 from tokengame.ranges import Range
 from tokengame.report.console import console, named, show_rows
 
@@ -68,14 +69,14 @@ class Sweep(OnImages):
         from tokengame.data.datasets import split_images
         from tokengame.report.figures import sweep_figure
 
-        require_writable(self.output / "sweep.csv")
+        require_writable(self.output / "sweep.csv", self.output / "sweep.png")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
         rows = []
         for ratio in sorted(self.ratios):
             rows.append(self._point(model, learn, held, ratio))
             write_csv(rows, self.output / "sweep.csv")  # keep what is measured, whatever happens later
-        (self.output / "sweep.png").write_bytes(sweep_figure(rows))
+        write_whole(self.output / "sweep.png", sweep_figure(rows))
         show_rows(rows, SWEEP_HEADINGS)
         console.print(f"wrote sweep.csv and sweep.png in {self.output}", markup=False, soft_wrap=True)
         return rows
@@ -95,7 +96,7 @@ class Sweep(OnImages):
         path = self.output / f"alpha{ratio:g}.safetensors"
         training = TrainingRun(
             model, self.backbone, config, learn, path, seed=self.seed, device=self.torch_device, resume=None,
-            workers=self.workers,
+            workers=self.workers, about=about(self),
         )  # fmt: skip
         policy = trained_policy(training, partial(named, name))
         loader = plain_views(held, training.preprocessing).loader(32, 0)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from tokengame.cli.common import COMPUTE, PART, UPDATES, OnImages, report_bad
-from tokengame.config import TrainConfig
+from tokengame.cli.hints import about, next_command
+from tokengame.config import TrainConfig, require
 from tokengame.files import require_writable
 from tokengame.report.console import console, progress, show_rows, show_table
 
@@ -46,7 +47,10 @@ class Train(OnImages):
     gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
     resume: bool = False
-    """continue from the checkpoint in NAME_log"""
+    """continue from the checkpoint in NAME_log. With more --updates a finished run goes on: the step size then falls
+    as in a run of that many"""
+    overwrite: bool = False
+    """replace what an earlier run left at --output; without it, that is refused"""
     checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
@@ -58,20 +62,30 @@ class Train(OnImages):
         default_factory=lambda: TrainConfig.from_preset("tokengame")
     )
 
+    def check(self) -> None:
+        """Also: it is clear what becomes of an earlier run."""
+        super().check()
+        require(not (self.resume and self.overwrite), "give one of --resume and --overwrite")
+
     def run(self) -> dict[str, Any]:
         """Train on a part of the images, calibrate and measure on the rest."""
         from tokengame.data.datasets import split_images
+        from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
+        from tokengame.learning.checkpoint import require_new
+        from tokengame.learning.run import log_of
         from tokengame.policies import Policy
         from tokengame.report.html import table, verdict
         from tokengame.runtime import prune
 
         if not self.dry_run:
             require_writable(self.output)
+            if self.processes.main and not (self.resume or self.overwrite):
+                require_new(log_of(self.output), self.output)  # before models and images are loaded
         model, source = self.load_to_learn()
         learn, validate = split_images(source, self.holdout, self.seed)
         if self.dry_run:
             return self._rehearse(model, learn)
-        training = self._training(model, learn, self.config, self.output)
+        training = self._training(model, learn, self.config, self.output, self.resume)
         training.run(progress, self.checkpoint_every)
         if self.processes.main:
             training.finish(validate, progress, self.gmacs_ratio)
@@ -82,14 +96,20 @@ class Train(OnImages):
         result = {**training.result(), **scores.summary(), "dial": fast.dial}
         show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
         console.print(verdict(result))
+        streamed, hub = isinstance(source, HuggingFaceStream), isinstance(source, HuggingFaceImages)
+        held = {} if streamed else {"holdout": self.holdout, "seed": self.seed}
+        command = next_command(self, self.output, self.images, split=self.split if hub else None, **held)
+        console.print(f"policy: {self.output}\nnext: {command}", highlight=False, markup=False, soft_wrap=True)
         return result
 
-    def _training(self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path) -> TrainingRun:
+    def _training(
+        self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path, resume: bool = False
+    ) -> TrainingRun:
         from tokengame.learning.run import TrainingRun
 
         return TrainingRun(
-            model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=self.resume,
-            workers=self.workers, processes=self.processes,
+            model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=resume,
+            overwrite=self.overwrite, workers=self.workers, processes=self.processes, about=about(self),
         )  # fmt: skip
 
     def _rehearse(self, model: nn.Module, learn: ImageSet) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from tokengame import kernels
 from tokengame.backbones import wrap
+from tokengame.backbones.classes import require_classes
 from tokengame.config import FinetuneConfig
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError, first_line
+from tokengame.learning.learner import check_labels, fitting, load_optimizer
 from tokengame.learning.trainer import training_dtype
 from tokengame.measure.fidelity import fidelity_loss
 from tokengame.packed.attention import deterministic_attention
@@ -46,7 +48,7 @@ class Tuner:
         processes: those that tune together; each takes its part of every batch.
 
     Raises:
-        TokenGameError: timm knows no such optimiser or schedule.
+        TokenGameError: the model has no classes, or timm knows no such optimiser or schedule.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Tuner:
         processes: Processes | None = None,
     ):  # fmt: skip
         self.config, self.compute, self.processes = config, compute, processes or Processes()
-        self.device = wrap(model).device
+        backbone = wrap(model)
+        require_classes(backbone)
+        self.device, self.classes = backbone.device, backbone.classes
         self.dtype = training_dtype(config.dtype, self.device)
         kernels.announce(self.dtype, self.device.type)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
@@ -78,8 +82,10 @@ class Tuner:
         """One step on [B, channels, height, width] images.
 
         Raises:
-            TokenGameError: labels are wanted and there are none, or the loss is not finite.
+            TokenGameError: labels are wanted and there are none, or they are no classes of the model; or the loss is
+                not finite.
         """
+        check_labels(labels, len(images), self.classes)
         start = time.perf_counter()
         images = images.to(self.device)
         with torch.no_grad():
@@ -148,10 +154,17 @@ class Tuner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.updates, self.images_seen = state["updates"], state["images_seen"]
-        self.fast.dial = state["dial"]
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            TokenGameError: it is of another model, or incomplete.
+        """
+        with fitting("model"):
+            self.student.load_state_dict(state["student"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            if (self.ema is None) != (state["ema"] is None):
+                raise ValueError("one of both has no moving average (--ema)")
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.updates, self.images_seen = int(state["updates"]), int(state["images_seen"])
+            self.fast.dial = float(state["dial"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import resource
+import math
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tokengame.data.batches import BadImages, Batch, checked
 from tokengame.data.datasets import ImageSet
 from tokengame.data.loader import TrainingLoader
 from tokengame.distributed import Processes
+from tokengame.errors import Interrupted, TokenGameError
 from tokengame.files import Progress, silent
 from tokengame.learning.checkpoint import RunFolder
 
@@ -51,13 +53,16 @@ class Loop:
         images: to learn from.
         transform: random, from a PIL image to a tensor.
         log: folder of the run; what lies there is deleted when a run starts that does not resume.
-        config: of the run, stored there.
-        updates: of the whole run.
+        config: what there is to know of the run, stored there.
+        updates: of the whole run. A run that is resumed may have more than it had before.
         batch_size: images of an update, over all processes.
         seed: of order and augmentation.
         resume: continue from the checkpoint; None: if there is one of this run.
         workers: processes that decode images.
         processes: those that learn together.
+
+    Raises:
+        TokenGameError: nothing to resume, or it does not fit.
     """
 
     def __init__(
@@ -76,16 +81,37 @@ class Loop:
         processes: Processes,
     ):
         self.learner, self.log, self.config = learner, log, config
-        self.resume = log.resumable() if resume is None else resume
+        self.resume = log.checkpoint.is_file() if resume is None else resume
+        self.how = "run the same command again" if resume is None else "run it again with --resume"
         self.updates, self.batch_size, self.workers, self.processes = updates, batch_size, workers, processes
         self.loader = TrainingLoader(images, transform, seed, batch_size, updates, processes)
         self.tally = BadImages(self.loader.total)
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
+        self._marks: dict[str, Any] = {}
         if self.resume:
-            state = log.resume()
-            learner.load_state_dict(state["learner"])
-            self.seconds = state["seconds"]
+            self._load()
+
+    def _load(self) -> None:
+        state = self.log.load()
+        self._marks = state["logs"]
+        try:
+            done, before, self.seconds = int(state["step"]), int(state["updates"]), float(state["seconds"])
+            learner = state["learner"]
+        except (KeyError, TypeError, ValueError):
+            raise TokenGameError(f"{self.log.checkpoint} is no checkpoint of this version of tokengame") from None
+        if done > self.updates:
+            raise TokenGameError(
+                f"the run in {self.log.path} has done {done} updates already; --updates must be at least that, not "
+                f"{self.updates}"
+            )
+        self.learner.load_state_dict(learner)
+        if before != self.updates and self.log.main:
+            warnings.warn(
+                f"the run of {before} updates goes on after {done} as one of {self.updates}: the step size falls from "
+                "here on as in a run of that many",
+                stacklevel=2,
+            )
 
     def batches(self) -> Iterable[Batch]:
         """This process's part of the batches that are left."""
@@ -97,15 +123,23 @@ class Loop:
         The checkpoint is written every so many updates, at the end, and when anything stops the run between updates.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, the update under way finished.
+            Interrupted: after Ctrl-C or SIGTERM, the update under way finished and saved.
+            KeyboardInterrupt: after a second one.
+            TokenGameError: a file cannot be written, or another run writes to the folder.
         """
-        if not self.resume:
-            self.log.start(self.config)
-        first, whole = self.learner.updates, True
-        with self.log.recorder(first) as record, stop_signals() as stopped:
+        with self.log.lock():
+            if self.resume:
+                self.log.go_on(self.config, self._marks)
+            else:
+                self.log.start(self.config)
+            self._run(progress, what, checkpoint_every)
+
+    def _run(self, progress: Progress, what: str, checkpoint_every: int) -> None:
+        first, whole, record = self.learner.updates, True, self.log.recorder(self.learner.updates)
+        with stop_signals() as stopped:
             try:
                 last = time.perf_counter()
-                for batch in progress(self.batches(), what, self.updates - first):
+                for batch in progress(self.batches(), lambda: self._described(what), self.updates - first):
                     start, whole = time.perf_counter(), False
                     metrics = self.learner.update(batch.images, batch.labels)
                     self.metrics = metrics | {"time/waited": start - last}  # for images
@@ -113,13 +147,20 @@ class Loop:
                     self.seconds += last - start
                     record(self.learner.updates, self.metrics)  # before the checkpoint that counts this update
                     whole = True
-                    if self.processes.any(stopped()):
-                        raise KeyboardInterrupt
+                    if self.processes.any(bool(stopped())):
+                        done = f"stopped after update {self.learner.updates} of {self.updates}, which is saved"
+                        raise Interrupted(f"{done}: {self.how} to go on", stopped() or signal.SIGINT)
                     if self.learner.updates % checkpoint_every == 0:
                         self.save()
             finally:
                 if whole:  # an interrupted update is half a step
                     self.save()
+
+    def _described(self, what: str) -> str:
+        """For the progress bar: what is being done, and what the last update measured."""
+        shown = {"kl": "KL {:.3f}", "gmacs_ratio": "compute {:.2f}", "images_per_second": "{:.0f} images/s"}
+        found = {name.rpartition("/")[2]: value for name, value in self.metrics.items()}
+        return "  ".join([what, *(text.format(found[name]) for name, text in shown.items() if name in found)])
 
     def more(self, updates: int) -> Iterable[Batch]:
         """This process's part of so many further batches, in another order; they are not learned from."""
@@ -134,32 +175,32 @@ class Loop:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
+        state = {"learner": self.learner.state_dict(), "seconds": self.seconds, "updates": self.updates}
         self.log.save({"step": self.learner.updates, **state})
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], int]]:
     """Defer SIGINT and SIGTERM in this context, so that whole updates are saved; a second one interrupts at once.
 
     Yields:
-        A function that says whether one has come.
+        A function that returns the number of the one that has come, or 0.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
+        yield lambda: 0  # only the main thread may handle signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: Any) -> None:
         seen.append(number)
-        for which in before:
-            signal.signal(which, signal.default_int_handler)
+        for which, handler in before.items():
+            signal.signal(which, handler if callable(handler) else signal.default_int_handler)
 
     for which in before:
         signal.signal(which, note)
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0] if seen else 0
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
@@ -194,8 +235,12 @@ def decoding_speed(loop: Loop, images: int = 8) -> float:
 
 
 def memory_taken() -> float:
-    """GiB: on the GPU where one was used, else of this process."""
+    """GiB: on the GPU where one was used, else of this process; nan where the system does not say (Windows)."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

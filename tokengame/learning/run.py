@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from tokengame.backbones import preprocessing_of
-from tokengame.config import GAME_VERSION, TrainConfig
+from tokengame.config import GAME_VERSION, FinetuneConfig, TrainConfig
 from tokengame.data.batches import BadImages, Batch, checked, plain_views
 from tokengame.data.datasets import ImageSet, ImageSource
 from tokengame.data.transforms import transform_for
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
 from tokengame.files import Progress, require_writable, silent
-from tokengame.learning.checkpoint import RunFolder
+from tokengame.learning.checkpoint import RunFolder, require_new
 from tokengame.learning.loop import Loop, names_hash
 from tokengame.learning.trainer import Trainer
+from tokengame.measure.conditions import conditions
 from tokengame.measure.evaluate import calibrate
 from tokengame.packed.attention import deterministic_attention
 from tokengame.policies.policy import FORMAT, Policy, dial_for, fingerprint
@@ -29,6 +32,11 @@ from tokengame.runtime import PrunedViT, prune
 
 CALIBRATION_BATCHES = 8
 """batches on which biases are calibrated at the end of training"""
+
+
+def log_of(output: Path) -> Path:
+    """The folder beside a policy file for metrics and checkpoints of its run."""
+    return output.with_name(output.stem + "_log")
 
 
 class TrainingRun:
@@ -41,9 +49,14 @@ class TrainingRun:
         images: to learn from; the policy learns from no others.
         output: the policy file.
         seed: of everything random.
-        resume: continue from the checkpoint in the log; None: if there is one of this run.
+        resume: continue from the checkpoint in the log, also with more `config.updates`; None: if there is one.
+        overwrite: replace what an earlier run left; without it, that is refused.
         workers: processes that decode images.
         processes: those that train together, each with a run of its own.
+        about: what else `config.json` is to say of the run, e.g. where the images are.
+
+    Raises:
+        TokenGameError: an earlier run is there that is neither to be continued nor replaced, or does not fit.
     """
 
     def __init__(
@@ -57,14 +70,18 @@ class TrainingRun:
         seed: int = 0,
         device: str = "cpu",
         resume: bool | None = False,
+        overwrite: bool = False,
         workers: int = 1,
         processes: Processes | None = None,
+        about: dict[str, Any] | None = None,
     ):
         self.model, self.name, self.config, self.images = model, name, config, images
         self.output, self.seed, self.workers = output, seed, workers
         self.processes = processes or Processes()
         self.processes.local_batch(config.batch_size)
         require_writable(output)
+        if self.processes.main and not overwrite:
+            self._require_new(resume)
         if config.reward.kind != "fidelity" and images.labels is None:
             raise TokenGameError(
                 f"reward {config.reward.kind!r} needs labels: give class folders and --class-map, or use fidelity"
@@ -73,9 +90,10 @@ class TrainingRun:
             raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
         self.trainer = Trainer(model, config, seed, device, self.processes)
         self.preprocessing = preprocessing_of(model)
-        self.log = RunFolder(output.with_name(output.stem + "_log"), self.identity, self.processes.main)
+        self.log = RunFolder(log_of(output), self.identity, self.processes.main)
+        description = description_of(name, config, seed, device, about)
         self.loop = Loop(
-            self.trainer, images, transform_for(self.preprocessing, train=True), self.log, asdict(config),
+            self.trainer, images, transform_for(self.preprocessing, train=True), self.log, description,
             updates=config.updates, batch_size=config.batch_size, seed=seed, resume=resume, workers=workers,
             processes=self.processes,
         )  # fmt: skip
@@ -83,16 +101,25 @@ class TrainingRun:
     @property
     def identity(self) -> str:
         """Settings, seed, weights, images and the rules of the game: what a resumed run must share."""
-        weights = fingerprint(self.trainer.backbone)
-        return json.dumps([FORMAT, GAME_VERSION, asdict(self.config), self.seed, weights, names_hash(self.images)])
+        weights, settings = fingerprint(self.trainer.backbone), lasting(self.config)
+        return json.dumps([FORMAT, GAME_VERSION, settings, self.seed, weights, names_hash(self.images)])
+
+    def _require_new(self, resume: bool | None) -> None:
+        if resume is None and not (log_of(self.output) / "checkpoint.pt").is_file() and self.output.is_file():
+            raise TokenGameError(
+                f"{self.output} is there but not the log of its run, from which it could go on; choose another --output"
+            )
+        if resume is False:
+            require_new(log_of(self.output), self.output)
 
     def run(self, progress: Progress = silent, checkpoint_every: int = 50) -> None:
         """Train to the end; see `Loop.run` and `Trainer.calibrate_biases`."""
-        self.loop.run(progress, checkpoint_every=checkpoint_every)
-        if not self.trainer.calibrated:
-            batches = progress(self.loop.more(CALIBRATION_BATCHES), "calibrating biases", CALIBRATION_BATCHES)
-            self.trainer.calibrate_biases(batch.images for batch in batches)
-            self.loop.save()
+        with self.log.lock():
+            self.loop.run(progress, checkpoint_every=checkpoint_every)
+            if not self.trainer.calibrated:
+                batches = progress(self.loop.more(CALIBRATION_BATCHES), "calibrating biases", CALIBRATION_BATCHES)
+                self.trainer.calibrate_biases(batch.images for batch in batches)
+                self.loop.save()
 
     def policy(self, calibration: list[dict[str, Any]], dial: float = 0.5) -> Policy:
         """The learned policy with its card."""
@@ -153,6 +180,19 @@ class TrainingRun:
             [line[f"time/{name}"] for line in lines] for name in ("images_per_second", "native_images_per_second")
         ]
         return float(np.median(speeds[0]) / np.median(speeds[1])) if lines else float("nan")
+
+
+def lasting(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share: all but the number of updates."""
+    return {name: value for name, value in asdict(config).items() if name != "updates"}
+
+
+def description_of(
+    backbone: str, config: TrainConfig | FinetuneConfig, seed: int, device: str, about: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json says of a run: model, images, versions, command line, settings."""
+    what = {"backbone": backbone, **(about or {}), "seed": seed, "folder": os.getcwd()}
+    return what | conditions(torch.float32, device) | {"settings": asdict(config)}
 
 
 def calibration_batches(

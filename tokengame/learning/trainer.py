@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from tokengame import kernels
 from tokengame.backbones import wrap
+from tokengame.backbones.classes import require_classes
 from tokengame.config import TrainConfig
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
 from tokengame.game import Observation, State, TokenGame
+from tokengame.learning.learner import check_labels, fitting, load_optimizer
 from tokengame.learning.ppo import Experience, gae, normalise, update
 from tokengame.learning.rewards import Outcome, PriceController, fidelity, share, target
 from tokengame.learning.rollout import Rollout, initialise_biases, sample_games, thresholds_for
@@ -51,7 +53,7 @@ class Trainer:
         processes: those that train together; each takes its part of every batch.
 
     Raises:
-        TokenGameError: unsupported model or stages outside it.
+        TokenGameError: unsupported model, one without classes, or stages outside it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Trainer:
         kernels.announce(self.dtype, self.device.type)
         frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
         self.backbone = wrap(frozen)
+        require_classes(self.backbone)
         context = config.actor.observation == "context"
         self.game = TokenGame(self.backbone, config.game, features=context)
         self.shape = actor_shape(self.backbone, config.game)
@@ -82,16 +85,32 @@ class Trainer:
         self.controller = PriceController.of(config.reward)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
-        self.calibrated = config.actor.keep is None
-        """whether all is learned, `calibrate_biases` included"""
+        self.learned: Tensor | None = None
+        """the biases before `calibrate_biases` moved them, from which learning goes on"""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether all is learned, `calibrate_biases` included."""
+        return self.config.actor.keep is None or self.learned is not None
+
+    @property
+    def _biases(self) -> Tensor:
+        """[stages] those of a context actor, in place."""
+        assert isinstance(self.actor, ContextActor)
+        return self.actor.weight.data[:, -1]
 
     def update(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """One update on [B, channels, height, width] images: rollouts, rewards, PPO.
 
         Raises:
-            TokenGameError: the backbone or the reward is not finite; says where.
+            TokenGameError: labels that are no classes of the model; the backbone or the reward is not finite, says
+                where.
         """
+        check_labels(labels, len(images), self.backbone.classes)
         start, images = now(self.device), images.to(self.device, self.dtype)
+        if self.learned is not None:
+            self._biases.copy_(self.learned)
+            self.learned = None
         if self.updates == 0 and self.config.actor.keep is not None:
             assert isinstance(self.actor, ContextActor)
             initialise_biases(self.game, self.actor, images, self.config.actor.keep, self.processes)
@@ -129,7 +148,7 @@ class Trainer:
             batches: [B, channels, height, width] this process's part of each.
         """
         assert isinstance(self.actor, ContextActor)
-        found = []
+        found, noise = [], self.generator.get_state()
         for images in batches:
             images = images.to(self.device, self.dtype)
             state = self.game.reset(images)
@@ -137,8 +156,9 @@ class Trainer:
             number = self.processes.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
             shares = [after / before for before, after in pairwise([state.total, *number.values()])]
             found.append(thresholds_for(self.game, self.actor, images, shares, self.processes))
-        self.actor.weight.data[:, -1] -= torch.stack(found).mean(0)
-        self.calibrated = True
+        self.generator.set_state(noise)  # learning may go on as if this had not been
+        self.learned = self._biases.clone()
+        self._biases.sub_(torch.stack(found).mean(0))
 
     def _steered(self, metrics: dict[str, float]) -> float:
         """The metric that the controller steers."""
@@ -257,14 +277,21 @@ class Trainer:
             "controller": [self.controller.weight, self.controller.mean],
             "updates": self.updates,
             "images_seen": self.images_seen,
-            "calibrated": self.calibrated,
+            "learned": self.learned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.controller.weight, self.controller.mean = state["controller"]
-        self.updates, self.images_seen, self.calibrated = state["updates"], state["images_seen"], state["calibrated"]
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            TokenGameError: it is of other networks, or incomplete.
+        """
+        with fitting("policy"):
+            self.actor.load_state_dict(state["actor"])
+            self.critic.load_state_dict(state["critic"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.controller.weight, self.controller.mean = map(float, state["controller"])
+            self.updates, self.images_seen = int(state["updates"]), int(state["images_seen"])
+            learned = state["learned"]
+            self.learned = None if learned is None else learned.to(self.device).view_as(self._biases)

@@ -86,8 +86,9 @@ def with_margin(policy: Policy, margin: float) -> Policy:
 
 
 def compare(
-    model: nn.Module, entries: list[Entry], batches: Iterable[Batch], number: int, progress: Progress = silent
-) -> list[dict[str, Any]]:
+    model: nn.Module, entries: list[Entry], batches: Iterable[Batch], number: int, progress: Progress = silent,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Run all entries on all batches, natively too; then time one entry after the other on the first batches.
 
     Args:
@@ -96,15 +97,22 @@ def compare(
         batches: to measure on.
         number: how many those are.
         progress: shows a step for every entry on every batch, then for every entry that is timed.
+        keep: is given the rows without their speed before anything is timed, lest they are lost then.
 
     Returns:
         One row an entry: method, setting, published and the keys of `eval`. Native's speed is that of the faster of
         fused and unfused attention.
     """
     images = _score(model, entries, batches, number, progress)
+    if keep is not None:
+        keep(_rows(entries))
     timed_ones = [entry for entry in entries if entry.is_timed]
     for entry in progress(timed_ones, "timing", len(timed_ones)) if timed_ones else ():
         entry.scores.seconds, entry.scores.seconds_pytorch = time_method(model, entry.model, images)
+    return _rows(entries)
+
+
+def _rows(entries: list[Entry]) -> list[dict[str, Any]]:
     return [
         {"method": entry.method, "setting": entry.setting, "published": entry.published} | entry.scores.summary()
         for entry in entries

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import nn
 from tokengame.backbones.base import Backbone
 from tokengame.config import MOST_WEIGHTS, SHARE, ActorConfig, GameConfig, with_overrides
 from tokengame.errors import TokenGameError, first_line
-from tokengame.files import require_file
+from tokengame.files import require_file, write_whole
 from tokengame.policies.card import FORMAT as FORMAT
 from tokengame.policies.card import ROW, check_card, read_card
 from tokengame.policies.networks import Actor, ContextActor, build_actor, weight_shapes
@@ -59,17 +58,10 @@ class Policy:
         Raises:
             TokenGameError: `load` would refuse it; nothing is written.
         """
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         check_card(self.card)
         check_weights(self.actor)
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.actor.state_dict().items()}
-        content = save(weights, metadata={"tokengame": json.dumps(self.card)})
-        try:
-            part.write_bytes(content)  # not by save_file, whose files only their owner may read
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(Path(path), save(weights, metadata={"tokengame": json.dumps(self.card)}))
 
     @staticmethod
     def load(path: str | Path) -> Policy:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tokengame.data.batches import Batch
+from tokengame.files import write_whole
 from tokengame.report.figures import denormalise, png, strip
 from tokengame.report.html import page
 from tokengame.runtime import PrunedViT
@@ -93,7 +94,7 @@ def write_gallery(
             for method, drawing in zip(methods, together, strict=True)
         ]
         rows.append({"name": names[together[0].index], "native": label(together[0].native), "strips": strips})
-    path.write_text(page("gallery.html", title=title, rows=rows))
+    write_whole(path, page("gallery.html", title=title, rows=rows))
 
 
 def together(methods: dict[str, list[Drawing]]) -> list[Image.Image]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from tokengame.files import write_whole
+
 ROWS = [
     ("images", "fresh images", "{:,.0f}"),
     ("top1_native", "top-1, native", "{:.1%}"),
@@ -109,7 +111,7 @@ def write_report(path: Path, title: str, result: dict[str, Any], strips: bytes, 
         strips=base64.b64encode(strips).decode(),
         figures={caption: base64.b64encode(svg).decode() for caption, svg in figures.items()},
     )
-    path.write_text(text)
+    write_whole(path, text)
 
 
 def page(template: str, **values: Any) -> str:

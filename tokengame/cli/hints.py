@@ -1,0 +1,38 @@
+"""What commands that train say about themselves: in config.json, and at the end, which command comes next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokengame.cli.common import OnImages
+
+STREAM = "stream:"
+
+
+def about(command: OnImages) -> dict[str, Any]:
+    """Where the images and the weights of a run are, for its config.json."""
+    return {name: getattr(command, name) for name in ("images", "split", "weights", "class_map")}
+
+
+def next_command(command: OnImages, policy: Path, images: str, **flags: Any) -> str:
+    """The `tokengame eval` that measures a new policy with the user's own flags, quoted for a shell.
+
+    Args:
+        command: that has written the policy.
+        policy: the file.
+        images: to measure on.
+        flags: others; those that are None are left out.
+    """
+    own = {name: getattr(command, name) for name in ("weights", "class_map")}
+    named = {"backbone": command.backbone, "images": images.removeprefix(STREAM), **own, "policy": policy, **flags}
+    if command.device != "auto":
+        named["device"] = command.device
+    words = [word for name, value in named.items() if value is not None for word in (_flag(name), str(value))]
+    return shlex.join(["tokengame", "eval", *words])
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
