@@ -1,4 +1,4 @@
-"""Checkpoints and logs: whatever is damaged, cut or of another program is one sentence; two runs never share a folder."""
+"""Checkpoints and logs: what is damaged, cut or of another program is one sentence; two runs never share a folder."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_no_flipped_bit_is_resumed_from(folder):
         data = bytearray(whole)
         data[place // 8] ^= 1 << place % 8
         path.write_bytes(data)
-        with pytest.raises(TokenGameError, match="is damaged|is cut off"):
+        with pytest.raises(TokenGameError, match=r"is damaged|is cut off"):
             again(folder).load()
     path.write_bytes(whole)
     assert again(folder).load()["step"] == 2
@@ -99,7 +99,7 @@ def test_a_foreign_checkpoint_is_one_sentence_and_runs_nothing(kind, sealed, fol
     if sealed:
         data = path.read_bytes()
         path.write_bytes(data + SEAL + hashlib.sha256(data).hexdigest().encode())
-    with pytest.raises(TokenGameError, match="is no checkpoint|no checkpoint of this version") as caught:
+    with pytest.raises(TokenGameError, match=r"is no checkpoint|no checkpoint of this version") as caught:
         again(folder).load()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
@@ -148,7 +148,7 @@ def test_a_line_cut_after_the_checkpoint_does_not_matter(folder):
 
 def test_a_log_that_cannot_be_read_is_one_sentence(folder):
     (folder / "timings.jsonl").write_text('{"update": 1')
-    with pytest.raises(TokenGameError, match="timings.jsonl cannot be read"):
+    with pytest.raises(TokenGameError, match=r"timings.jsonl cannot be read"):
         again(folder).timings()
 
 

@@ -210,10 +210,10 @@ def test_an_earlier_run_is_not_replaced_unless_that_is_wanted(model, source, tmp
     run_for(model, source, tmp_path).run()
     log = tmp_path / "policy_log"
     before = (log / "metrics.jsonl").read_bytes()
-    with pytest.raises(TokenGameError, match="checkpoint.pt is of an earlier run.*--resume.*--overwrite"):
+    with pytest.raises(TokenGameError, match=r"checkpoint.pt is of an earlier run.*--resume.*--overwrite"):
         run_for(model, source, tmp_path)
     (log / "checkpoint.pt").unlink()
-    with pytest.raises(TokenGameError, match="metrics.jsonl is of an earlier run"):
+    with pytest.raises(TokenGameError, match=r"metrics.jsonl is of an earlier run"):
         run_for(model, source, tmp_path)
     assert (log / "metrics.jsonl").read_bytes() == before
     run_for(model, source, tmp_path, overwrite=True, updates=1).run()
@@ -353,7 +353,7 @@ def states(model):
 
 def test_a_state_that_does_not_fit_is_one_sentence(model):
     for learner, state in states(model):
-        with pytest.raises(TokenGameError, match="^the saved state does not fit this (policy|model): [^\n]+$"):
+        with pytest.raises(TokenGameError, match=r"^the saved state does not fit this (policy|model): [^\n]+$"):
             learner.load_state_dict(copy.deepcopy(state))
 
 

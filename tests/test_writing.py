@@ -51,12 +51,9 @@ def largest_file(size):
 def test_where_the_disk_is_full_the_old_file_stays(writer, size, tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with (
-        largest_file(size),
-        pytest.raises(TokenGameError, match=r"^cannot write .*file \(.*\); .*run the command again$"),
-    ):
-        with whole(path) as part:
-            WRITERS[writer](part)
+    says = r"^cannot write .*file \(.*\); .*run the command again$"
+    with largest_file(size), pytest.raises(TokenGameError, match=says), whole(path) as part:
+        WRITERS[writer](part)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
     with whole(path) as part:
@@ -74,9 +71,13 @@ def test_every_error_of_the_system_is_one_sentence(call, number, tmp_path, monke
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(TokenGameError) as caught, whole(path) as part:
-        part.write_text("new")
-        monkeypatch.setattr(os, call, fail)
+    def write():
+        with whole(path) as part:
+            part.write_text("new")
+            monkeypatch.setattr(os, call, fail)
+
+    with pytest.raises(TokenGameError) as caught:
+        write()
     monkeypatch.undo()
     assert os.strerror(number) in str(caught.value)
     assert ("free some space" in str(caught.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
@@ -105,7 +106,7 @@ def test_a_folder_deleted_meanwhile_is_a_sentence(tmp_path):
 
 def test_appending_to_a_full_disk_is_a_sentence(tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
-    with pytest.raises(TokenGameError, match="No space left on device.*free some space"):
+    with pytest.raises(TokenGameError, match=r"No space left on device.*free some space"):
         append(tmp_path / "log", b"line\n")
 
 
