@@ -1,0 +1,2 @@
+def case(w,s,n): return ''
+count=lambda w: 1
