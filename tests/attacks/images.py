@@ -113,7 +113,7 @@ def _claims(kind: str, width: int, height: int) -> bytes:
         data[at : at + 4] = struct.pack("<HH", min(width, 16_383), min(height, 16_383))
     else:
         for tag, value in ((256, width), (257, height)):  # width and length, as 32 bits
-            at = data.index(struct.pack("<HH", tag, 3))
+            at = next(at for at in map(data.find, (struct.pack("<HH", tag, kind) for kind in (3, 4))) if at >= 0)
             data[at : at + 12] = struct.pack("<HHII", tag, 4, 1, value)
     return bytes(data[: len(data) // 2])
 
@@ -230,11 +230,19 @@ def _map(folder: Path, rng: random.Random) -> str:
         shutil.copyfile(_png(folder), folder / "images" / name / "0.png")
     source = open_images(str(folder / "images"))
     label_images(source, str(path), 5)
-    lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    for name, label in zip(source.names, source.labels or (), strict=True):
-        named = [index for index, line in enumerate(lines) if line == Path(name).parent.name]
-        require(named == [label], f"class map, {what}: {name} has label {label}, and lines {named} name it")
+    for name, label in zip(source.names, source.labels or [None] * 5, strict=True):
+        named = [lines_naming(Path(name).parent.name, data, encoding) for encoding in ("utf-8-sig", "utf-16", "latin-1")]
+        require([label] in named, f"class map, {what}: {name} has label {label}, and lines {named[0]} name it")
     return f"class map: {what}"
+
+
+def lines_naming(folder: str, data: bytes, encoding: str) -> list[int]:
+    """Numbers of the lines of a text that are a folder's name."""
+    try:
+        lines = data.decode(encoding).splitlines()
+    except UnicodeError:
+        return []
+    return [number for number, line in enumerate(lines) if line.strip() == folder]
 
 
 def _png(folder: Path) -> Path:

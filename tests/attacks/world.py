@@ -63,6 +63,8 @@ class Ended:
     stdout: str
     mib: float
     """memory beyond that of the process it was forked from"""
+    number: int
+    """what was counted"""
 
     @property
     def sentence(self) -> str:
@@ -154,16 +156,18 @@ def succeed(ended: Ended) -> Ended:
 
 
 def command(
-    arguments: list[str], before: Callable[[], None] = lambda: None, stdout: str | None = None
-) -> Ended:
+    arguments: list[str], before: Callable[[], None] = lambda: None, after: Callable[[], int] = lambda: 0,
+    stdout: str | None = None,
+) -> Ended:  # fmt: skip
     """Run `python -m tokengame` with `arguments` in a fork of this process.
 
     Args:
         arguments: of the command line.
         before: called in the fork, e.g. to arm a fault.
+        after: called there when the command has ended; counts something.
         stdout: a file to write to, in place of what is returned.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as number:
         child = os.fork()
         if not child:
             code = FAILED
@@ -172,15 +176,17 @@ def command(
                 os.dup2(target, 1)
                 os.dup2(err.fileno(), 2)
                 code = _run(arguments, before)
+                os.write(number.fileno(), str(after()).encode())
             finally:
                 os._exit(code)
         started = resident_mib(child)
         _, status, usage = os.wait4(child, 0)
         texts = []
-        for file in (err, out):
+        for file in (err, out, number):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return Ended(os.waitstatus_to_exitcode(status), *texts, usage.ru_maxrss / 1024 - started)
+    memory = max(0.0, usage.ru_maxrss / 1024 - started)
+    return Ended(os.waitstatus_to_exitcode(status), *texts[:2], memory, int(texts[2] or 0))
 
 
 def _run(arguments: list[str], before: Callable[[], None]) -> int:
@@ -234,15 +240,18 @@ def arm(folder: Path, at: int, action: int, signal_number: int = 0) -> None:
     library.faults_arm(str(folder).encode(), ctypes.c_long(at), action, signal_number)
 
 
-def at_call(number: int, act: Callable[[], None]) -> None:
-    """Do something when Python calls its function number `number` from now on."""
-    left = number
+class Calls:
+    """Counts the Python functions that are called from `start` on, and does something at call number `at`."""
 
-    def count(_frame, event, _argument):
-        nonlocal left
-        left -= event == "call"
-        if left <= 0:
+    def __init__(self, at: int = 0, act: Callable[[], None] = lambda: None):
+        self.at, self.act, self.seen = at, act, 0
+
+    def start(self) -> None:
+        sys.setprofile(self._count)
+
+    def _count(self, _frame: object, event: str, _argument: object) -> None:
+        self.seen += event == "call"
+        if self.seen == self.at:
             sys.setprofile(None)
-            act()
-
-    sys.setprofile(count)
+            self.at = 0
+            self.act()
