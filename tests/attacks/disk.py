@@ -13,10 +13,11 @@ from pathlib import Path
 
 from attacks.outcome import generator, require
 from attacks.runs import log, operations_of, parts_left, require_as_undisturbed, require_sentence, resumed, undisturbed
-from attacks.world import FULL, ONCE, SMALL, Calls, World, arm, command, sha
+from attacks.world import FULL, ONCE, Calls, World, arm, command, sha
 from tokengame import Policy
 
 COMMANDS = ("train", "calibrate", "finetune", "sweep", "show", "compare")
+UPDATES = 2
 DELETED = 40
 """cases in which the folder is deleted"""
 
@@ -24,15 +25,15 @@ DELETED = 40
 def arguments(world: World, name: str, folder: Path) -> list[str]:
     """A short command that writes into a folder."""
     output, policy = str(folder / "policy.safetensors"), ["--policy", str(world.policy("merge"))]
-    few = ["--updates", "2", "--checkpoint-every", "1"]
+    few = ["--updates", "1", "--batch-size", "4"]
     return {
-        "train": world.train(folder / "policy.safetensors"),
+        "train": world.train(folder / "policy.safetensors", updates=UPDATES),
         "calibrate": ["calibrate", *world.flags, *policy, "--output", output],
-        "finetune": ["finetune", *world.flags, *policy, *few, "--batch-size", "4", "--output", str(folder)],
-        "sweep": ["sweep", *world.flags, "--ratios", "20", *SMALL, "--updates", "2", "--output", str(folder)],
+        "finetune": ["finetune", *world.flags, *policy, *few, "--output", str(folder)],
+        "sweep": ["sweep", *world.flags, "--ratios", "20", *few, "--output", str(folder)],
         "show": ["show", *world.flags, *policy, "--count", "1", "--output", str(folder / "tokens.png")],
         "compare": ["compare", *world.flags, "--policies", str(world.policy("merge")), "--dials", "0.5",
-                    "--timing", "False", "--output", str(folder)],
+                    "--no-timing", "--output", str(folder)],
     }[name]  # fmt: skip
 
 
@@ -84,9 +85,8 @@ def _full(world: World, folder: Path, name: str, at: int, action: int, _seed: in
     if output.exists():
         Policy.load(output)
     if name == "train":
-        wanted = undisturbed(world)
-        require(ended.code or sha(output) == wanted.policy, "exit 0, and the policy is another")
-        require_as_undisturbed(world, output, ended if not ended.code else resumed(world, output))
+        ended = resumed(world, output, UPDATES) if ended.code else ended
+        require_as_undisturbed(world, output, ended, UPDATES)
 
 
 def _stdout(world: World, folder: Path, name: str, *_: int) -> None:
@@ -103,6 +103,8 @@ def _deleted(world: World, folder: Path, name: str, at: int, _action: int, seed:
     output = folder / "run" / "policy.safetensors"
     rng = generator("deleted", seed, at)
     vanish: Callable[[], None] = lambda: shutil.rmtree(output.parent, ignore_errors=True)  # noqa: E731
-    ended = command(world.train(output), Calls(rng.randint(1, undisturbed(world).calls), vanish).start)
+    ended = command(
+        world.train(output, updates=UPDATES), Calls(rng.randint(1, undisturbed(world, UPDATES).calls), vanish).start
+    )
     require_sentence(ended, (0, 2))
     require(ended.code or output.exists() or not log(output).exists(), f"{name} says it worked and left no policy")

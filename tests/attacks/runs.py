@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from attacks.outcome import require
-from attacks.world import COUNT, Calls, Ended, World, arm, command, faults, sha, succeed
+from attacks.world import COUNT, UPDATES, Calls, Ended, World, arm, command, faults, sha, succeed
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Undisturbed:
     """that change files; 0 where they cannot be counted"""
 
 
-def undisturbed(world: World) -> Undisturbed:
+def undisturbed(world: World, updates: int = UPDATES) -> Undisturbed:
     """Measured once."""
-    noted = world.root / "undisturbed.json"
+    noted = world.root / f"undisturbed{updates}.json"
     if not noted.exists():
-        folder, calls = world.root / "undisturbed", Calls()
-        output = folder / "policy.safetensors"
-        counted = succeed(command(world.train(output), calls.start, lambda: calls.seen))
-        operations = operations_of(world.train(world.root / "counted" / output.name), world.root / "counted")
+        folder, calls = world.root / f"undisturbed{updates}", Calls()
+        output, other = folder / "policy.safetensors", world.root / f"counted{updates}"
+        counted = succeed(command(world.train(output, updates=updates), calls.start, lambda: calls.seen))
+        operations = operations_of(world.train(other / output.name, updates=updates), other)
         found = Undisturbed(sha(output), sha(metrics(output)), counted.number, operations)
         noted.write_text(json.dumps(asdict(found)))
     return Undisturbed(**json.loads(noted.read_text()))
@@ -55,18 +55,18 @@ def metrics(output: Path) -> Path:
     return log(output) / "metrics.jsonl"
 
 
-def resumed(world: World, output: Path) -> Ended:
+def resumed(world: World, output: Path, updates: int = UPDATES) -> Ended:
     """The run taken up again, or started anew where nothing was saved."""
-    ended = command(world.train(output, "--resume"))
+    ended = command(world.train(output, "--resume", updates=updates))
     if ended.code == 2 and not (log(output) / "checkpoint.pt").exists():
-        return command(world.train(output, *world.overwrite))
+        return command(world.train(output, *world.overwrite, updates=updates))
     return ended
 
 
-def require_as_undisturbed(world: World, output: Path, ended: Ended) -> None:
+def require_as_undisturbed(world: World, output: Path, ended: Ended, updates: int = UPDATES) -> None:
     """Raise `Defect` unless a resumed run ended with the bytes of an undisturbed one."""
     require(ended.code == 0, f"not resumed, exit {ended.code}: {ended.sentence[-200:]}")
-    wanted = undisturbed(world)
+    wanted = undisturbed(world, updates)
     require(sha(output) == wanted.policy, "the resumed run wrote another policy")
     require(sha(metrics(output)) == wanted.metrics, "the resumed run wrote other metrics")
 

@@ -99,9 +99,9 @@ class World:
         own = ["--backbone", NAME, "--weights", str(self.weights), "--images", str(self.images)]
         return [*own, "--workers", "0", "--device", "cpu"]
 
-    def train(self, output: Path, *more: str) -> list[str]:
+    def train(self, output: Path, *more: str, updates: int = UPDATES) -> list[str]:
         """A short training run."""
-        every = ["--updates", str(UPDATES), "--checkpoint-every", "2"]
+        every = ["--updates", str(updates), "--checkpoint-every", "2"]
         return ["train", *self.flags, *SMALL, *every, "--output", str(output), *more]
 
     @cached_property
@@ -251,7 +251,6 @@ class Calls:
 
     def _count(self, _frame: object, event: str, _argument: object) -> None:
         self.seen += event == "call"
-        if self.seen == self.at:
+        if event == "call" and self.seen == self.at:
             sys.setprofile(None)
-            self.at = 0
             self.act()
