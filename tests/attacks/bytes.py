@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
-STRANGE = (b"", b"\0", b"\xff" * 8, b"{}", b"PK\x05\x06" + b"\0" * 18, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-           b"%PDF-1.4\n%%EOF\n", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", "Ω\u202e\0".encode())  # fmt: skip
+STRANGE = (
+    b"", b"\0", b"\xff" * 8, b"{}", b"PK\x05\x06" + b"\0" * 18, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.4\n%%EOF\n", "Ω\u202e\0".encode(),
+)  # fmt: skip
 
 
 def damaged(data: bytes, rng: random.Random, head: int = 0) -> tuple[bytes, str]:

@@ -116,7 +116,9 @@ def digest(state: Any) -> str:
 
 def spoil(path: Path, rng: random.Random) -> str:
     """Damage a file; what was done."""
-    kind = rng.choices(("bytes", "tensor", "foreign", "missing", "folder", "lines", "none"), (60, 10, 10, 2, 1, 15, 2))[0]
+    kind = rng.choices(("bytes", "tensor", "foreign", "missing", "folder", "lines", "none"), (60, 10, 10, 2, 1, 15, 2))[
+        0
+    ]
     if kind == "bytes" or (kind == "lines" and path.suffix == ".pt") or (kind == "tensor" and path.suffix != ".pt"):
         changed, what = damaged(path.read_bytes(), rng)
         path.write_bytes(changed)
@@ -126,20 +128,29 @@ def spoil(path: Path, rng: random.Random) -> str:
     if kind == "foreign":
         return _foreign(path, rng)
     if kind == "lines":
-        lines = path.read_text().splitlines(keepends=True)
-        act = rng.choice(("shuffled", "doubled", "removed", "garbage", "unfinished"))
-        at = rng.randrange(len(lines))
-        text = {"shuffled": rng.sample(lines, len(lines)), "doubled": lines[:at] + lines[at : at + 1] + lines[at:],
-                "removed": lines[:at] + lines[at + 1 :], "garbage": [*lines[:at], rng.choice(("{}\n", "[]\n", "x\n", "7\n")),
-                *lines[at + 1 :]], "unfinished": [*lines, '{"update": 99, "ti']}  # fmt: skip
-        path.write_text("".join(text[act]))
-        return f"lines {act}"
+        return _other_lines(path, rng)
     if kind in ("missing", "folder"):
         path.unlink()
         if kind == "folder":
             path.mkdir()
         return kind
     return "as it was"
+
+
+def _other_lines(path: Path, rng: random.Random) -> str:
+    """A log whose lines are not those that were written."""
+    lines = path.read_text().splitlines(keepends=True)
+    act, at = rng.choice(("shuffled", "doubled", "removed", "garbage", "unfinished")), rng.randrange(len(lines))
+    strange = rng.choice(("{}\n", "[]\n", "x\n", "7\n"))
+    changed = {
+        "shuffled": rng.sample(lines, len(lines)),
+        "doubled": [*lines[:at], lines[at], *lines[at:]],
+        "removed": [*lines[:at], *lines[at + 1 :]],
+        "garbage": [*lines[:at], strange, *lines[at + 1 :]],
+        "unfinished": [*lines, '{"update": 99, "ti'],
+    }
+    path.write_text("".join(changed[act]))
+    return f"lines {act}"
 
 
 def _other_state(path: Path, rng: random.Random) -> str:

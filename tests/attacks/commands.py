@@ -32,8 +32,8 @@ RATIO = ("nan", "inf", "-1", "0", "5")
 FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "seed": SEED, "updates": COUNT, "batch-size": COUNT[:5], "rollouts": COUNT[:5], "checkpoint-every": COUNT[:5],
-        "workers": ("-1", "abc", "1.5"), "holdout": SHARE, "gmacs-ratio": RATIO, "target-drop": ("nan", "-1", "0", "abc"),
-        "target-kl": (*POSITIVE, "inf"), "ppo.lr": (*POSITIVE, "inf", "1e30"), "ppo.critic-lr": ("nan", "-1", "0", "1e30"),
+        "workers": ("-1", "abc", "1.5"), "holdout": SHARE, "gmacs-ratio": RATIO, "target-drop": POSITIVE,
+        "target-kl": (*POSITIVE, "inf"), "ppo.lr": (*POSITIVE, "inf", "1e30"), "ppo.critic-lr": ("nan", "0", "1e30"),
         "ppo.clip": ("nan", "-1", "0"), "ppo.gamma": ("nan", "-1", "2"), "ppo.gae-lambda": ("nan", "-1", "2"),
         "ppo.epochs": ("0", "-1", "abc"), "ppo.minibatches": ("0", "-1"), "ppo.entropy": ("nan", "inf"),
         "ppo.value": ("nan", "inf", "-1"), "ppo.max-grad-norm": ("nan", "-1", "0"), "ppo.critic": ("both",),
@@ -42,7 +42,8 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "actor.hidden": ("0", "-5", "abc"), "game.stages": ("99", "-1", "2 1", "1 1", "1.5"),
         "game.stage-count": ("0", "-1"), "game.cascade-margin": ("nan", "-1", "inf"), "game.transition": ("mErge",),
         "dtype": ("float8", "int8"), "device": ("nonsense", "cuda:99", "meta"), "preset": ("nope", ""),
-        "images": ("no/such/folder", "@empty", "@text.txt", "@broken", "@broken.tar", "@{0000..99999999}.tar", "@no*.tar"),
+        "images": ("no/such/folder", "@empty", "@text.txt", "@broken", "@broken.tar", "@no*.tar",
+                   "@{0000..99999999}.tar"),
         "weights": ("no.safetensors", "@text.txt", "@nan.safetensors", "@headless.safetensors", "@images"),
         "class-map": ("no.txt", "@strange.txt", "@many.txt", "@binary.txt"),
         "backbone": ("no_such_model", "resnet18", "swin_tiny_patch4_window7_224", ""),
@@ -62,13 +63,15 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "count": ("-1", "0", "abc"), "side": ("0", "-1", "100000", "abc"), "dial": DIAL, "pick": ("best",),
         "dynamicvit-updates": ("-1", "abc"), "output": ("tokens.jpg", "@images", "@pipe"), "seed": ("-1",),
     },
-    "sweep": {"ratios": ("0", "-1", "nan", "inf", "abc"), "holdout": ("nan", "0", "2"), "seed": ("-1",), "updates": ("0",)},
+    "sweep": {"ratios": ("0", "-1", "nan", "inf", "abc"), "holdout": ("nan", "0", "2"), "seed": ("-1",),
+              "updates": ("0",)},
     "finetune": {
-        "opt": ("nope",), "sched": ("nope",), "aa": ("nope",), "lr": (*POSITIVE, "inf", "1e30"), "ema": ("nan", "-1", "1"),
-        "warmup": ("nan", "-1", "2"), "crop": ("nan", "0", "2"), "reprob": ("nan", "-1", "2"), "distill": ("nan", "-1"),
-        "labels": ("nan", "-1", "inf"), "weight-decay": ("nan", "-1", "inf"), "max-grad-norm": ("nan", "0", "-1"),
-        "updates": COUNT[:5], "batch-size": ("0", "-1"), "checkpoint-every": ("0", "-1"), "dial": ("nan", "-1", "2"),
-        "gmacs-ratio": RATIO, "validate": ("no/such/folder",), "holdout": ("nan", "1"), "seed": ("-1",),
+        "opt": ("nope",), "sched": ("nope",), "aa": ("nope",), "lr": (*POSITIVE, "inf", "1e30"),
+        "ema": ("nan", "-1", "1"), "warmup": ("nan", "-1", "2"), "crop": ("nan", "0", "2"),
+        "reprob": ("nan", "-1", "2"), "distill": ("nan", "-1"), "labels": ("nan", "-1", "inf"),
+        "weight-decay": ("nan", "-1", "inf"), "max-grad-norm": ("nan", "0", "-1"), "updates": COUNT[:5],
+        "batch-size": ("0", "-1"), "checkpoint-every": ("0", "-1"), "dial": ("nan", "-1", "2"), "seed": ("-1",),
+        "gmacs-ratio": RATIO, "validate": ("no/such/folder",), "holdout": ("nan", "1"),
     },
     "bench": {
         "keep": ("nan", "0", "-1", "2"), "batch-sizes": ("0", "-1", "abc"), "seconds": ("nan", "-1", "inf"),
@@ -85,12 +88,14 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
 """flags by command, without their dashes, and values that are wrong; @ is a file in the folder of wrong things"""
 WHOLE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("nope",), "nope"), (("train",), "--backbone"), (("eval", "--policy", "x"), "--backbone"), (("trian",), "trian"),
-    (("+train", "--resume"), "--resume"), (("+train", "--updatess", "3"), "--updatess"), (("+train", "--seed"), "--seed"),
+    (("+train", "--resume"), "--resume"), (("+train", "--updatess", "3"), "--updatess"),
+    (("+train", "--seed"), "--seed"),
     (("+train", "stray"), "stray"), (("+eval", "--dail", "0.5"), "--dail"), (("+eval", "--max-drop"), "--max-drop"),
     (("+eval", "--dial", "0.5", "--gmacs-ratio", "0.8"), "--gmacs-ratio"), (("+eval", "--json", "x"), "x"),
     (("+finetune", "--dial", "0.5", "--gmacs-ratio", "0.8"), "--gmacs-ratio"), (("+finetune", "--resume"), "--resume"),
     (("+train", "--preset"), "--preset"), (("+train", "--target-drop", "1", "--reward.kind", "share"), "--target-drop"),
-    (("+finetune", "--distill", "0", "--labels", "0"), "--distill"), (("+compare", "--policies", "@m", "@m"), "--policies"),
+    (("+finetune", "--distill", "0", "--labels", "0"), "--distill"),
+    (("+compare", "--policies", "@m", "@m"), "--policies"),
     (("--version", "--nope"), "--nope"), (("+train", "--images", "stream:no/such/set"), "no/such/set"),
 )  # fmt: skip
 """whole lines and a word that the sentence must have; + stands for a command with the flags that it needs"""
@@ -118,10 +123,10 @@ def _flag_lines(world: World) -> Iterator[Line]:
         for flag, values in flags.items():
             for value in values:
                 found = [_placed(world, part) for part in (value.split(" ") if flag == "game.stages" else [value])]
-                base = _without(_base(world, name), f"--{flag}")
-                glued = [f"--{flag}={found[0]}"] if len(found) == 1 and found[0].startswith("-") else [f"--{flag}", *found]
-                path = value.startswith("@") or value.startswith("no/") or value.startswith("/")
-                yield Line((*base, *glued), Path(found[0]).name if path else f"--{flag}")
+                base, first = _without(_base(world, name), f"--{flag}"), found[0]
+                glued = [f"--{flag}={first}"] if first.startswith("-") else [f"--{flag}", *found]
+                named = Path(first).name if value.startswith(("@", "no/", "/")) else f"--{flag}"
+                yield Line((*base, *glued), named)
 
 
 def _whole_lines(world: World) -> Iterator[Line]:

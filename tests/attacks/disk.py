@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attacks.outcome import generator, require
 from attacks.runs import log, operations_of, parts_left, require_as_undisturbed, require_sentence, resumed, undisturbed
-from attacks.world import FULL, ONCE, Calls, World, arm, command, sha
+from attacks.world import FULL, ONCE, Calls, World, arm, command, faults, sha
 from tokengame import Policy
 
 COMMANDS = ("train", "calibrate", "finetune", "sweep", "show", "compare")
@@ -76,7 +76,10 @@ def _full(world: World, folder: Path, name: str, at: int, action: int, _seed: in
     if name == "calibrate":  # written where an older one lies
         shutil.copyfile(world.policy("cascade"), output)
         old = sha(output)
-    ended = command(arguments(world, name, folder), lambda: arm(folder, at, action))
+    library = faults()
+    assert library is not None
+    ended = command(arguments(world, name, folder), lambda: arm(folder, at, action), library.faults_seen)
+    require(ended.number >= at or ended.code == 0, "the command ended before the fault")
     require_sentence(ended, (0, 2))
     require(not parts_left(folder), f"{parts_left(folder)} left")
     if name == "calibrate":

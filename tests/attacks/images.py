@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import timm
-import torch
 from PIL import Image
 
 from attacks.bytes import damaged
@@ -34,8 +33,12 @@ FORMATS = {
 }  # fmt: skip
 NAMES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 """extensions under which files are read, whatever they hold"""
-SIDES = ((100_000_000, 1), (1, 100_000_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (0, 0), (0, 40), (65_535, 65_535),
-         (9_000, 9_000), (16_383, 16_383))  # fmt: skip
+SIDES = (
+    (100_000_000, 1), (1, 100_000_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (65_535, 65_535), (16_383, 16_383),
+    (9_000, 9_000), (0, 0), (0, 40),
+)  # fmt: skip
+ENCODINGS = ("utf-8-sig", "utf-16", "latin-1")
+"""in which a class map may be read"""
 
 
 def case(world: World, seed: int, number: int) -> str:
@@ -133,7 +136,12 @@ def _bomb(folder: Path, rng: random.Random) -> str:
     """A valid image of few bytes and many pixels: read in little memory, or unreadable."""
     kind = rng.choice(("1", "L", "16", "RGB", "RGBA", "P", "tif 1", "tif F", "gif", "webp"))
     side = rng.choice((5_000, 9_000, 13_000))
-    read = _read(folder, bomb(kind, side), {"tif 1": "tif", "tif F": "tif", "gif": "gif", "webp": "webp"}.get(kind, "png"))
+    extension = kind.split()[0] if kind in ("tif 1", "tif F", "gif", "webp") else "png"
+    made = folder.parent / "bombs" / f"{kind} {side}"
+    if not made.exists():
+        made.parent.mkdir(exist_ok=True)
+        made.write_bytes(bomb(kind, side))
+    read = _read(folder, made.read_bytes(), extension)
     return f"{kind} of {side} x {side}, {'read' if read else 'unreadable'}"
 
 
@@ -231,7 +239,7 @@ def _map(folder: Path, rng: random.Random) -> str:
     source = open_images(str(folder / "images"))
     label_images(source, str(path), 5)
     for name, label in zip(source.names, source.labels or [None] * 5, strict=True):
-        named = [lines_naming(Path(name).parent.name, data, encoding) for encoding in ("utf-8-sig", "utf-16", "latin-1")]
+        named = [lines_naming(Path(name).parent.name, data, encoding) for encoding in ENCODINGS]
         require([label] in named, f"class map, {what}: {name} has label {label}, and lines {named[0]} name it")
     return f"class map: {what}"
 
@@ -250,5 +258,3 @@ def _png(folder: Path) -> Path:
     if not path.exists():
         path.write_bytes(encoded("png", "RGB"))
     return path
-
-

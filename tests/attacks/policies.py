@@ -22,9 +22,9 @@ from tokengame import Policy, prune
 
 HOSTILE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, -(10**18), 0.5, -0.5, 1.0, 1e308, math.nan, math.inf, -math.inf,
-    "", "0", "1", "nan", "mErge", "drop", "context ", "../../etc/passwd", "/etc/passwd", "a\0b", "Ω\u202e", "x" * 100_000,
-    [], [0], [1.0, 2.0], ["1", "2"], [True], [[]], [None], [-1], [2, 1], [1, 1], [99], list(range(5000)), {}, {"a": 1},
-    {"dial": 0.5}, [{}], [{"dial": math.nan}],
+    "", "0", "1", "nan", "mErge", "drop", "context ", "../../etc/passwd", "/etc/passwd", "a\0b", "Ω\u202e",
+    "x" * 100_000, [], [0], [1.0, 2.0], ["1", "2"], [True], [[]], [None], [-1], [2, 1], [1, 1], [99],
+    list(range(5000)), {}, {"a": 1}, {"dial": 0.5}, [{}], [{"dial": math.nan}],
 )  # fmt: skip
 TARGETS = {"max_drop": (0.5, 30.0, 100.0), "gmacs_ratio": (0.5, 0.8), "gmacs": (0.003,), "keep": (0.3, 0.6)}
 
@@ -107,9 +107,10 @@ def _text(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     deep = rng.choice((200, 20_000, 200_000))
     at = rng.randrange(len(text))
     choices = {
-        "cut": text[:at], "byte": text[:at] + chr(rng.randrange(1, 0x3000)) + text[at + 1 :], "empty": "", "null": "null",
-        "list": "[]", "number": "7", "deep": "[" * deep + "]" * deep, "deep object": '{"a":' * deep + "1" + "}" * deep,
-        "digits": text.replace('"dial": 0', '"dial": 0' + "0" * 5000 + "1", 1), "doubled": text[:-1] + ", " + text[1:],
+        "cut": text[:at], "byte": text[:at] + chr(rng.randrange(1, 0x3000)) + text[at + 1 :], "empty": "",
+        "null": "null", "list": "[]", "number": "7", "deep": "[" * deep + "]" * deep,
+        "deep object": '{"a":' * deep + "1" + "}" * deep, "digits": text.replace('": 0.', '": 0.' + "1" * 5000, 1),
+        "doubled": text[:-1] + ", " + text[1:],
         "huge": text[:-1] + ', "x": "' + "y" * 2_000_000 + '"}', "surrogate": text.replace("tokengame", "\\ud800", 1),
     }  # fmt: skip
     name = rng.choice(list(choices))
@@ -129,7 +130,9 @@ def _tensor(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     elif act == "extra":
         weights["extra"] = torch.zeros(3)
     elif act == "shape":
-        weights[name] = rng.choice((tensor.T.contiguous(), tensor.flatten(), tensor[:0], tensor[None], torch.tensor(1.0)))
+        weights[name] = rng.choice(
+            (tensor.T.contiguous(), tensor.flatten(), tensor[:0], tensor[None], torch.tensor(1.0))
+        )
     elif act == "type":
         weights[name] = tensor.to(rng.choice((torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)))
     elif act == "value":

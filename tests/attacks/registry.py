@@ -39,9 +39,7 @@ ATTACKS = {
     "checkpoints": Attack("damaged or foreign checkpoints and logs", checkpoints.case, lambda _: 7_000, 60, 50),
     "commands": Attack("wrong command lines", commands.case, commands.count, 30),
     "kills": Attack("training killed, then resumed", kills.case, lambda _: 120, 5),
-    "disk": Attack(
-        "disk full at every write, output folder deleted", disk.case, disk.count, 12, needs_faults=True
-    ),
+    "disk": Attack("disk full at every write, output folder deleted", disk.case, disk.count, 12, needs_faults=True),
     "threads": Attack(f"calls from eight threads, {threads.CALLS} a case", threads.case, lambda _: 104, 4),
 }
 

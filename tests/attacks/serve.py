@@ -1,7 +1,7 @@
 """Runs cases in forks of one process that has imported everything: `python -m attacks.serve FOLDER`.
 
 Requests are lines of JSON on stdin, {"attack", "seed", "numbers"}, numbers None for the short form; answers are lines
-of JSON on stdout: outcomes as they come, and {"end": reason or null}. A fork that dies or hangs is a defect of its case.
+of JSON on stdout: outcomes as they come, and {"end": reason or null}. A fork that dies or hangs is its case's defect.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def answer(document: dict[str, Any]) -> None:
 
 
 def run(name: str, attack: Attack, world: World, seed: int, numbers: list[int]) -> Iterator[Outcome]:
-    """Outcomes of all cases, each chunk in a fork; what a fork did not finish starts again after the case it died in."""
+    """Outcomes of all cases, each chunk in a fork; where one dies, another begins with the case after."""
     left = deque(numbers)
     while left:
         chunk = [left[i] for i in range(min(attack.chunk, len(left)))]
