@@ -4,14 +4,16 @@
     python runs/reliability.py --only policies --number 17        # one case, to look at a defect
     python runs/reliability.py --only kills disk --seed 1
 
-`docs/reliability.md` has the table that is printed. The generators are in tests/attacks/.
+The table goes to docs/reliability.md, which says what is tried. The generators are in tests/attacks/.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +32,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from attacks.client import Attacker  # noqa: E402
 from attacks.outcome import Outcome  # noqa: E402
 
+PAGE = ROOT / "docs" / "reliability.md"
 ATTACKS = ("policies", "images", "checkpoints", "commands", "kills", "disk", "threads")
 SHOWN = 20
-"""defects of an attack that are printed and written down"""
+"""defects of an attack that are written down"""
 
 
 @dataclass
@@ -57,10 +60,13 @@ def main(args: Reliability) -> int:
         for name in args.only:
             if name not in rows:
                 numbers = "all" if kept else None if args.number is None else [args.number]
-                rows[name] = _row(*_run(attacker, name, args.seed, numbers), args.seed, verbose=not kept)
+                rows[name] = _row(attacker, name, args, numbers)
                 if kept:
                     write_whole(args.output, json.dumps(list(rows.values()), indent=1) + "\n")
     print(table(list(rows.values())))
+    if kept:
+        text = PAGE.read_text()
+        write_whole(PAGE, re.sub(r"^\| attack .*?\n(?!\|)", table(list(rows.values())) + "\n", text, flags=re.M | re.S))
     return int(any(row["defects"] for row in rows.values()))
 
 
@@ -78,27 +84,27 @@ def _version(row: dict[str, Any]) -> str:
     return str(row["commit"]).removesuffix("+")
 
 
-def _run(attacker: Attacker, name: str, seed: int, numbers: Any) -> tuple[str, list[Outcome], str | None]:
+def _run(attacker: Attacker, name: str, seed: int, numbers: Any) -> Iterator[Outcome]:
+    """Outcomes, with a bar; defects are printed as they come."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bars:
         task = bars.add_task(name, total=None)
+        for outcome in attacker.run(name, seed, numbers):
+            bars.update(task, total=attacker.total, advance=1)
+            if outcome.verdict == "defect" or attacker.total == 1:
+                bars.console.print(str(outcome), markup=False, highlight=False, soft_wrap=True)
+            yield outcome
 
-        def step(total: int) -> None:
-            bars.update(task, total=total) if total else bars.advance(task)
 
-        return name, *attacker.run(name, seed, numbers, step)
-
-
-def _row(name: str, outcomes: list[Outcome], missing: str | None, seed: int, verbose: bool) -> dict[str, Any]:
+def _row(attacker: Attacker, name: str, args: Reliability, numbers: Any) -> dict[str, Any]:
     """What the table and the results file say of an attack."""
-    defects = [str(outcome) for outcome in outcomes if outcome.verdict == "defect"]
-    for line in map(str, outcomes[:SHOWN]) if verbose else defects[:SHOWN]:
-        print(line)
+    outcomes = list(_run(attacker, name, args.seed, numbers))
     count = Counter(outcome.verdict for outcome in outcomes)
+    defects = [str(outcome) for outcome in outcomes if outcome.verdict == "defect"]
     return {
-        "attack": name, "seed": seed, "cases": len(outcomes), "worked": count["ok"], "refused": count["refused"],
+        "attack": name, "seed": args.seed, "cases": len(outcomes), "worked": count["ok"], "refused": count["refused"],
         "defects": count["defect"], "memory_mib": max((outcome.mib for outcome in outcomes), default=0.0),
-        "not_run": missing, "first_defects": defects[:SHOWN], **conditions(torch.float32),
+        "not_run": attacker.missing, "first_defects": defects[:SHOWN], **conditions(torch.float32),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from attacks import policies, serve
 from attacks.client import Attacker, compiled_faults
-from attacks.outcome import Defect, generator, judged
+from attacks.outcome import Defect, Refused, accepted, generator, judged
 from attacks.registry import ATTACKS, Attack
 
 from tokengame import TokenGameError
@@ -40,10 +40,12 @@ def attacker(tmp_path_factory):
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_nothing_is_lost_or_silently_wrong(name, attacker):
-    outcomes, missing = attacker.run(name)
-    if missing:
-        pytest.skip(missing)
+    outcomes = list(attacker.run(name))
+    if attacker.missing:
+        pytest.skip(attacker.missing)
     assert len(outcomes) >= ATTACKS[name].short
+    verdicts = {outcome.verdict for outcome in outcomes}
+    assert "ok" in verdicts or name == "commands", "what is sound works"
     defects = [str(outcome) for outcome in outcomes if outcome.verdict == "defect"]
     assert not defects, "\n" + "\n".join(defects)
 
@@ -65,10 +67,19 @@ def raises(error):
         (KeyError("dial"), "defect"),
         (MemoryError(), "defect"),
         (Defect("dial 0 is not native"), "defect"),
+        (Refused("exit 2, --dial must lie between 0 and 1"), "refused"),
     ],
 )
 def test_only_a_sentence_refuses(error, verdict):
     assert judged(raises(error))[0] == verdict
+
+
+def test_what_is_sound_must_not_be_refused():
+    def case():
+        with accepted("the policy"):
+            raise TokenGameError("no policy file at x")
+
+    assert judged(case) == ("defect", "the policy is refused: no policy file at x")
 
 
 def attack_by(case):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from attacks.bytes import damaged
-from attacks.outcome import Defect, generator, require
+from attacks.outcome import Defect, Refused, accepted, generator, require
 from attacks.policies import natives
 from attacks.runs import log, metrics, require_as_undisturbed
 from attacks.world import NAME, SMALL, UPDATES, Calls, World, command, sha
@@ -40,11 +40,11 @@ def case(world: World, seed: int, number: int) -> str:
         victim = log(output) / rng.choice(FILES)
         what = f"{victim.name}: {spoil(victim, rng)}"
         try:
-            if number % EVERY:
-                found = resume(world, output)
-                require(found == undamaged(world), "resumed from other bytes")
-            else:
-                _to_the_end(world, output)
+            with accepted("the run", what.endswith(": as it was")):
+                if number % EVERY:
+                    require(resume(world, output) == undamaged(world), "resumed from other bytes")
+                else:
+                    _to_the_end(world, output)
         except Defect as defect:
             raise Defect(f"{what}: {defect}") from None
         require(not (Path(folder) / "ran").exists(), f"{what}: code of the file was run")
@@ -56,7 +56,7 @@ def _to_the_end(world: World, output: Path) -> None:
     require("Traceback" not in ended.stderr, f"traceback: {ended.sentence[-200:]}")
     if ended.code == 2:
         require(ended.sentence, "exit 2 without a word")
-        return
+        raise Refused(ended.sentence[-200:])
     require_as_undisturbed(world, output, ended)
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Attacker(AbstractContextManager):
         folder: for what is attacked, made there once.
     """
 
+    total = 0
+    """cases of the attack under way"""
+    missing: str | None = None
+    """why the last attack could not run"""
+
     def __init__(self, folder: Path):
         library = compiled_faults(folder)
         paths = [str(HERE.parent), str(HERE.parents[1])]
@@ -46,27 +51,21 @@ class Attacker(AbstractContextManager):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(
-        self, attack: str, seed: int = 0, numbers: Iterable[int] | str | None = None,
-        started: Callable[[int], None] = lambda _: None,
-    ) -> tuple[list[Outcome], str | None]:  # fmt: skip
-        """Outcomes of an attack, and why it cannot run here, or None.
+    def run(self, attack: str, seed: int = 0, numbers: Iterable[int] | str | None = None) -> Iterator[Outcome]:
+        """Outcomes of an attack as they come; afterwards `missing` says why it cannot run here, or None.
 
         Args:
             attack: its name.
             seed: of its cases.
             numbers: of the cases; "all", or None for the short form.
-            started: called with the number of cases, and with 0 after each.
         """
         self._ask({"attack": attack, "seed": seed, "numbers": numbers if numbers in (None, "all") else list(numbers)})
-        outcomes = []
         while "end" not in (found := self._answer()):
             if "total" in found:
-                started(found["total"])
+                self.total = found["total"]
             else:
-                outcomes.append(Outcome(**found))
-                started(0)
-        return outcomes, found["end"]
+                yield Outcome(**found)
+        self.missing = found["end"]
 
     def _ask(self, request: dict[str, Any]) -> None:
         assert self.process.stdin is not None

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.outcome import generator, require
+from attacks.outcome import Defect, Refused, accepted, generator, require
 from attacks.runs import log, operations_of, parts_left, require_as_undisturbed, require_sentence, resumed, undisturbed
-from attacks.world import FULL, ONCE, Calls, World, arm, command, faults, sha
+from attacks.world import FULL, ONCE, Calls, Ended, World, arm, command, faults, sha
 from tokengame import Policy
 
 COMMANDS = ("train", "calibrate", "finetune", "sweep", "show", "compare")
@@ -65,8 +65,10 @@ def case(world: World, seed: int, number: int) -> str:
         what = f"{name}, {fault} at {at}"
         try:
             act(world, Path(folder), name, at, ONCE if fault == "once" else FULL, seed)
-        except Exception as error:
-            raise type(error)(f"{what}: {error}") from None
+        except Defect as error:
+            raise Defect(f"{what}: {error}") from None
+        except Refused as refusal:
+            raise Refused(f"{what}: {refusal}") from None
     return what
 
 
@@ -86,10 +88,18 @@ def _full(world: World, folder: Path, name: str, at: int, action: int, _seed: in
         wanted = sha(world.root / "disk" / "calibrate" / "policy.safetensors")
         require(sha(output) == (old if ended.code else wanted), f"exit {ended.code}, and the policy is another")
     if output.exists():
-        Policy.load(output)
+        with accepted("the policy that was left"):
+            Policy.load(output)
     if name == "train":
-        ended = resumed(world, output, UPDATES) if ended.code else ended
-        require_as_undisturbed(world, output, ended, UPDATES)
+        last = resumed(world, output, UPDATES) if ended.code else ended
+        require_as_undisturbed(world, output, last, UPDATES)
+    _report(ended)
+
+
+def _report(ended: Ended) -> None:
+    """A run that ended with a sentence is refused."""
+    if ended.code:
+        raise Refused(ended.sentence[-150:])
 
 
 def _stdout(world: World, folder: Path, name: str, *_: int) -> None:
@@ -99,6 +109,7 @@ def _stdout(world: World, folder: Path, name: str, *_: int) -> None:
     ended = command([*line, "--json"], stdout="/dev/full")
     require_sentence(ended, (1, 2))
     require(ended.sentence, "ended without a word")
+    _report(ended)
 
 
 def _deleted(world: World, folder: Path, name: str, at: int, _action: int, seed: int) -> None:
@@ -111,3 +122,4 @@ def _deleted(world: World, folder: Path, name: str, at: int, _action: int, seed:
     )
     require_sentence(ended, (0, 2))
     require(ended.code or output.exists() or not log(output).exists(), f"{name} says it worked and left no policy")
+    _report(ended)

@@ -8,7 +8,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from attacks.outcome import generator, require
+from attacks.outcome import Defect, generator, require
 from attacks.runs import parts_left, require_as_undisturbed, require_sentence, resumed, undisturbed
 from attacks.world import AFTER, BEFORE, Calls, Ended, World, arm, command
 
@@ -49,8 +49,8 @@ def _killed(
     ended, where = command(arguments, before), f"{which.name} {where}"
     try:
         require_sentence(ended, (0, *CODES[which]))
-    except Exception as error:
-        raise type(error)(f"{where}: {error}") from None
+    except Defect as error:
+        raise Defect(f"{where}: {error}") from None
     if which != signal.SIGKILL:
         require(not parts_left(folder), f"{where}: {parts_left(folder)} left")
     return ended, where

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tokengame import TokenGameError
@@ -16,6 +17,10 @@ LONGEST_SENTENCE = 1000
 
 class Defect(Exception):
     """The package did what it must not do."""
+
+
+class Refused(Exception):
+    """A command ended as it must on bad input: its exit code and its sentence have been judged."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ def require(holds: object, what: str) -> None:
         raise Defect(what)
 
 
+@contextmanager
+def accepted(what: str, wanted: bool = True) -> Iterator[None]:
+    """Where it is `wanted`, a refusal in this context is a defect: `what` is sound."""
+    try:
+        yield
+    except (TokenGameError, Refused) as error:
+        if wanted:
+            raise Defect(f"{what} is refused: {error}") from None
+        raise
+
+
 def judged(case: Callable[[], str]) -> tuple[str, str]:
     """Verdict and words: `case` returns what it is when all is right; a `TokenGameError` refuses it with a sentence."""
     try:
@@ -52,6 +68,8 @@ def judged(case: Callable[[], str]) -> tuple[str, str]:
     except TokenGameError as error:
         fault = fault_of_sentence(str(error))
         return ("defect", f"{fault}: {str(error)[:200]!r}") if fault else ("refused", str(error))
+    except Refused as refusal:
+        return "refused", str(refusal)
     except Defect as defect:
         return "defect", str(defect)
     except MemoryError:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from attacks.bytes import damaged
-from attacks.outcome import generator, judged, require
+from attacks.outcome import accepted, generator, judged, require
 from attacks.world import World, native_model
 from tokengame import Policy, prune
 
@@ -37,7 +37,8 @@ def case(world: World, seed: int, number: int) -> str:
     with tempfile.TemporaryDirectory(dir=world.root) as folder:
         path = Path(folder) / "policy.safetensors"
         path.write_bytes(data)
-        judge(world, path, rng)
+        with accepted("the policy", what == "unchanged"):
+            judge(world, path, rng)
     return f"{base.stem}, {what}"
 
 

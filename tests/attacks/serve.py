@@ -23,13 +23,13 @@ import torch
 import tokengame.cli.main  # so that forks need not import it  # noqa: F401
 from attacks.outcome import Outcome, judged
 from attacks.registry import ATTACKS, Attack, short_numbers
-from attacks.world import World, resident_mib
+from attacks.world import World, die_with_parent, resident_mib
 
 LIMIT_MIB = 1024
 """memory that a case may take"""
 STOP_MIB = 8192
 """address space beyond which allocation fails, so that the machine survives a defect"""
-HANG = 120
+HANG = 300
 """seconds without an answer after which a fork is killed; no verdict but "hang" depends on time"""
 
 
@@ -84,6 +84,7 @@ def _fork(name: str, attack: Attack, world: World, seed: int, numbers: list[int]
     code = 1
     try:
         os.setpgid(0, 0)
+        die_with_parent()
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         for stream in (1, 2):  # where the first is open, answers go
             os.dup2(0, stream)

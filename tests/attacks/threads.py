@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attacks.outcome import generator, require
+from attacks.outcome import accepted, generator, require
 from attacks.world import World, native_model, resident_mib
 from tokengame import PrunedViT, prune
 
@@ -20,6 +20,11 @@ GROWTH_MIB = 64
 
 def case(world: World, seed: int, number: int) -> str:
     """Some calls."""
+    with accepted("the model"):
+        return _called(world, seed, number)
+
+
+def _called(world: World, seed: int, number: int) -> str:
     rng = generator("threads", seed, number)
     half, base = number % 2 == 1, world.policies[number // 2 % len(world.policies)]
     model, recording = native_model(world.weights), rng.random() < 0.5

@@ -8,6 +8,7 @@ import hashlib
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
@@ -172,6 +173,7 @@ def command(
         if not child:
             code = FAILED
             try:
+                die_with_parent()
                 target = os.open(stdout, os.O_WRONLY) if stdout else out.fileno()
                 os.dup2(target, 1)
                 os.dup2(err.fileno(), 2)
@@ -210,6 +212,12 @@ def _run(arguments: list[str], before: Callable[[], None]) -> int:
                 os.write(2, b"Traceback: a stream could not be flushed at exit\n")
             code = 120
     return code
+
+
+def die_with_parent() -> None:
+    """Let this fork be killed when the process ends that it was forked from."""
+    set_signal_of_parent = 1
+    ctypes.CDLL(None).prctl(set_signal_of_parent, int(signal.SIGKILL))
 
 
 def resident_mib(process: int | str = "self") -> float:
