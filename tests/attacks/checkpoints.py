@@ -63,7 +63,7 @@ def _to_the_end(world: World, output: Path) -> None:
 def stopped(world: World) -> Path:
     """The policy file that a run would have written which was killed after a checkpoint."""
     output = world.root / "stopped" / "policy.safetensors"
-    calls = 100_000
+    calls = 60_000
     while not (log(output) / "checkpoint.pt").exists():
         shutil.rmtree(output.parent, ignore_errors=True)
         command(world.train(output), Calls(calls, lambda: os._exit(1)).start)

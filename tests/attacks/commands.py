@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -108,8 +109,8 @@ class Line:
     """A wrong command line."""
 
     arguments: tuple[str, ...]
-    names: str
-    """what the sentence must name: the flag or the path"""
+    names: tuple[str, ...]
+    """of these the sentence must name one"""
 
 
 @lru_cache
@@ -125,8 +126,16 @@ def _flag_lines(world: World) -> Iterator[Line]:
                 found = [_placed(world, part) for part in (value.split(" ") if flag == "game.stages" else [value])]
                 base, first = _without(_base(world, name), f"--{flag}"), found[0]
                 glued = [f"--{flag}={first}"] if first.startswith("-") else [f"--{flag}", *found]
-                named = Path(first).name if value.startswith(("@", "no/", "/")) else f"--{flag}"
-                yield Line((*base, *glued), named)
+                yield Line((*base, *glued), (f"--{flag}", *_word(first)))
+
+
+def _word(value: str) -> tuple[str, ...]:
+    """The name by which a sentence may speak of a value instead of its flag: of a file, a model, a choice."""
+    try:
+        float(value)
+    except ValueError:
+        return (Path(value).name,) if value not in ("", "abc") else ()
+    return ()
 
 
 def _whole_lines(world: World) -> Iterator[Line]:
@@ -134,7 +143,7 @@ def _whole_lines(world: World) -> Iterator[Line]:
         own = [_placed(world, part) for part in arguments]
         if own[0].startswith("+"):
             own = [*_base(world, own[0][1:]), *own[1:]]
-        yield Line(tuple(own), names)
+        yield Line(tuple(own), (names,))
 
 
 def _base(world: World, name: str) -> list[str]:
@@ -215,6 +224,7 @@ def case(world: World, _seed: int, number: int) -> str:
         try:
             _judge(world, Path(folder), line, ended, before)
         except Defect as error:
+            shutil.rmtree(wrong_things(world))  # it is made anew
             raise Defect(f"{what}: {error}") from None
     raise Refused(f"{what}: {ended.sentence[-120:]}")
 
@@ -226,7 +236,8 @@ def _judge(world: World, folder: Path, line: Line, ended: Ended, before: dict[st
     require(_files(wrong_things(world)) == before, "changed what it was pointed at")
     require(stat.S_ISFIFO((wrong_things(world) / "pipe").stat().st_mode), "replaced a named pipe by a file")
     found = ended.sentence.replace(" ", "")
-    require(line.names.replace(" ", "") in found, f"does not name {line.names}: {ended.sentence[-200:]}")
+    named = any(name.replace(" ", "") in found for name in line.names)
+    require(named, f"names none of {line.names}: {ended.sentence[-200:]}")
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -36,11 +36,11 @@ class Attack:
 ATTACKS = {
     "policies": Attack("mutated policy files: bytes, cards, tensors", policies.case, lambda _: 10_000, 150, 50),
     "images": Attack("mutated images, archives and class maps", images.case, lambda _: 8_000, 150, 50),
-    "checkpoints": Attack("damaged or foreign checkpoints and logs", checkpoints.case, lambda _: 7_000, 60, 50),
+    "checkpoints": Attack("damaged or foreign checkpoints and logs", checkpoints.case, lambda _: 7_000, 49, 50),
     "commands": Attack("wrong command lines", commands.case, commands.count, 30),
-    "kills": Attack("training killed, then resumed", kills.case, lambda _: 120, 5),
-    "disk": Attack("disk full at every write, output folder deleted", disk.case, disk.count, 12, needs_faults=True),
-    "threads": Attack(f"calls from eight threads, {threads.CALLS} a case", threads.case, lambda _: 104, 4),
+    "kills": Attack("training killed, then resumed", kills.case, lambda _: 120, 6),
+    "disk": Attack("disk full at every write, output folder deleted", disk.case, disk.count, 9, needs_faults=True),
+    "threads": Attack(f"calls from eight threads, {threads.CALLS} a case", threads.case, lambda _: 127, 2),
 }
 
 

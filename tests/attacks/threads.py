@@ -13,9 +13,9 @@ from attacks.outcome import accepted, generator, require
 from attacks.world import World, native_model, resident_mib
 from tokengame import PrunedViT, prune
 
-THREADS, CALLS = 8, 250
+THREADS, CALLS, FIRST = 8, 200, 50
 GROWTH_MIB = 64
-"""memory that the calls of a case may add after the first hundred"""
+"""memory that the calls of a case may add after the first ones"""
 
 
 def case(world: World, seed: int, number: int) -> str:
@@ -39,9 +39,9 @@ def _called(world: World, seed: int, number: int) -> str:
         ninth.start()
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            _compare(pool, fast, batches, expected, 100)
+            _compare(pool, fast, batches, expected, FIRST)
             before = resident_mib()
-            _compare(pool, fast, batches, expected, CALLS - 100)
+            _compare(pool, fast, batches, expected, CALLS - FIRST)
     finally:
         stop.set()
         if recording:

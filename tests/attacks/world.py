@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import register_model
 
 NAME = "attacked_vit"
-UPDATES = 6
+UPDATES = 4
 SMALL = ["--batch-size", "4", "--rollouts", "2", "--dtype", "float32"]
 FAILED = 97
 """exit code of a fork that could not run the command at all"""
