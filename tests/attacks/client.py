@@ -47,7 +47,7 @@ class Attacker(AbstractContextManager):
         if library is not None:
             own["LD_PRELOAD"] = str(library)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "attacks.serve", str(folder)], env=os.environ | own, text=True,
+            [sys.executable, "-m", "attacks.serve", str(folder.resolve())], env=os.environ | own, cwd=HERE, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
