@@ -175,7 +175,9 @@ class OnImages(Common):
 
         source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
-        console.print(label_images(source, self.class_map, wrap(model).classes), markup=False, soft_wrap=True)
+        how = label_images(source, self.class_map, wrap(model).classes)
+        if self.processes.main:
+            console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
         return model, source
 

@@ -21,6 +21,8 @@ from tokengame.files import Progress, silent
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
               b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}  # fmt: skip
 """first bytes of files that cannot be read in place"""
+HOPS = 40
+"""links that may lead one to the other, as in Linux"""
 TAIL = 2**20
 """bytes behind the last member that are looked through for lost ones"""
 
@@ -67,7 +69,7 @@ class TarImages:
         self.names = [printable(name) for name in self.files]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Photo:
     path: Path
     name: str
@@ -93,9 +95,8 @@ class _LeftOut:
             ".cls member left out that has another dot in its name": self.labels,
             "tar without a mark of its end, perhaps cut short": self.unfinished,
         }
-        return [
-            f"{len(names):,} x {kind}, the first is {printable(names[0])}" for kind, names in kinds.items() if names
-        ]
+        found = [(kind, names) for kind, names in kinds.items() if names]
+        return [f"{len(names):,} x {kind}, the first is {printable(names[0])}" for kind, names in found]
 
 
 @dataclass
@@ -112,9 +113,9 @@ class _Index:
 
     def target(self, name: str) -> str | None:
         """The file that a member is or leads to, if there is one."""
-        passed = set[str]()
-        while name in self.links and name not in passed:
-            passed.add(name)
+        for _ in range(HOPS):
+            if name not in self.links:
+                break
             name = self.links[name]
         return name if name in self.files else None
 
@@ -209,7 +210,7 @@ def _photos(index: _Index, left_out: _LeftOut) -> Iterator[_Photo]:
     left_out.labels += [name for name in members if _extension(name).endswith(".cls")]
     for key, names in samples.items():
         photos = _photos_of_sample(names, bool(classes))
-        left_out.images += [name for name in names if is_image(name) and name not in photos]
+        left_out.images += sorted({name for name in names if is_image(name)}.difference(photos))
         for name in photos:
             yield _Photo(index.path, name, *index.files[index.target(name) or ""], classes.get(key))
 
@@ -222,7 +223,7 @@ def _photos_of_sample(names: list[str], shard: bool) -> list[str]:
     """
     images = [name for name in names if is_image(name)]
     plain = [name for name in images if "." not in _extension(name)]
-    if shard or any("." not in _extension(name) for name in names if name not in images):
+    if shard or any("." not in _extension(name) for name in names if not is_image(name)):
         return sorted(plain or images, key=lambda n: (EXTENSIONS.index(posixpath.splitext(n)[1].lower()), n))[:1]
     return [name for name in images if not plain or name in plain or _extension(name).rpartition(".")[0].isdigit()]
 
