@@ -170,16 +170,25 @@ class OnImages(Common):
     def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
         """Model and images or stream, labelled; mistakes that are cheap to find are found first."""
         from tokengame.backbones import load_model, wrap
-        from tokengame.data.batches import require_readable
-        from tokengame.data.datasets import label_images, open_images
+        from tokengame.backbones.classes import require_classes
+        from tokengame.data.datasets import open_images
 
         source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
+        require_classes(wrap(model))
+        self.prepare(source, model)
+        return model, source
+
+    def prepare(self, source: ImageSource | HuggingFaceStream, model: nn.Module) -> None:
+        """Label images with the model's classes, say how, and refuse them where too many cannot be read."""
+        from tokengame.backbones import wrap
+        from tokengame.data.batches import require_readable
+        from tokengame.data.datasets import label_images
+
         how = label_images(source, self.class_map, wrap(model).classes)
         if self.processes.main:
             console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
-        return model, source
 
     def measure(
         self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],

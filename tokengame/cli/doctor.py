@@ -100,11 +100,13 @@ def supported(name: str) -> dict[str, Any]:
         TokenGameError: timm knows no such model.
     """
     from tokengame.backbones import wrap
+    from tokengame.backbones.classes import require_classes
     from tokengame.policies.policy import SHIPPED, Policy
 
     model = blank(name)
     try:
         backbone = wrap(model)
+        require_classes(backbone)
     except TokenGameError as error:
         return {"name": name, "supported": False, "reason": str(error)}
     shape, policies = backbone.shape(), []
@@ -125,7 +127,11 @@ def blank(name: str) -> nn.Module:
         return build_embedded()
     try:
         with torch.device("meta"):
-            return untrained(name).to_empty(device="cpu")
+            model = untrained(name).to_empty(device="cpu")
+        bias = getattr(getattr(model, "head", None), "bias", None)
+        if bias is not None:
+            torch.nn.init.zeros_(bias)  # by it `require_classes` tells an embedding
+        return model
     except Exception:  # not every model can be built without numbers
         return untrained(name)
 

@@ -139,14 +139,13 @@ class Finetune(OnImages):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _split(self, model: nn.Module, source: ImageSource | HuggingFaceStream) -> tuple[ImageSet, ImageSource]:
-        from tokengame.backbones import wrap
-        from tokengame.data.datasets import STREAM, label_images, open_images, split_images
+        from tokengame.data.datasets import STREAM, open_images, split_images
 
         if self.validate is None:
             return split_images(source, self.holdout, self.seed)
         require(not self.validate.startswith(STREAM), f"--validate {self.validate} is a stream: leave out {STREAM}")
         held = cast("ImageSource", open_images(self.validate, "validation", progress))
-        label_images(held, self.class_map, wrap(model).classes)
+        self.prepare(held, model)
         return source, held
 
     @property
