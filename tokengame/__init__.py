@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 __all__ = ["Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "kernels", "prune"]
 
 _HOMES = {"Policy": "tokengame.policies"} | dict.fromkeys(("PrunedOutput", "PrunedViT", "prune"), "tokengame.runtime")
