@@ -23,6 +23,7 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.measure.conditions import commit, conditions
 from tokengame.measure.evaluate import Scores, faster_native
+from tokengame.measure.risk import interval, upper_bound
 from tokengame.measure.synthetic import SPREAD, SyntheticDecisions, synthetic_model
 from tokengame.policies.policy import dial_for
 from tokengame.report.figures import overlay, stack, strip
@@ -57,8 +58,7 @@ def test_the_verdict_says_when_many_images_fall_back():
 def test_summary_by_hand():
     found = scores().summary()
     assert (found["top1_native"], found["top1_pruned"], found["drop_pp"]) == (0.75, 0.75, 0.0)
-    # paired differences 0, 100, -100, 0: standard deviation sqrt(20000 / 3), over sqrt(4)
-    assert found["drop_pp_ci95"] == pytest.approx([-80.0, 80.0], abs=0.1)
+    assert found["drop_pp_ci95"] == [100 * end for end in interval(1, 1, 4)]
     assert (found["agreement"], found["gmacs_ratio"], found["tokens_kept"]) == (0.5, 0.6, [7.0, 3.0])
     assert found["gmacs_ratio_std"] == pytest.approx(0.0707, abs=1e-4)
     # ranks 1, 4, 2.5, 2.5 of compute and 1, 4, 3, 2 of uncertainty
@@ -67,6 +67,15 @@ def test_summary_by_hand():
     # medians over the batches of 4 alone: 4 seconds and 1
     assert (found["images_per_second_native"], found["images_per_second_pruned"]) == (1.0, 4.0)
     assert (found["batch_size"], found["speedup"]) == (4, 4.0)
+
+
+def test_few_images_without_a_change_are_no_proof_that_none_is_lost():
+    found = scores(correct_native=[True] * 20, correct_pruned=[True] * 20).summary()
+    assert found["drop_pp"] == 0
+    low, high = found["drop_pp_ci95"]
+    assert -low == high > 20, "a fifth of all images may be lost"
+    assert high >= 100 * upper_bound(0, 0, 20), "as the card has it"
+    assert f"{low:+.2f} to {high:+.2f}" in dict(table(found))["95 % interval of the drop"]
 
 
 def test_without_labels_the_drop_is_unknown_and_not_zero():

@@ -1,13 +1,15 @@
 """The guarantee about top-1 against enumeration and simulation."""
 
+from functools import lru_cache
 from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, binom
 
-from tokengame.measure.risk import LEVEL, p_value, upper_bound
+from tokengame.measure.risk import LEVEL, interval, p_value, upper_bound
 from tokengame.policies.policy import certified
 
 
@@ -43,6 +45,27 @@ def test_p_value_is_the_worst_tail():
     found = p_value(1, 2, 12, 0.2)
     tails = [tail_by_enumeration(-1, 12, (c + 0.2) / 2, (c - 0.2) / 2) for c in np.linspace(0.2, 0.7, 51)]
     assert found == pytest.approx(max(tails), abs=0.01)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 5000), st.floats(-0.99, 0.99))
+def test_the_fourier_transform_gives_the_tails_of_binomials(lost, gained, rest, bound):
+    """As changes are lost or gained independently: a binomial of the losses, at every number of changes."""
+    images = max(lost + gained + rest, 1)
+    changed = lost + gained
+    low = beta.ppf(0.0005, changed, images - changed + 1) if changed else 0.0
+    high = beta.ppf(0.9995, changed + 1, images - changed) if changed < images else 1.0
+    if bound > high:
+        return
+    chance = np.linspace(max(low, bound, 1e-12), high, 65)[::16, None]
+    number = np.arange(images + 1)[None]
+    is_loss = (chance + np.maximum(bound, -chance)) / (2 * chance)
+    at_most = np.floor((number + lost - gained) / 2)
+    expected = (binom.pmf(number, images, chance) * binom.cdf(at_most, number, is_loss)).sum(1).max()
+    found = p_value(lost, gained, images, bound)
+    assert found >= min(1.0, expected + 0.001) - 1e-7
+    if expected > 1e-3:
+        assert found <= min(1.0, expected + 0.001) * 1.05, "the other 60 chances add little"
 
 
 def test_bounds_by_hand():
@@ -84,3 +107,65 @@ def test_the_guarantee_fails_in_at_most_five_percent_of_simulated_calibrations()
     assert broken / trials <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / trials) ** 0.5
     assert broken / trials > 0.005, "a guarantee that never fails is too cautious"
     assert float(np.mean(picked)) > 2, "dials that lose less are certified"
+
+
+# Intervals
+
+
+def interval_by_enumeration(lost, gained, images):
+    """The net losses that neither tail test rejects, over a grid of net losses and chances of a change."""
+    changed, level = lost + gained, LEVEL / 2 - 0.001
+    low = beta.ppf(0.0005, changed, images - changed + 1) if changed else 0.0
+    high = beta.ppf(0.9995, changed + 1, images - changed) if changed < images else 1.0
+    kept = []
+    for net in np.linspace(-1, 1, 81):
+        possible = [c for c in np.linspace(low, high, 25) if c >= abs(net)]
+        fewer = [tail_by_enumeration(lost - gained, images, (c + net) / 2, (c - net) / 2) for c in possible]
+        more = [tail_by_enumeration(gained - lost, images, (c - net) / 2, (c + net) / 2) for c in possible]
+        if possible and min(max(fewer), max(more)) > level:
+            kept.append(net)
+    return kept[0], kept[-1]
+
+
+@pytest.mark.parametrize(("lost", "gained", "images"), [(0, 0, 3), (1, 0, 5), (1, 1, 4), (3, 1, 7), (0, 4, 8)])
+def test_intervals_hold_what_neither_tail_rejects(lost, gained, images):
+    assert interval(lost, gained, images) == pytest.approx(interval_by_enumeration(lost, gained, images), abs=0.04)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(1, 300))
+def test_intervals_hold_the_estimate_mirror_and_move_with_what_is_lost(lost, gained, rest):
+    images = lost + gained + rest
+    low, high = interval(lost, gained, images)
+    assert -1 <= low <= (lost - gained) / images <= high <= 1
+    assert interval(gained, lost, images) == (-high, -low)
+    assert high >= upper_bound(lost, gained, images) - 2e-5, "an interval is wider than a bound on one side"
+    assert high - low >= min(3 / images, 0.9), "where nothing changed too"
+    more = interval(lost + 1, gained, images)
+    assert more[1] >= high - 1e-4
+    fewer = interval(lost, gained + 1, images)
+    assert fewer[0] <= low + 1e-4
+
+
+@pytest.mark.parametrize("images", [1, 2, 20, 50_000])
+def test_intervals_where_all_or_nothing_changed(images):
+    assert interval(images, 0, images)[1] == 1
+    assert interval(0, images, images)[0] == -1
+    low, high = interval(0, 0, images)
+    assert -low == high > 0
+
+
+def test_an_interval_of_many_images_is_the_normal_one():
+    lost, gained, images = 1500, 1000, 50_000
+    drop, half = 0.01, 1.96 * ((2500 / images - 0.01**2) / images) ** 0.5
+    assert interval(lost, gained, images) == pytest.approx((drop - half, drop + half), abs=0.1 * half)
+
+
+@pytest.mark.parametrize(("p_lost", "p_gained"), [(0.0, 0.0), (0.02, 0.0), (0.05, 0.04), (0.3, 0.25), (0.01, 0.2)])
+def test_intervals_of_few_images_miss_as_seldom_as_they_say(p_lost, p_gained):
+    """Simulated: each side misses in at most 2.5 % of 2,000 samples, and their spread."""
+    known = lru_cache(interval)
+    counts = np.random.default_rng(0).multinomial(25, [p_lost, p_gained, 1 - p_lost - p_gained], 2000)
+    found = np.array([known(int(lost), int(gained), 25) for lost, gained, _ in counts])
+    above, below = (found[:, 0] > p_lost - p_gained).mean(), (found[:, 1] < p_lost - p_gained).mean()
+    assert max(above, below) <= LEVEL / 2 + 2 * (0.025 * 0.975 / 2000) ** 0.5

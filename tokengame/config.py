@@ -16,32 +16,51 @@ rate 3e-4, 2 minibatches, 32 images an update. Where their code and paper differ
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from tokengame.errors import TokenGameError
+from tokengame.ranges import Range, check_fields, hints_of, require, shown
 
 GAME_VERSION = 5
 """Raised whenever the same policy would decide differently."""
 
 
+WHOLE = Range(whole=True)
+SHARE = Range(0, 1)
+BELOW_ONE = Range(0, 1, below=True)
+WEIGHT = Range(0, 1e6)
+"""of a part of a sum"""
+POSITIVE = Range(0, 1e6, above=True)
+STEP = Range(0, 1, above=True)
+"""sizes of Adam's steps"""
+POINTS = Range(0, 100, above=True)
+"""of top-1"""
+UPDATES = Range(1, 10**8, whole=True)
+BATCH = Range(1, 65_536, whole=True)
+WIDTH = Range(1, 4_096, whole=True)
+MOST_WEIGHTS = 2**24
+"""of the networks of a policy"""
+
+
 @dataclass(frozen=True)
 class GameConfig:
-    stages: tuple[int, ...] = ()
+    stages: Annotated[tuple[int, ...], WHOLE] = ()
     """blocks (from 0) at which tokens are pruned; empty: `stage_count` of them, evenly spaced, for merge (which decides
     inside a block) each a block earlier"""
-    stage_count: int = 3
+    stage_count: Annotated[int, Range(1, 1_000, whole=True)] = 3
     """how many stages where `stages` is empty; the model's depth or more means every block"""
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of a pruned token. drop: it leaves before the block. merge: the most similar kept token absorbs it
     inside the block's attention, where its key and value still count; the sum gets the greater length of the two"""
-    cascade_margin: float = 0.0
+    cascade_margin: Annotated[float, Range(0, 100)] = 0.0
     """images whose two likeliest classes are less than this apart in probability fall back to all tokens (see
     `tokengame.runtime.cascade`): this at dial 0.5, 2 (1 - dial) times as much at others; 0: none"""
 
     def __post_init__(self) -> None:
-        require(self.cascade_margin >= 0, f"game.cascade_margin must be 0 or more, not {self.cascade_margin:g}")
+        check_settings(self, "game.")
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Stages in a model of `depth` blocks.
@@ -57,7 +76,7 @@ class GameConfig:
             stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
             wanted = f"give increasing numbers from 0 to {depth - 1}"
-            raise TokenGameError(f"stages {list(stages)} do not fit a model of {depth} blocks: {wanted}")
+            raise TokenGameError(f"stages {shown(list(stages))} do not fit a model of {depth} blocks: {wanted}")
         return stages
 
 
@@ -66,79 +85,76 @@ class ActorConfig:
     observation: Literal["token_id", "context"] = "token_id"
     """token_id: own token and one-hot agent id (RL4EViT). context: stage, attention paid to the agent, its size, its
     similarity to the others and its place in an ordered dither, through a line; holds at any resolution"""
-    hidden: tuple[int, ...] = (64, 256, 64)
+    hidden: Annotated[tuple[int, ...], WIDTH] = (64, 256, 64)
     """widths of the hidden layers, of the actor (token_id) and of the critic"""
-    keep: float | None = None
+    keep: Annotated[float | None, Range(0, 1, above=True, below=True)] = None
     """share of the tokens kept at each stage when training starts, its square root at the first stage. When training
     ends, biases are calibrated so that thresholds keep as many tokens as sampling did. Context only.
     None: biases start at 0"""
 
     def __post_init__(self) -> None:
+        check_settings(self, "actor.")
+        require(1 <= len(self.hidden) <= 8, f"--actor.hidden must be 1 to 8 widths, not {len(self.hidden)}")
+        weights = sum(one * other for one, other in pairwise(self.hidden))
         require(
-            self.observation in ("token_id", "context"), f"no observation {self.observation!r}; token_id or context"
+            weights <= MOST_WEIGHTS, f"--actor.hidden makes {weights:,} weights; at most {MOST_WEIGHTS:,} are possible"
         )
-        require(min(self.hidden, default=0) > 0, f"actor.hidden wants at least one width, not {self.hidden}")
-        if self.keep is not None:
-            require(0 < self.keep < 1, f"actor.keep must lie between 0 and 1, not {self.keep:g}")
-            token_id = "actor.keep is for observation context; with token_id leave it out (--actor.keep None)"
-            require(self.observation == "context", token_id)
+        token_id = "--actor.keep is for observation context; with token_id leave it out (--actor.keep None)"
+        require(self.keep is None or self.observation == "context", token_id)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     kind: Literal["share", "target", "fidelity"] = "share"
     """see `tokengame.learning.rewards`"""
-    alpha: float = 100.0
+    alpha: Annotated[float, WEIGHT] = 100.0
     """share, target: the sum that all kept tokens of a correctly classified image share equally"""
-    beta: float = 1.0
+    beta: Annotated[float, WEIGHT] = 1.0
     """share: what a kept token pays at each stage"""
-    keep_target: float = 0.7
+    keep_target: Annotated[float, SHARE] = 0.7
     """target: share of the tokens kept at each stage, of those alive before it"""
-    target_kl: Annotated[float, tyro.conf.arg(aliases=("--target-kl",))] = 0.06
+    target_kl: Annotated[float, Range(0, 100, above=True), tyro.conf.arg(aliases=("--target-kl",))] = 0.06
     """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
-    target_drop: Annotated[float | None, tyro.conf.arg(aliases=("--target-drop",))] = None
+    target_drop: Annotated[float | None, POINTS, tyro.conf.arg(aliases=("--target-drop",))] = None
     """fidelity: instead of target_kl, points of top-1 that the sampled game may lose against the native model; needs
     labels"""
-    kl_weight: float = 2.4
+    kl_weight: Annotated[float, POSITIVE] = 2.4
     """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
     credit: Literal["own", "team"] = "own"
     """fidelity: own: an agent pays for the compute of its own row. team: every agent pays for that of the image"""
-    kl_clamp: float = 1.5
+    kl_clamp: Annotated[float, POSITIVE] = 1.5
     """fidelity: largest KL one image can be charged for"""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
     """fidelity: both predictions are softened by it before KL is charged. Above 1 unlikely classes count too, and each
     game carries several times as much signal (docs/LOG.md)"""
 
     def __post_init__(self) -> None:
-        above = {name: getattr(self, name) for name in ("target_kl", "kl_weight", "kl_clamp", "temperature")}
-        for name, value in above.items():
-            require(value > 0, f"reward.{name} must be above 0, not {value:g}")
-        if self.target_drop is not None:
-            require(self.target_drop > 0, "reward.target_drop must be above 0")
-            require(self.kind == "fidelity", f"reward.target_drop steers reward fidelity, not {self.kind!r}")
+        check_settings(self, "reward.")
+        unsteered = f"--target-drop steers --reward.kind fidelity, not {self.kind}"
+        require(self.target_drop is None or self.kind == "fidelity", unsteered)
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    lr: float = 3e-4
+    lr: Annotated[float, STEP] = 3e-4
     """Adam step size at the start; falls linearly to 0"""
-    critic_lr: float | None = None
+    critic_lr: Annotated[float | None, STEP] = None
     """the critic's; None: as the actor's"""
-    gamma: float = 0.99
+    gamma: Annotated[float, SHARE] = 0.99
     """discount through the stages"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, SHARE] = 0.95
     """generalised advantage estimation's lambda"""
-    clip: float = 0.2
+    clip: Annotated[float, POSITIVE] = 0.2
     """PPO's clip range"""
-    epochs: int = 4
+    epochs: Annotated[int, Range(1, 1_000, whole=True)] = 4
     """passes over each update's experience"""
-    minibatches: int = 2
+    minibatches: Annotated[int, Range(1, 1_000, whole=True)] = 2
     """parts a pass is cut into"""
-    entropy: float = 0.01
+    entropy: Annotated[float, WEIGHT] = 0.01
     """weight of the entropy bonus"""
-    value: float = 0.5
+    value: Annotated[float, WEIGHT] = 0.5
     """weight of the value loss"""
-    max_grad_norm: float = 10.0
+    max_grad_norm: Annotated[float, POSITIVE] = 10.0
     """gradient norm is clipped to this"""
     critic: Literal["central", "local"] = "central"
     """central: sees the class token as well (MAPPO). local: the agent's own token and features alone (IPPO)"""
@@ -147,8 +163,7 @@ class PPOConfig:
     an image at once, so that their ratios multiply (single-agent PPO)"""
 
     def __post_init__(self) -> None:
-        require(min(self.epochs, self.minibatches) >= 1, "ppo.epochs and ppo.minibatches must be at least 1")
-        require(self.lr > 0 and (self.critic_lr is None or self.critic_lr > 0), "step sizes must be above 0")
+        check_settings(self, "ppo.")
 
 
 @dataclass(frozen=True)
@@ -159,18 +174,17 @@ class TrainConfig:
     actor: ActorConfig = field(default_factory=ActorConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    updates: int = 400
+    updates: Annotated[int, UPDATES] = 400
     """rollout + PPO update, this many times"""
-    batch_size: int = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images per update"""
-    rollouts: int = 1
+    rollouts: Annotated[int, Range(1, 1_024, whole=True)] = 1
     """games played on each image of an update; two or more serve as each other's baseline"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """the backbone's while training; auto: bfloat16 where the device computes in it, else float32"""
 
     def __post_init__(self) -> None:
-        counts = (self.updates, self.batch_size, self.rollouts)
-        require(min(counts) >= 1, f"updates, batch_size and rollouts must be at least 1, not {counts}")
+        check_settings(self)
 
     @staticmethod
     def from_preset(name: str) -> TrainConfig:
@@ -186,50 +200,57 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    updates: int = 500
+    updates: Annotated[int, UPDATES] = 500
     """optimiser steps"""
-    batch_size: int = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images per update"""
-    distill: float = 1.0
+    distill: Annotated[float, WEIGHT] = 1.0
     """weight of KL(native || pruned)"""
-    labels: float = 0.0
+    labels: Annotated[float, WEIGHT] = 0.0
     """weight of the cross-entropy with the labels; the paper's fine-tuning has 1, with distill 0"""
     opt: str = "adamw"
     """timm's name of the optimiser"""
-    lr: float = 2e-5
+    lr: Annotated[float, Range(0, 10, above=True)] = 2e-5
     """step size at its highest"""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0, 10)] = 0.01
     """of matrices; biases and norms have none"""
     sched: str = "cosine"
     """timm's name of the schedule, which runs over all updates"""
-    warmup: float = 0.05
+    warmup: Annotated[float, BELOW_ONE] = 0.05
     """share of the updates in which the step size rises"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradient norm is clipped to this"""
-    ema: float | None = None
+    ema: Annotated[float | None, BELOW_ONE] = None
     """decay of timm's moving average of the weights, which then is what is kept; e.g. 0.999"""
     aa: str | None = None
     """timm's name of an auto-augmentation, e.g. rand-m9-mstd0.5-inc1"""
-    reprob: float = 0.0
+    reprob: Annotated[float, BELOW_ONE] = 0.0
     """chance of timm's random erasing"""
-    crop: float = 0.6
+    crop: Annotated[float, Range(0, 1, above=True)] = 0.6
     """smallest share of an image that a random crop shows"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what is computed in; weights stay float32; auto: bfloat16 where the device computes in it"""
 
     def __post_init__(self) -> None:
-        require(min(self.updates, self.batch_size) >= 1, "updates and batch_size must be at least 1")
-        require(min(self.distill, self.labels) >= 0 < self.distill + self.labels, "give distill or labels a weight")
-        require(min(self.lr, self.max_grad_norm) > 0, "lr and max_grad_norm must be above 0")
-        shares = {"warmup": self.warmup, "reprob": self.reprob, "ema": self.ema or 0.0, "1 - crop": 1 - self.crop}
-        for name, share in shares.items():
-            require(0 <= share < 1, f"{name} must be at least 0 and below 1, not {share:g}")
+        check_settings(self)
+        require(self.distill + self.labels > 0, "give --distill or --labels a weight above 0")
 
 
-def require(holds: bool, sentence: str) -> None:
-    """Raise TokenGameError with `sentence` unless `holds`."""
-    if not holds:
-        raise TokenGameError(sentence)
+def check_settings(config: Any, section: str = "") -> None:
+    """`check_fields` of a config that is being made, under the names of its flags: `--ppo.lr`, `--target-drop`.
+
+    Raises:
+        TokenGameError: a value is not allowed.
+    """
+
+    kind: Any = type(config)
+
+    def flag(name: str) -> str:
+        extras = getattr(hints_of(kind)[name], "__metadata__", ())
+        short = [alias for extra in extras for alias in getattr(extra, "aliases", None) or ()]
+        return short[0] if short else f"--{section}{name}".replace("_", "-")
+
+    check_fields(kind, vars(config), flag)
 
 
 def with_overrides(config: Any, overrides: dict[str, Any]) -> Any:

@@ -166,3 +166,24 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def require_file(path: str | Path, what: str) -> int:
+    """The size in bytes of the regular file `path`, which is `what`; links are followed, and nothing is opened.
+
+    Raises:
+        TokenGameError: there is none, it is empty, or it is a folder, a pipe or a device, which could block.
+    """
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise TokenGameError(f"no {what} at {path}") from None
+    except OSError as error:
+        raise TokenGameError(f"cannot read {what} {path} ({error.strerror})") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise TokenGameError(f"{path} is a folder, not a {what}")
+    if not stat.S_ISREG(found.st_mode):
+        raise TokenGameError(f"{path} is a pipe, a socket or a device, not a {what}")
+    if not found.st_size:
+        raise TokenGameError(f"{what} {path} is empty")
+    return found.st_size

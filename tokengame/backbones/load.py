@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
-import torch
-from timm.models import load_state_dict
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.models import parse_model_name
 from torch import nn
 
+from tokengame.backbones.checkpoint import load_into, read_state
 from tokengame.errors import TokenGameError, first_line
 
 EMBEDDED = "fashion"
@@ -21,33 +27,74 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
     """A timm model in evaluation mode.
 
     Args:
-        name: timm's name, or "fashion" for the embedded backbone.
-        weights: local checkpoint (.safetensors, .pth); without one timm downloads its own. The classes are the file's.
+        name: as timm takes it (also "hf-hub:timm/...", "local-dir:FOLDER"), or "fashion" for the embedded backbone.
+        weights: local checkpoint (.safetensors, .pth, .bin, ...); without one timm downloads its own. The classes are
+            the file's.
 
     Raises:
-        TokenGameError: unknown name, weights missing, unreadable, of another architecture, or not finite.
+        TokenGameError: unknown name, no network, weights missing, unreadable, of another kind or architecture, or not
+            finite.
     """
     if name == EMBEDDED:
         with as_file(files("tokengame") / "assets" / "fashion_vit.safetensors") as path:
-            return load_model_file(build_embedded(), weights or str(path))
-    if not timm.is_model(name.split(".")[0].removeprefix("hf-hub:")) and not name.startswith("hf-hub:"):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
-        raise TokenGameError(f"timm knows no model {name!r}" + (f"; similar: {', '.join(close)}" if close else ""))
+            weights = weights or str(path)
+            return load_into(build_embedded(), read_state(weights), weights)
+    _require_known(name)
     if weights is None:
+        return _pretrained(name)
+    state = read_state(weights)
+    head = state.get("head.weight")
+    return load_into(untrained(name, **({} if head is None else {"num_classes": len(head)})), state, weights)
+
+
+def _require_known(name: str) -> None:
+    try:
+        source, model = parse_model_name(name)
+    except (ValueError, AssertionError) as error:
+        raise TokenGameError(f"timm knows no model {name!r}: {first_line(error)}") from None
+    if source in (None, "timm") and not timm.is_model(model.split(".")[0]):
+        close = timm.list_models(f"*{model.split('.')[0].split('_')[0]}*")[:3]
+        raise TokenGameError(f"timm knows no model {name!r}" + (f"; similar: {', '.join(close)}" if close else ""))
+
+
+def _pretrained(name: str) -> nn.Module:
+    """The model with the weights that timm downloads, or has downloaded before."""
+    with _offline_at_once():
         try:
             return timm.create_model(name, pretrained=True).eval()
-        except Exception as error:
+        except Exception as error:  # of whatever fetches and reads
             hint = "pass a local file with --weights"
-            raise TokenGameError(f"timm cannot fetch weights for {name} ({first_line(error)}); {hint}") from None
-    return load_model_file(untrained(name, **_classes(weights)), weights)
+            raise TokenGameError(f"timm cannot fetch weights for {name} ({_reason(error)}); {hint}") from None
 
 
 def untrained(name: str, **settings: Any) -> nn.Module:
     """timm's model `name` with random weights."""
+    with _offline_at_once() if ":" in name else nullcontext():  # the architecture of others is known here
+        try:
+            return timm.create_model(name, **settings).eval()
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            raise TokenGameError(f"timm knows no model {name!r} ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    offline = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+    host = urlsplit(hub.ENDPOINT).netloc
+    return f"no connection to {host}, and no copy of it on this machine" if offline else first_line(error)
+
+
+@contextmanager
+def _offline_at_once() -> Iterator[None]:
+    """Where its host cannot be reached, let the hub's library use what is here: it would retry for a minute."""
+    before, address = hub.HF_HUB_OFFLINE, urlsplit(hub.ENDPOINT)
     try:
-        return timm.create_model(name, **settings).eval()
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise TokenGameError(f"timm knows no model {name!r} ({first_line(error)})") from None
+        if not before and not getproxies():
+            socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def build_embedded() -> Any:
@@ -57,34 +104,3 @@ def build_embedded() -> Any:
     )
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 112, 112), "crop_pct": 1.0}
     return model
-
-
-def _read(weights: str) -> dict[str, torch.Tensor]:
-    if not Path(weights).is_file():
-        raise TokenGameError(f"no weights file at {weights}")
-    try:
-        state = load_state_dict(weights, use_ema=False)
-    except Exception as error:
-        raise TokenGameError(f"weights file {weights} is damaged or of no known format ({first_line(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise TokenGameError(f"weights file {weights} holds no state dict of tensors")
-    return state
-
-
-def _classes(weights: str) -> dict[str, Any]:
-    head = _read(weights).get("head.weight")
-    return {} if head is None else {"num_classes": len(head)}
-
-
-def load_model_file(model: nn.Module, weights: str) -> nn.Module:
-    """Load `weights` strictly into `model`."""
-    state = {k: v.float() for k, v in _read(weights).items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise TokenGameError(f"{weights} holds another architecture: {first[0]}") from None
-    broken = [k for k, v in state.items() if not v.isfinite().all()]
-    if broken:
-        raise TokenGameError(f"{weights} holds values that are not finite in {broken[0]} ({len(broken)} tensors)")
-    return model.eval()

@@ -19,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.backbones.classes import require_classes
 from tokengame.config import FinetuneConfig
@@ -59,6 +60,7 @@ class Tuner:
         require_classes(backbone)
         self.device, self.classes = backbone.device, backbone.classes
         self.dtype = training_dtype(config.dtype, self.device)
+        kernels.announce(self.dtype, self.device.type)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
         self.student = copy.deepcopy(model).float().eval().requires_grad_(True)
         policy.actor.to(self.device).requires_grad_(False)

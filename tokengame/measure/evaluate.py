@@ -17,10 +17,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from tokengame.backbones import unfused
+from tokengame.backbones.classes import require_classes
 from tokengame.data.batches import Batch
 from tokengame.errors import TokenGameError
 from tokengame.measure.fidelity import fidelity_loss
-from tokengame.measure.risk import upper_bound
+from tokengame.measure.risk import interval, upper_bound
 from tokengame.runtime import PrunedViT
 from tokengame.runtime.method import Method
 from tokengame.timing import now
@@ -117,16 +118,19 @@ class Scores:
     def _labelled(self) -> dict[str, Any]:
         if not self.correct_native:
             return dict.fromkeys(("top1_native", "top1_pruned", "drop_pp", "drop_pp_ci95"))
-        native, pruned = np.asarray(self.correct_native, float), np.asarray(self.correct_pruned, float)
-        lost = 100 * (native - pruned)  # paired: each image is its own control
-        half = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else float("nan")
-        drop = float(lost.mean())
+        lost, gained = self.lost_and_gained()
+        images = len(self.correct_native)
         return {
-            "top1_native": float(native.mean()),
-            "top1_pruned": float(pruned.mean()),
-            "drop_pp": drop,
-            "drop_pp_ci95": [drop - half, drop + half],
+            "top1_native": float(np.mean(self.correct_native)),
+            "top1_pruned": float(np.mean(self.correct_pruned)),
+            "drop_pp": 100 * (lost - gained) / images,
+            "drop_pp_ci95": [100 * end for end in interval(lost, gained, images)],
         }
+
+    def lost_and_gained(self) -> tuple[int, int]:
+        """How many images the native model alone got right, and the pruned one alone: each is its own control."""
+        native, pruned = np.asarray(self.correct_native), np.asarray(self.correct_pruned)
+        return int((native & ~pruned).sum()), int((pruned & ~native).sum())
 
 
 def faster_native(model: nn.Module, images: Tensor) -> nn.Module:
@@ -173,7 +177,11 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | N
 
     Every batch goes through both, in alternating order, after a warm-up on the first batch, which also decides whether
     native runs with fused or unfused attention. The time is the whole call, policy and packing included.
+
+    Raises:
+        TokenGameError: the model predicts no classes.
     """
+    require_classes(fast.game.backbone)
     weight, model = next(fast.model.parameters()), reference or fast.model
     scores = Scores()
     for number, batch in enumerate(batches):
@@ -228,7 +236,11 @@ def calibrate(
         One row per dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens left at the end),
         agreement, kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: the upper bound of the drop at 95 %
         confidence (None without labels; see `measure.risk`).
+
+    Raises:
+        TokenGameError: the model predicts no classes.
     """
+    require_classes(fast.game.backbone)
     weight, wanted, model = next(fast.model.parameters()), fast.dial, reference or fast.model
     scores = {dial: Scores() for dial in sorted(dials)}
     for batch in batches:
@@ -247,9 +259,7 @@ def _calibrated(scores: Scores) -> dict[str, Any]:
     row |= {"gmacs": summary["gmacs_pruned"], "keep": summary["tokens_kept"][-1] / scores.tokens}
     bound = None
     if scores.correct_native:
-        native, pruned = np.asarray(scores.correct_native), np.asarray(scores.correct_pruned)
-        lost, gained = int((native & ~pruned).sum()), int((pruned & ~native).sum())
-        bound = 100 * upper_bound(lost, gained, len(native))
+        bound = 100 * upper_bound(*scores.lost_and_gained(), len(scores.correct_native))
     return row | {"drop_pp_bound95": bound}
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tokengame.backbones import Backbone
-from tokengame.config import ActorConfig, GameConfig
+from tokengame.config import MOST_WEIGHTS, ActorConfig, GameConfig
 from tokengame.game.state import Observation
 from tokengame.packed.heads import EXTRA_FEATURES
+from tokengame.ranges import require
 
 
 class Scale(NamedTuple):
@@ -200,7 +201,26 @@ def actor_shape(backbone: Backbone, game: GameConfig) -> dict[str, Any]:
 
 
 def build_actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
-    """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition)."""
+    """Actor for a backbone and game of `shape` (dim, heads, agents, stages, transition).
+
+    Raises:
+        TokenGameError: it has more weights than a policy may have.
+    """
+    weights = sum(math.prod(size) for size in weight_shapes(config, shape).values())
+    large = (
+        f"an actor of {weights:,} weights is too large, {MOST_WEIGHTS:,} are possible; give a smaller --actor.hidden"
+    )
+    require(weights <= MOST_WEIGHTS, large)
+    return _actor(config, shape)
+
+
+def weight_shapes(config: ActorConfig, shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and size of each weight of such an actor; none is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in _actor(config, shape).state_dict().items()}
+
+
+def _actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
     if config.observation == "token_id":
         return TokenActor(shape["dim"], shape["agents"], config.hidden)
     return ContextActor(shape["heads"], shape["stages"], START[shape["transition"]])

@@ -5,29 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save
+from torch import nn
 
 from tokengame.backbones.base import Backbone
-from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, with_overrides
+from tokengame.config import MOST_WEIGHTS, SHARE, ActorConfig, GameConfig, with_overrides
 from tokengame.errors import TokenGameError, first_line
-from tokengame.files import whole
-from tokengame.policies.networks import Actor, build_actor
+from tokengame.files import require_file, write_whole
+from tokengame.policies.card import FORMAT as FORMAT
+from tokengame.policies.card import ROW, check_card, read_card
+from tokengame.policies.networks import Actor, ContextActor, build_actor, weight_shapes
+from tokengame.ranges import Range, require, require_in, shown
 
-FORMAT = 5
-READABLE = (4, 5)
-"""formats that `Policy.load` reads"""
 SHIPPED = Path(__file__).parent
 """folder of the policies that ship with the package"""
+MOST_BYTES = 4 * MOST_WEIGHTS + 2**20
+"""of a policy file: float32 weights and a card"""
+LARGEST = 1e4
+"""Largest size of a weight, as learned and as features meet it. Training ends below 100. A logit adds up at most some
+thousand products, so that it is finite in float32 whatever the features, up to 1e30; the weights are so in float16."""
 
 
 @dataclass
@@ -36,7 +43,7 @@ class Policy:
 
     The card is a JSON document: `format`, `game_version`, `backbone` (name, shape, fingerprint), `game`, `actor`,
     `agents`, `preprocessing`, `training`, `calibration` (rows: dial -> compute, agreement, drop), `dial` (recommended),
-    `licence`.
+    `licence`; `policies.card` has its schema.
     """
 
     actor: Actor
@@ -47,62 +54,75 @@ class Policy:
         return with_overrides(GameConfig(), self.card["game"])
 
     def save(self, path: str | Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all.
+
+        Raises:
+            TokenGameError: `load` would refuse it, or it cannot be written; an old file stays.
+        """
+        check_card(self.card)
+        check_weights(self.actor)
         weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.actor.state_dict().items()}
-        with whole(path) as part:
-            save_file(weights, part, metadata={"tokengame": json.dumps(self.card)})
+        write_whole(Path(path), save(weights, metadata={"tokengame": json.dumps(self.card)}))
 
     @staticmethod
     def load(path: str | Path) -> Policy:
-        """Read a policy file; nothing in it is ever executed.
+        """Read a policy file; nothing in it is ever executed, and nothing allocated before its card is checked.
 
         Raises:
-            TokenGameError: missing, damaged, or not a policy of this format.
+            TokenGameError: missing, damaged, not a policy of this format, or one that contradicts itself.
         """
-        if not Path(path).is_file():
-            raise TokenGameError(f"no policy file at {path}")
+        size = require_file(path, "policy file")
+        require(size <= MOST_BYTES, f"{path} has {size:,} bytes; a policy file has at most {MOST_BYTES:,}")
         try:
             with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get("tokengame")
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                card = _card(file, path)
+                actor = build_actor(with_overrides(ActorConfig(), card["actor"]), card_shape(card))
+                actor.load_state_dict({today(name): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise TokenGameError(f"policy file {path} is damaged or not safetensors ({error})") from None
-        if header is None:
             raise TokenGameError(
-                f"{path} is a safetensors file but holds no tokengame policy; pass one made by `train`"
-            )
+                f"policy file {path} is damaged or not safetensors ({first_line(error)}); make it again with `train`"
+            ) from None
         try:
-            return Policy._build(*_upgraded(json.loads(header), weights), path)
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise TokenGameError(f"policy file {path} contradicts its own card: {first_line(error)}") from None
-
-    @staticmethod
-    def _build(card: dict[str, Any], weights: dict[str, Tensor], path: str | Path) -> Policy:
-        found = (card["format"], card["game_version"])
-        if found != (FORMAT, GAME_VERSION):
-            raise TokenGameError(
-                f"{path} has format {found[0]}, game {found[1]}; this version reads formats "
-                f"{' and '.join(map(str, READABLE))}, game {GAME_VERSION}: "
-                "train it again or install the matching tokengame"
-            )
-        with_overrides(GameConfig(), card["game"])
-        threshold(card["dial"])
-        card["backbone"]["name"], card["backbone"]["fingerprint"], card["calibration"]  # required
-        actor = build_actor(with_overrides(ActorConfig(), card["actor"]), card_shape(card))
-        actor.load_state_dict(weights)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise TokenGameError(f"policy file {path} holds weights that are not finite; train it again")
+            check_weights(actor)
+        except TokenGameError as error:
+            raise TokenGameError(f"policy file {path}: {error}") from None
         return Policy(actor.eval(), card)
 
 
-def _upgraded(card: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A card and weights of format 4 under today's names; others as they are."""
-    if card["format"] != 4:
-        return card, weights
-    game = {{"second_look": "cascade_margin"}.get(name, name): value for name, value in card["game"].items()}
-    return card | {"format": FORMAT, "game": game}, {
-        {"line": "weight"}.get(name, name): tensor for name, tensor in weights.items()
-    }
+def _card(file: Any, path: str | Path) -> dict[str, Any]:
+    """The card of an open safetensors file; the shapes of the file's tensors are those that it implies."""
+    header = (file.metadata() or {}).get("tokengame")
+    if header is None:
+        raise TokenGameError(f"{path} is a safetensors file but holds no tokengame policy; pass one made by `train`")
+    try:
+        card = read_card(header)
+    except TokenGameError as error:
+        raise TokenGameError(f"policy file {path}: {error}") from None
+    shapes = weight_shapes(with_overrides(ActorConfig(), card["actor"]), card_shape(card))
+    wanted = {name: f"F32 {list(shape)}" for name, shape in shapes.items()}
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    found = {today(name): f"{part.get_dtype()} {part.get_shape()}" for name, part in slices.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        differs = f"{shown(name)} is {found.get(name, 'missing')}, and must be {wanted.get(name, 'absent')}"
+        require(wanted.get(name) == found.get(name), f"policy file {path} contradicts its own card: {differs}")
+    return card
+
+
+def today(name: str) -> str:
+    """Today's name of a weight; in format 4 that of the context actor was called line."""
+    return {"line": "weight"}.get(name, name)
+
+
+def check_weights(actor: nn.Module) -> None:
+    """Raise TokenGameError unless all weights, in float32 and as features meet them, are finite and at most LARGEST."""
+    weights = {name: tensor.detach().float() for name, tensor in actor.state_dict().items()}
+    if isinstance(actor, ContextActor):
+        weights |= {"weight": actor.linear.weights.detach().float()}
+    for name, tensor in weights.items():
+        require(bool(tensor.isfinite().all()), f"the actor's weights are not finite in {name}; train it again")
+        largest = float(tensor.abs().max())
+        large = f"the actor's weights reach {largest:.3g} in {name}, {LARGEST:g} at most are sound"
+        require(largest <= LARGEST, f"{large}; train it again, with a smaller --ppo.lr")
 
 
 def find_policy(name: str | Path) -> Path:
@@ -112,8 +132,8 @@ def find_policy(name: str | Path) -> Path:
         TokenGameError: `name` looks like neither.
     """
     shipped = SHIPPED / f"{name}.safetensors"
-    if Path(name).is_file() or not shipped.is_file():
-        if not Path(name).is_file() and "/" not in str(name) and not str(name).endswith(".safetensors"):
+    if os.path.isfile(name) or not os.path.isfile(shipped):
+        if not os.path.lexists(name) and "/" not in str(name) and not str(name).endswith(".safetensors"):
             names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
             raise TokenGameError(f"no policy file {name}, and none of that name is shipped (shipped: {names})")
         return Path(name)
@@ -138,48 +158,81 @@ def threshold(dial: float) -> float:
     Raises:
         TokenGameError: `dial` is outside [0, 1].
     """
-    if not 0 <= dial <= 1:
-        raise TokenGameError(f"dial must lie between 0 (keep all tokens) and 1 (prune most), not {dial}")
+    dial = _plain(dial)
+    wanted = "dial must lie between 0 (keep all tokens) and 1 (prune most)"
+    require(dial in SHARE, f"{wanted}, not {shown(dial)}")
     if dial in (0, 1):
         return math.inf if dial else -math.inf
     return math.log(dial / (1 - dial))
 
 
-TARGETS = {"gmacs_ratio": "pruned / native compute", "gmacs": "GMACs an image", "keep": "share of tokens kept"}
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
 
 
-def dial_for(card: dict[str, Any], max_drop: float | None = None, **target: float | None) -> float:
+class Target(NamedTuple):
+    """What may be wanted instead of a dial."""
+
+    name: str
+    """as it is typed"""
+    meaning: str
+    allowed: Range
+
+
+TARGETS = {
+    "max_drop": Target("--max-drop", "points of top-1 that may be lost", Range(0, 100)),
+    "gmacs_ratio": Target("--gmacs-ratio", "pruned / native compute", Range(0, 2, above=True)),
+    "gmacs": Target("gmacs", "GMACs an image", Range(0, 1e6, above=True)),
+    "keep": Target("keep", "share of tokens kept", SHARE),
+}
+
+
+def check_target(name: str, value: Any) -> None:
+    """Raise TokenGameError unless `value` is a number that the target `name`, one of `TARGETS`, can be."""
+    require(name in TARGETS, f"no target {shown(name)}; give one of {', '.join(TARGETS)}")
+    require_in(TARGETS[name].allowed, _plain(value), TARGETS[name].name)
+
+
+def dial_for(card: dict[str, Any], **target: float | None) -> float:
     """The dial at which, by the card's calibration, the policy meets a target.
 
     Args:
         card: of a policy.
-        max_drop: points of top-1 that may be lost: the hardest dial for which this is guaranteed at 95 % confidence,
-            and for all gentler ones (see `measure.risk`). Where it is for none, 0, with a warning: the native
-            prediction.
-        target: one of gmacs_ratio, gmacs, keep: interpolated between the calibrated dials.
+        target: one of max_drop, gmacs_ratio, gmacs, keep. max_drop is points of top-1 that may be lost: the hardest
+            dial for which this is guaranteed at 95 % confidence, and for all gentler ones (see `measure.risk`). Where
+            it is for none, 0, with a warning: the native prediction. The others are interpolated between the calibrated
+            dials.
 
     Raises:
-        TokenGameError: not exactly one target, no calibration, or the target lies outside what was calibrated.
+        TokenGameError: not exactly one target, one that is no such number, no calibration, or the target lies outside
+            what was calibrated.
     """
     targets = {name: value for name, value in target.items() if value is not None}
-    if len(targets) + (max_drop is not None) != 1:
-        raise TokenGameError(f"give one of max_drop, {', '.join(TARGETS)}")
-    rows = sorted(card["calibration"], key=lambda row: row["dial"])
-    if not rows:
-        raise TokenGameError("the policy's card holds no calibration; choose the operating point with --dial")
-    if max_drop is not None:
-        return _guaranteed(rows, max_drop)
+    require(len(targets) == 1, f"give one of {', '.join(TARGETS)}")
     ((name, value),) = targets.items()
+    check_target(name, value)
+    figure = "drop_pp_bound95" if name == "max_drop" else name
+    for number, row in enumerate(card["calibration"]):
+        for key in ("dial", figure):
+            ROW[key](row.get(key), f"calibration[{number}].{key}")
+    rows = sorted(card["calibration"], key=lambda row: row["dial"])
+    require(bool(rows), "the policy's card holds no calibration; choose the operating point with --dial")
+    return _guaranteed(rows, value) if name == "max_drop" else _interpolated(rows, name, value)
+
+
+def _interpolated(rows: list[dict[str, Any]], name: str, value: float) -> float:
     found = [row[name] for row in rows]
     if not min(found) <= value <= max(found):
-        what = f"{name.replace('_', ' ')} {value:g} ({TARGETS[name]})"
+        what = f"{TARGETS[name].name} {value:g} ({TARGETS[name].meaning})"
         raise TokenGameError(f"{what} lies outside the calibrated {min(found):.2f} to {max(found):.2f}")
-    return float(np.interp(-value, [-f for f in found], [row["dial"] for row in rows]))
+    falling = np.minimum.accumulate(found)  # a cascade's compute may rise between two dials
+    return float(np.interp(-value, -falling, [row["dial"] for row in rows]))
 
 
 def _guaranteed(rows: list[dict[str, Any]], max_drop: float) -> float:
     bounds = [row["drop_pp_bound95"] for row in rows]
-    if bounds[0] is None:
+    if None in bounds:
         raise TokenGameError(
             "the policy was calibrated without labels and guarantees no drop: run `tokengame calibrate` on labelled "
             "images, or use --dial or --gmacs-ratio"
@@ -187,8 +240,9 @@ def _guaranteed(rows: list[dict[str, Any]], max_drop: float) -> float:
     number = certified(bounds, max_drop)
     if number:
         return rows[number - 1]["dial"]
+    images = rows[0].get("images", "so few")
     warnings.warn(
-        f"{rows[0]['images']} calibration images can guarantee a drop of {bounds[0]:.2f} points at best, not "
+        f"{images} calibration images can guarantee a drop of {bounds[0]:.2f} points at best, not "
         f"{max_drop:g}: all tokens are kept; calibrate on more images (see `tokengame calibrate --help`)",
         stacklevel=3,
     )
@@ -200,8 +254,10 @@ def certified(bounds: Sequence[float], wanted: float) -> int:
 
     Walking from the gentlest and stopping at the first that fails costs no confidence: fixed-sequence testing.
     """
+    allowed = TARGETS["max_drop"].allowed
+    require_in(allowed, _plain(wanted), "--max-drop")
     for number, bound in enumerate(bounds):
-        if not bound <= wanted:  # NaN guarantees nothing
+        if _plain(bound) not in allowed or bound > wanted:  # what is no bound guarantees nothing
             return number
     return len(bounds)
 
