@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import tyro
 
 from tokengame.cli.common import COMPUTE, PART, SHARE, UPDATES, OnImages, report_bad
-from tokengame.cli.hints import about, next_command
+from tokengame.cli.hints import about, held_back, next_command
 from tokengame.config import GAME_VERSION, FinetuneConfig, require
 from tokengame.files import require_writable, whole
 from tokengame.report.console import console, progress, show_rows, show_table
@@ -79,8 +79,9 @@ class Finetune(OnImages):
         return self.output, self._weights, self._card_file
 
     def check(self) -> None:
-        """Also: there is one operating point."""
+        """Also: there is one operating point, and a run is continued or replaced."""
         super().check()
+        require(not (self.resume and self.overwrite), "give one of --resume and --overwrite")
         require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
         require(not (self.resume and self.overwrite), "give one of --resume and --overwrite")
 
@@ -128,12 +129,7 @@ class Finetune(OnImages):
         }
 
     def _say_next(self, source: ImageSource | HuggingFaceStream) -> None:
-        from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
-
-        held: dict[str, Any] = {}
-        if self.validate is None and not isinstance(source, HuggingFaceStream):
-            split = self.split if isinstance(source, HuggingFaceImages) else None
-            held = {"holdout": self.holdout, "seed": self.seed, "split": split}
+        held = held_back(self, source) if self.validate is None else {}
         command = next_command(self, self._card_file, self.validate or self.images, **held)
         text = f"weights: {self._weights}\npolicy: {self._card_file}\nnext: {command}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -6,8 +6,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokengame.cli.common import OnImages, flag
+
 if TYPE_CHECKING:
-    from tokengame.cli.common import OnImages
+    from tokengame.data.datasets import ImageSource
+    from tokengame.data.hub import HuggingFaceStream
 
 STREAM = "stream:"
 
@@ -15,6 +18,16 @@ STREAM = "stream:"
 def about(command: OnImages) -> dict[str, Any]:
     """Where the images and the weights of a run are, for its config.json."""
     return {name: getattr(command, name) for name in ("images", "split", "weights", "class_map")}
+
+
+def held_back(command: Any, source: ImageSource | HuggingFaceStream) -> dict[str, Any]:
+    """The flags by which `eval` measures on the images that a command has held back; of a stream there are none."""
+    from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
+
+    if isinstance(source, HuggingFaceStream):
+        return {}
+    split = command.split if isinstance(source, HuggingFaceImages) else None
+    return {"holdout": command.holdout, "seed": command.seed, "split": split}
 
 
 def next_command(command: OnImages, policy: Path, images: str, **flags: Any) -> str:
@@ -30,9 +43,5 @@ def next_command(command: OnImages, policy: Path, images: str, **flags: Any) -> 
     named = {"backbone": command.backbone, "images": images.removeprefix(STREAM), **own, "policy": policy, **flags}
     if command.device != "auto":
         named["device"] = command.device
-    words = [word for name, value in named.items() if value is not None for word in (_flag(name), str(value))]
+    words = [word for name, value in named.items() if value is not None for word in (flag(name), str(value))]
     return shlex.join(["tokengame", "eval", *words])
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from tokengame.cli.common import COMPUTE, PART, UPDATES, OnImages, report_bad
-from tokengame.cli.hints import about, next_command
+from tokengame.cli.hints import about, held_back, next_command
 from tokengame.config import TrainConfig, require
 from tokengame.files import require_writable
 from tokengame.report.console import console, progress, show_rows, show_table
@@ -63,14 +63,13 @@ class Train(OnImages):
     )
 
     def check(self) -> None:
-        """Also: it is clear what becomes of an earlier run."""
+        """Also: a run is continued or replaced."""
         super().check()
         require(not (self.resume and self.overwrite), "give one of --resume and --overwrite")
 
     def run(self) -> dict[str, Any]:
         """Train on a part of the images, calibrate and measure on the rest."""
         from tokengame.data.datasets import split_images
-        from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
         from tokengame.learning.checkpoint import require_new
         from tokengame.learning.run import log_of
         from tokengame.policies import Policy
@@ -96,9 +95,7 @@ class Train(OnImages):
         result = {**training.result(), **scores.summary(), "dial": fast.dial}
         show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
         console.print(verdict(result))
-        streamed, hub = isinstance(source, HuggingFaceStream), isinstance(source, HuggingFaceImages)
-        held = {} if streamed else {"holdout": self.holdout, "seed": self.seed}
-        command = next_command(self, self.output, self.images, split=self.split if hub else None, **held)
+        command = next_command(self, self.output, self.images, **held_back(self, source))
         console.print(f"policy: {self.output}\nnext: {command}", highlight=False, markup=False, soft_wrap=True)
         return result
 

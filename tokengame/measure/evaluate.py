@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from tokengame.backbones import unfused
+from tokengame.backbones.classes import require_classes
 from tokengame.data.batches import Batch
 from tokengame.errors import TokenGameError
 from tokengame.measure.fidelity import fidelity_loss
@@ -176,7 +177,11 @@ def evaluate(fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | N
 
     Every batch goes through both, in alternating order, after a warm-up on the first batch, which also decides whether
     native runs with fused or unfused attention. The time is the whole call, policy and packing included.
+
+    Raises:
+        TokenGameError: the model predicts no classes.
     """
+    require_classes(fast.game.backbone)
     weight, model = next(fast.model.parameters()), reference or fast.model
     scores = Scores()
     for number, batch in enumerate(batches):
@@ -231,7 +236,11 @@ def calibrate(
         One row per dial, gentlest first: dial, gmacs, gmacs_ratio, keep (share of the tokens left at the end),
         agreement, kl, drop_pp, drop_pp_ci95, images, and drop_pp_bound95: the upper bound of the drop at 95 %
         confidence (None without labels; see `measure.risk`).
+
+    Raises:
+        TokenGameError: the model predicts no classes.
     """
+    require_classes(fast.game.backbone)
     weight, wanted, model = next(fast.model.parameters()), fast.dial, reference or fast.model
     scores = {dial: Scores() for dial in sorted(dials)}
     for batch in batches:

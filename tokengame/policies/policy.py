@@ -57,7 +57,7 @@ class Policy:
         """Write the file whole or not at all.
 
         Raises:
-            TokenGameError: `load` would refuse it; nothing is written.
+            TokenGameError: `load` would refuse it, or it cannot be written; an old file stays.
         """
         check_card(self.card)
         check_weights(self.actor)
