@@ -114,8 +114,9 @@ int set_level(int wanted);
 // The checksum of the source files that this library was compiled from.
 unsigned source_checksum();
 
-// tensors [number] of sizes [number] -> a number that changes when whole tensors are overwritten: a hash of 8 values each.
-unsigned long long weight_version(const bf16* const* tensors, const long* sizes, long number);
+// tensors [number] of [rows, columns] -> a number that changes when tensors are written to: a hash of values spread over each
+// tensor, at least one of every row and column.
+unsigned long long weight_version(const bf16* const* tensors, const long* rows, const long* columns, long number);
 
 // rows.cpp
 

@@ -3,6 +3,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "network.h"
 
 namespace tokengame {
@@ -38,10 +40,25 @@ int set_level(int wanted) {
 
 unsigned source_checksum() { return SOURCES; }
 
-unsigned long long weight_version(const bf16* const* tensors, const long* sizes, long number) {
+unsigned long long weight_version(const bf16* const* tensors, const long* rows, const long* columns, long number) {
     unsigned long long sum = 0;
-    for (long i = 0; i < number; i++)
-        for (long k = 0; k < 8 && sizes[i] > 0; k++) sum = (sum + tensors[i][(sizes[i] - 1) * k / 7]) * 0x9e3779b97f4a7c15ull;
+#pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum)
+    for (long i = 0; i < number; i++) {
+        const long height = rows[i], width = columns[i], samples = height && width ? std::max(height, width) : 0;
+        const long step = 7919 % std::max(width, 1l), ahead = 24;  // a cache line each: many are fetched at once
+        unsigned long long factor = 0x9e3779b97f4a7c15ull * (2 * i + 1);
+        for (long k = 0, row = 0, column = 0, next = 0, soon = 0; k < samples + ahead; k++) {
+            if (k < samples) {
+                __builtin_prefetch(tensors[i] + next * width + soon);
+                if (++next == height) next = 0;
+                if ((soon += step) >= width) soon -= width;
+            }
+            if (k < ahead) continue;
+            sum += tensors[i][row * width + column] * (factor += 0xbf58476d1ce4e5b8ull);  // an odd factor for each value
+            if (++row == height) row = 0;
+            if ((column += step) >= width) column -= width;
+        }
+    }
     return sum;
 }
 }

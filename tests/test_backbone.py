@@ -62,6 +62,7 @@ def build(key):
     return model, torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.filterwarnings("ignore:.*treats every token alone")  # of the other linear layer, as it should be
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @pytest.mark.parametrize("key", ARCHITECTURES)
 @torch.no_grad()
@@ -72,6 +73,7 @@ def test_keeping_all_tokens_gives_the_native_prediction(key, transition):
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*treats every token alone")  # of the other linear layer, as it should be
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @pytest.mark.parametrize("key", ARCHITECTURES)
 @torch.no_grad()
@@ -99,16 +101,16 @@ def test_contract(key, transition):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "not a plain timm VisionTransformer"),
+        ("swin_tiny_patch4_window7_224", {}, "is not timm's VisionTransformer"),
         ("vit_tiny_r_s16_p8_224", {}, "HybridEmbed"),
-        ("eva02_tiny_patch14_224", {}, "not a plain timm VisionTransformer"),
+        ("eva02_tiny_patch14_224", {}, "is not timm's VisionTransformer"),
         (
             "vit_base_patch16_224",
             {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
             "ParallelScalingBlock",
         ),
         ("vit_base_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
-        ("resnet18", {}, "ResNet is not a plain"),
+        ("resnet18", {}, "ResNet is not timm's"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(name, changes, reason):

@@ -97,3 +97,15 @@ def test_the_notebook_runs(tmp_path):
     client.execute(env=environment)
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in shown)
+
+
+def test_every_line_of_what_a_pruned_model_honours_names_a_test_that_exists():
+    lines = [line for line in (ROOT / "docs" / "native.md").read_text().splitlines() if line.startswith("| ")]
+    lines = [line for line in lines if not line.endswith("| Test |")]
+    assert len(lines) > 40
+    for line in lines:
+        named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", line.rsplit("|", 2)[1])
+        assert named, f"no test: {line}"
+        for file, name in named:
+            text = (ROOT / "tests" / (file or "test_native_model.py")).read_text()
+            assert f"def {name}(" in text, f"{name} is not in {file or 'test_native_model.py'}"

@@ -78,7 +78,7 @@ def test_keeping_everything_gives_timms_features(changes):
     torch.testing.assert_close(fast.forward_features(images), model.forward_features(images), atol=1e-5, rtol=1e-4)
     for indices in (None, 2, [0, 3], [-1]):
         expected = model.forward_intermediates(images, indices, intermediates_only=True, norm=True)
-        found = fast.forward_intermediates(images, indices, norm=True)
+        found = fast.forward_intermediates(images, indices, intermediates_only=True, norm=True)
         assert [f.shape for f in found] == [e.shape for e in expected]
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -43,6 +43,7 @@ def test_packed_equals_the_slow_reference(size, stages, batch, lean, seed, trans
     assert torch.equal(torch.stack(state.kept), kept_agents(table).sum(2))
 
 
+@pytest.mark.filterwarnings("ignore:.*see packed rows")
 @pytest.mark.parametrize("stages", [(1,), (3,), (0, 2)])
 @pytest.mark.parametrize("transition", ["drop", "merge"])
 @torch.no_grad()
@@ -178,6 +179,7 @@ def play(trainer, batch=4):
     return trainer.rollout(torch.randn(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.long))
 
 
+@pytest.mark.filterwarnings("ignore:.*see packed rows")
 def test_trap_masks_tokens_are_really_removed(model):
     """Work shrinks with the tokens: a later block's MLP gets the rows of kept tokens and no more."""
     game, seen = TokenGame(wrap(model), GameConfig(stages=(1,))), []

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tokengame.backends import CompiledBlocks
 from tokengame.kernels.weights import packed_weights
 from tokengame.runtime import PrunedViT
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore:.*see packed rows")]
 
 
 @pytest.fixture
@@ -77,6 +78,67 @@ def test_a_model_made_in_inference_mode_predicts_as_it_is_now():
     in_place(model)
     assert off(before, model(images)) > 0.08, "the change changes the prediction"
     assert off(predicted(game_of(model), images), model(images)) < 0.03
+
+
+def rows(weight, start, stop):
+    weight.data[start:stop] = 4
+
+
+PARTIAL = {
+    "a row": lambda weight: rows(weight, 5, 6),
+    "the last row": lambda weight: rows(weight, -1, None),
+    "a column": lambda weight: weight.data.T[7].fill_(4),
+    "a half": lambda weight: rows(weight, 0, len(weight) // 2),
+    "a block": lambda weight: weight.data[16:32, 16:32].mul_(-9),
+    "every other": lambda weight: weight.data.flatten()[1::2].zero_(),
+    "nothing left": lambda weight: weight.data.zero_(),
+}
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("key", PARTIAL)
+@torch.no_grad()
+def test_a_part_of_a_weight_written_through_its_data_takes_effect(key, part, model):
+    """Such writes count no version; a row or column of a weight is seen, a few numbers may not be."""
+    game, images = game_of(model), normal(3, 3, 32, 32)
+    before = predicted(game, images)
+    assert is_compiled(game, images)
+    PARTIAL[key](model.blocks[1].get_submodule(part).weight)
+    assert not torch.equal(predicted(game, images), before)
+    assert torch.equal(predicted(game, images), predicted(game_of(copy.deepcopy(model)), images))
+
+
+@pytest.mark.parametrize("key", ["norm1.weight", "norm2.bias", "attn.qkv.bias", "mlp.fc2.bias"])
+@torch.no_grad()
+def test_one_number_of_a_norm_or_bias_written_through_its_data_takes_effect(key, model):
+    game, images = game_of(model), normal(3, 3, 32, 32)
+    before = predicted(game, images)
+    model.blocks[1].get_parameter(key).data[11] = 4
+    assert not torch.equal(predicted(game, images), before)
+
+
+def test_threads_share_packed_weights_while_one_records_gradients(model):
+    """Weights are packed once, and what a thread computes does not depend on the others."""
+    fast, images = PrunedViT(model, policy_for(tiny_vit(embed_dim=64)), 0.5), normal(4, 3, 32, 32)
+    expected = fast(images)
+    gradient = fast.predict(images, gradients=True).logits
+    model.blocks[1].mlp.fc1.weight.data.mul_(1)  # the same numbers, another version
+    wrong: list[str] = []
+
+    def work(records):
+        for _ in range(20):
+            found = fast.predict(images, gradients=records).logits
+            if records:
+                found.sum().backward()
+            if not torch.equal(found, gradient if records else expected):
+                wrong.append(f"gradients {records}")
+
+    threads = [Thread(target=work, args=(number == 0,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 HOOKS = {
@@ -146,7 +208,8 @@ UNSUPPORTED = {
 @torch.no_grad()
 def test_models_that_do_something_else_run_on_pytorch(key):
     model, images = UNSUPPORTED[key](), normal(3, 3, 32, 32)
-    assert packed_weights(model, wrap(model).plain_weights) is None
+    backbone = wrap(model)
+    assert packed_weights(model, backbone.watch, backbone.plain_weights) is None
     assert not is_compiled(game_of(model), images)
     assert off(predicted(game_of(model), images), model(images)) < 0.03
 

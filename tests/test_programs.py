@@ -153,7 +153,9 @@ def test_gradients_are_recorded_in_training_mode_or_on_request(fast):
     assert not fast(IMAGES).requires_grad
     assert not fast.predict(IMAGES).logits.requires_grad
     assert not fast.forward_features(IMAGES).requires_grad
-    assert not any(features.requires_grad for features in fast.forward_intermediates(IMAGES, 2))
+    assert not any(
+        features.requires_grad for features in fast.forward_intermediates(IMAGES, 2, intermediates_only=True)
+    )
     assert min(kept(fast, IMAGES)[-1]) < 16
     requested = fast.predict(IMAGES, gradients=True).logits
     assert used_weights(fast.model, requested) == every

@@ -59,3 +59,46 @@ def test_scenes_of_the_whole_fashion_mnist(tmp_path):
 def test_train_and_test_scenes_share_no_photo():
     train, test = (FashionScenes(split, 1).photos.images.reshape(-1, 784) for split in ("train", "test"))
     assert not {photo.tobytes() for photo in train} & {photo.tobytes() for photo in test}
+
+
+@pytest.fixture
+def mnist():
+    """Four photos in the distribution's own format, not compressed: name -> bytes."""
+    photos = np.random.default_rng(0).integers(30, 256, (4, 28, 28)).astype(np.uint8)
+    shape = b"".join(n.to_bytes(4, "big") for n in photos.shape)
+    return {
+        "train-images-idx3-ubyte.gz": b"\0\0\x08\x03" + shape + photos.tobytes(),
+        "train-labels-idx1-ubyte.gz": b"\0\0\x08\x01" + shape[:4] + bytes(range(4)),
+    }
+
+
+def damages(files):
+    images, labels = files
+    yield "cut", {images: files[images][:-5]}
+    yield "short", {images: files[images][:3]}
+    yield "empty", {labels: b""}
+    yield "swapped", {images: files[labels], labels: files[images]}
+    yield "of other sizes", {images: files[images][:8] + (2**31).to_bytes(4, "big") + files[images][12:]}
+    yield "a label too many", {labels: b"\0\0\x08\x01" + (5).to_bytes(4, "big") + bytes(range(5))}
+    yield "an unknown class", {labels: files[labels][:-1] + b"\x0a"}
+
+
+def test_damaged_files_of_fashion_mnist_are_a_sentence(mnist, tmp_path):
+    for name, changed in damages(mnist):
+        for file, content in (mnist | changed).items():
+            (tmp_path / file).write_bytes(gzip.compress(content))
+        with pytest.raises(TokenGameError, match=r"no Fashion-MNIST .* in "):
+            pytest.fail(f"{name}: {open_images(f'fashion-train:{tmp_path}').labels}")
+    for content in (b"", b"no gzip", gzip.compress(mnist["train-labels-idx1-ubyte.gz"])[:-9]):
+        (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)
+        with pytest.raises(TokenGameError, match=r"no Fashion-MNIST .* in "):
+            open_images(f"fashion-train:{tmp_path}")
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(mnist, tmp_path):
+    for file, content in mnist.items():
+        (tmp_path / file).write_bytes(gzip.compress(content))
+    whole = gzip.compress(bytes(2**24))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole * 64)  # a GiB: gzip members follow one another
+    with pytest.raises(TokenGameError, match="damaged or not in IDX format"):
+        open_images(f"fashion-train:{tmp_path}")

@@ -10,8 +10,9 @@ from PIL import Image
 
 from tokengame.cli.main import main
 from tokengame.data import hub
-from tokengame.data.batches import BadImages, checked
+from tokengame.data.batches import BadImages, checked, require_readable
 from tokengame.data.datasets import label_images, open_images, split_images
+from tokengame.data.decode import decoded
 from tokengame.data.loader import TrainingLoader
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
@@ -25,12 +26,15 @@ COUNT, HELD = 60, 12
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
     """A data set in three parquet files; the label says which image it is, and so does its grey."""
-    root = tmp_path_factory.mktemp("stream")
+    return write(tmp_path_factory.mktemp("stream"), range(COUNT))
+
+
+def write(root, labels):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     for part in range(3):
         rows = range(part * COUNT // 3, (part + 1) * COUNT // 3)
         images = [Image.new("RGB", (24, 24), (4 * i,) * 3) for i in rows]
-        table = datasets.Dataset.from_dict({"image": images, "label": list(rows)}, features=features)
+        table = datasets.Dataset.from_dict({"image": images, "label": [labels[i] for i in rows]}, features=features)
         table.to_parquet(root / f"train-0000{part}-of-00003.parquet")
     return root
 
@@ -130,7 +134,9 @@ def test_classes_a_model_does_not_have_are_found_at_the_start(tmp_path):
         label_images(stream, None, 5)
 
 
-def test_training_on_a_stream_resumes_exactly(parquet, monkeypatch, tmp_path):
+def test_training_on_a_stream_resumes_exactly(monkeypatch, tmp_path):
+    (tmp_path / "set").mkdir()
+    parquet = write(tmp_path / "set", [i % 10 for i in range(COUNT)])
     common = [
         "--backbone", "fashion", "--images", f"stream:{parquet}", "--batch-size", "4", "--rollouts", "2",
         "--workers", "0", "--dtype", "float32", "--game.stages", "3", "--ppo.epochs", "1",
@@ -162,3 +168,144 @@ def test_commands_that_measure_refuse_a_stream_before_anything_is_loaded(capsys)
     arguments = ["--backbone", "vit_tiny_patch16_224", "--images", "stream:nowhere", "--policy", "none"]
     assert main(["eval", *arguments]) == 2
     assert "leave out stream:" in capsys.readouterr().err
+
+
+def data_set(root, rows, label):
+    """A data set on disk in a parquet file, of images of one shade each, None where a row has none."""
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    images = [None if shade is None else Image.new("L", (24, 24), shade) for shade, _ in rows]
+    table = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, features=features)
+    root.mkdir(exist_ok=True)
+    table.to_parquet(root / "train.parquet")
+    return str(root)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def opened(location, streamed):
+    return open_images(f"stream:{location}", "train") if streamed else hub.HuggingFaceImages(location, "train")
+
+
+def labels_of(source):
+    return (
+        source.labels
+        if isinstance(source, hub.HuggingFaceImages)
+        else [row.label for row in source._named(source.rows)]
+    )
+
+
+both = pytest.mark.parametrize("streamed", [False, True])
+WHICH = datasets.ClassLabel(names=["c", "b", "a"])
+
+
+@both
+@pytest.mark.usefixtures("cache")
+def test_a_class_map_maps_the_names_of_a_data_set(streamed, tmp_path):
+    location = data_set(tmp_path / "set", [(0, 0), (1, 1), (2, 2)], WHICH)
+    (tmp_path / "map.txt").write_text("a\nb\nc\nd\n")
+    source = opened(location, streamed)
+    how = label_images(source, str(tmp_path / "map.txt"), 4)
+    assert labels_of(source) == [2, 1, 0]
+    assert how.endswith(f"labelled by {'its' if streamed else 'their'} column label and {tmp_path}/map.txt")
+    location = data_set(tmp_path / "names", [(0, "a"), (1, "d")], datasets.Value("string"))
+    source = opened(location, streamed)
+    label_images(source, str(tmp_path / "map.txt"), 4)
+    assert labels_of(source) == [0, 3]
+
+
+@both
+@pytest.mark.usefixtures("cache")
+def test_a_class_map_that_does_not_fit_a_data_set_is_refused(streamed, tmp_path):
+    location = data_set(tmp_path / "set", [(0, 0), (1, 1)], WHICH)
+    for content, reason in (
+        ("a\nb\nx\n", "the class 'c' of .* is not in"),
+        ("a\n", "names 1 classes but the model has 3"),
+    ):
+        (tmp_path / "map.txt").write_text(content)
+        with pytest.raises(TokenGameError, match=reason):
+            label_images(opened(location, streamed), str(tmp_path / "map.txt"), 3)
+    with pytest.raises(TokenGameError, match="no class map at"):
+        label_images(opened(location, streamed), "nowhere.txt", 3)
+    numbers = data_set(tmp_path / "numbers", [(0, 0), (1, 1)], datasets.Value("int64"))
+    (tmp_path / "map.txt").write_text("a\nb\nc\n")
+    with pytest.raises(TokenGameError, match=r"--class-map needs class names, but the label of .* is 0"):
+        label_images(opened(numbers, streamed), str(tmp_path / "map.txt"), 3)
+
+
+@both
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("label", "kind"), [(-1, "int64"), (5, "int64"), (1.0, "float32"), ("cat", "string"), (True, "bool")]
+)
+def test_labels_that_are_no_class_of_the_model_are_refused_at_the_start(label, kind, streamed, tmp_path):
+    location = data_set(tmp_path / "set", [(0, label)], datasets.Value(kind))
+    with pytest.raises(TokenGameError, match=rf"not class indices below 5: that of .* is {label!r}"):
+        label_images(opened(location, streamed), None, 5)
+
+
+@both
+@pytest.mark.usefixtures("cache")
+def test_a_data_set_of_fewer_classes_than_the_model_is_not_labelled(streamed, tmp_path):
+    source = opened(data_set(tmp_path / "set", [(0, 0), (1, 1)], WHICH), streamed)
+    how = label_images(source, None, 1000)
+    assert "unlabelled: the data set has 3 classes but the model has 1,000 classes; --class-map FILE maps" in how
+    assert labels_of(source) in (None, [None, None])
+
+
+@pytest.mark.usefixtures("cache")
+def test_gaps_in_the_labels_of_a_data_set_are_said(tmp_path):
+    source = opened(data_set(tmp_path / "set", [(0, 0), (1, None)], datasets.Value("int64")), False)
+    how = label_images(source, None, 3)
+    assert how == f"2 images unlabelled: 1 of them have no label, the first is {tmp_path}/set[1]"
+
+
+def test_a_label_that_the_model_does_not_have_is_refused_as_it_arrives(stream, monkeypatch):
+    """Its first images are within reach at the start; here the label that is too large comes later."""
+    monkeypatch.setattr(stream, "first", hub.HeldRows(stream.first.rows[:5]))
+    label_images(stream, None, 50)
+    learn, held = split_images(stream, 0.2, 0)
+    assert held.labels == list(range(HELD))
+    with pytest.raises(TokenGameError, match=r"not class indices below 50: that of .*image \d+ as streamed is 5\d"):
+        labels(TrainingLoader(learn, grey, 0, 8, 10))
+
+
+@both
+@pytest.mark.usefixtures("cache")
+def test_rows_without_an_image_are_unreadable(streamed, tmp_path):
+    source = opened(data_set(tmp_path / "set", [(7, 0), (None, 1)], datasets.Value("int64")), streamed)
+    images = source.first if streamed else source
+    assert images.open(0).getpixel((0, 0)) == 7
+    with pytest.raises(ValueError, match="the row holds no image"):
+        images.open(1)
+    with pytest.raises(TokenGameError, match=r"1 of 2 images tried cannot be read .*: the row holds no image"):
+        require_readable(source if not streamed else images)
+
+
+def test_a_file_that_a_row_names_but_that_is_gone_is_unreadable(tmp_path):
+    row = hub.Row("row", str(tmp_path / "gone.png"), None)
+    assert "No such file" in decoded(row.open)
+
+
+def test_a_stream_that_cannot_be_read_on_is_refused_with_a_sentence(stream):
+    def broken():
+        yield {"image": {"bytes": b"", "path": None}, "label": 0}
+        raise ConnectionError("the line is dead")
+
+    rows = stream._named(broken())
+    next(rows)
+    with pytest.raises(TokenGameError, match="cannot be streamed any further: the line is dead"):
+        next(rows)
+
+
+def test_a_stream_of_unreadable_images_is_refused_before_training(tmp_path, capsys):
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 40}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    output = str(tmp_path / "policy.safetensors")
+    assert main(["train", "--backbone", "fashion", "--images", f"stream:{tmp_path}", "--output", output]) == 2
+    errors = capsys.readouterr().err
+    assert "a stream, unlabelled: the data set has no column 'label'" in errors
+    assert "40 of 40 images tried cannot be read" in errors

@@ -110,10 +110,10 @@ class ToyBackbone(Backbone):
         layers = (module.query, module.key, module.value)[first:last]
         return torch.stack([layer(normed) for layer in layers], 1).unflatten(2, (self.heads, self.head_dim))
 
-    def add_attention(self, block, x, attended):
+    def add_attention(self, block, x, attended, _layout):
         return x + self.model.blocks[block].out(attended)
 
-    def feed_forward(self, block, x):
+    def feed_forward(self, block, x, _layout):
         module = self.model.blocks[block]
         return x + module.mlp(module.norm2(x))
 
@@ -164,7 +164,7 @@ def test_a_family_is_a_class_and_one_line_of_the_registry(toy, monkeypatch):
     with pytest.raises(TokenGameError, match="patches that overlap"):
         wrap(overlapping)
     monkeypatch.setattr(backbones, "FAMILIES", FAMILIES)
-    with pytest.raises(TokenGameError, match="ToyViT is not a plain timm VisionTransformer"):
+    with pytest.raises(TokenGameError, match="ToyViT is not timm's VisionTransformer"):
         wrap(toy)
 
 

@@ -179,8 +179,7 @@ CONTENTS = {
     "another architecture; 1 of its weights are not the model's (mask_token)": lambda s: s | {
         "mask_token": torch.zeros(1)},
     "48 of the model's weights are missing in it (blocks.0.norm1.weight, blocks.0.norm1.bias, "
-    "blocks.0.attn.qkv.weight, ...)": lambda s: {
-        name: tensor for name, tensor in s.items() if not name.startswith("blocks")},
+    "blocks.0.attn.qkv.weight, ...)": lambda s: {k: v for k, v in s.items() if not k.startswith("blocks")},
 }  # fmt: skip
 
 

@@ -6,10 +6,31 @@ logits = fast(images)
 model = fast.restore()
 """
 
-from tokengame import kernels
+from typing import TYPE_CHECKING, Any
+
 from tokengame.errors import TokenGameError
-from tokengame.policies import Policy
-from tokengame.runtime import PrunedOutput, PrunedViT, prune
+
+if TYPE_CHECKING:
+    from tokengame import kernels
+    from tokengame.policies import Policy
+    from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
 __version__ = "0.11.0"
 __all__ = ["Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "kernels", "prune"]
+
+_HOMES = {"Policy": "tokengame.policies"} | dict.fromkeys(("PrunedOutput", "PrunedViT", "prune"), "tokengame.runtime")
+
+
+def __getattr__(name: str) -> Any:
+    """Import the other public names when they are first used: PyTorch takes seconds, and `--help` needs none of it."""
+    from importlib import import_module
+
+    if name == "kernels":
+        return import_module("tokengame.kernels")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokengame' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, first_line
+
+ADVICE = "start them with accelerate launch or torchrun, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,22 @@ class Processes:
 
 
 def join_processes(device: str) -> Processes:
-    """The processes that `accelerate launch` (or torchrun) started with this one; alone without a launcher."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The processes that `accelerate launch` (or torchrun) started with this one; alone without a launcher.
+
+    Raises:
+        TokenGameError: what a launcher sets in the environment is not a number, or is not complete.
+    """
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise TokenGameError(f"{name} in the environment must be a number, not {os.environ[name]!r}; {ADVICE}")
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Processes()
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=device == "cpu")
+    try:
+        accelerator = Accelerator(cpu=device == "cpu")
+    except (ValueError, RuntimeError) as error:
+        raise TokenGameError(f"the processes cannot join ({first_line(error)}); {ADVICE}") from None
     return Processes(accelerator.num_processes, accelerator.process_index, accelerator)
 
 

@@ -8,13 +8,14 @@ from torch import nn
 
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
+from tokengame.backbones.refusals import refusal, unwrapped
 from tokengame.backbones.timm_vit import TimmViT
 from tokengame.errors import TokenGameError
 
 FAMILIES: tuple[type[Backbone], ...] = (TimmViT,)
 """the supported model families; the first that accepts a model wraps it"""
 
-__all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "wrap"]
+__all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]
 
 
 def wrap(model: Any) -> Backbone:
@@ -25,11 +26,10 @@ def wrap(model: Any) -> Backbone:
     """
     for family in FAMILIES:
         if family.accepts(model):
-            return family(model)
-    raise TokenGameError(
-        f"{type(model).__name__} is not a plain timm VisionTransformer: windows, pooled grids, rotary positions or "
-        "other blocks tie a token to its neighbours, so removing it would not be exact"
-    )
+            backbone = family(model)
+            assert backbone.watch  # from now on
+            return backbone
+    raise TokenGameError(refusal(model))
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

@@ -9,12 +9,15 @@ else runs through the model's own submodules. A family is one file with one subc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import ModelWeights
+from tokengame.modules import Watch
 from tokengame.packed.heads import Heads
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import segment_mean
@@ -106,12 +109,15 @@ class Backbone(ABC):
         """Queries (0), keys (1) and values (2) from `first` to `last` - 1: [M, C] -> [M, last - first, H, D]."""
 
     @abstractmethod
-    def add_attention(self, block: int, x: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and residual: rows x [M, C] and attention output [M, H * D] -> [M, C]."""
+    def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
+        """Output projection and residual: rows x [M, C] and attention output [M, H * D] -> [M, C].
+
+        `layout` says which image a row is of; rows past it are padding.
+        """
 
     @abstractmethod
-    def feed_forward(self, block: int, x: Tensor) -> Tensor:
-        """The MLP of `block` with its norm and residual: [M, C] -> [M, C]."""
+    def feed_forward(self, block: int, x: Tensor, layout: RaggedLayout) -> Tensor:
+        """The MLP of `block` with its norm and residual: [M, C] -> [M, C]; `layout` as in `add_attention`."""
 
     @abstractmethod
     def final_norm(self, x: Tensor) -> Tensor:
@@ -156,6 +162,27 @@ class Backbone(ABC):
         """What the model does with embedded tokens [B, prefix + N, C] before its first block."""
         return x
 
+    def drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patch dropout in training: embedded tokens [B, prefix + N, C] -> those left, and the place of each.
+
+        Places are [B, rows]: -1 for prefix tokens, else the position in the grid; None where nothing is dropped.
+        """
+        return x, None
+
+    @property
+    def drops_patches(self) -> bool:
+        """Whether `drop_patches` drops any now."""
+        return False
+
+    def attention_dropout(self, _block: int) -> float:
+        """The share of attention weights that `block` drops now, in training."""
+        return 0.0
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether blocks are computed again for the gradient instead of kept (gradient checkpointing)."""
+        return False
+
     @property
     def embeds_plainly(self) -> bool:
         """Whether `after_embedding` changes nothing."""
@@ -165,6 +192,28 @@ class Backbone(ABC):
         """The native model with attention as two products and a softmax, sharing weights; the model itself where it
         has no such form."""
         return self.model
+
+    @cached_property
+    def watch(self) -> Watch:
+        """Notices that the model has changed since it was read."""
+        return Watch(self.model)
+
+    def refresh(self) -> None:
+        """Read the model again where it has changed.
+
+        Raises:
+            TokenGameError: it cannot be run exactly any more, or is of another shape now.
+        """
+        if self.watch.unchanged:
+            return
+        now = type(self)(self.model)
+        before, after = self.shape(), now.shape()
+        if after != before:
+            changed = ", ".join(
+                f"{key} {before[key]} is now {after[key]}" for key in before if before[key] != after[key]
+            )
+            raise TokenGameError(f"the model has changed since it was pruned ({changed}): prune it again")
+        vars(self).update(vars(now), watch=Watch(self.model))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,12 +30,16 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokengame.backbones.base import Backbone, BlockCosts, KeyValueWeights
+from tokengame.backbones.changes import check_changes
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
-from tokengame.packed.rows import add_in_pieces
+from tokengame.packed.rows import add_in_pieces, append_rows
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
+MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""modules that let one token see others"""
 INACTIVE = (nn.Identity, nn.Dropout, DropPath)
 """modules that do nothing in evaluation mode"""
 
@@ -45,6 +49,7 @@ class TimmViT(Backbone):
 
     def __init__(self, model: Any):
         check_supported(model)
+        check_changes(model, _bypassed(model), ["blocks", "norm"])
         attn = model.blocks[0].attn
         self.model = model
         self.depth, self.dim = len(model.blocks), model.embed_dim
@@ -52,7 +57,7 @@ class TimmViT(Backbone):
         self.prefix, self.has_class_token = model.num_prefix_tokens, model.has_class_token
         self.patch_size, self.patches = model.patch_embed.patch_size, model.patch_embed.num_patches
         self.input_size = tuple(model.patch_embed.img_size or (0, 0))
-        self.classes = model.num_classes
+        self.classes = _classes(model)
 
     @staticmethod
     def accepts(model: Any) -> bool:
@@ -66,14 +71,6 @@ class TimmViT(Backbone):
     def reads_prefix_only(self) -> bool:
         return self.model.global_pool == "token" and self.model.attn_pool is None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.patch_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.patch_embed.proj.weight.device
-
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return self.model.patch_embed.dynamic_feat_size((height, width))
 
@@ -83,12 +80,25 @@ class TimmViT(Backbone):
         return self.after_embedding(self.model._pos_embed(self.model.patch_embed(images)))
 
     def after_embedding(self, x: Tensor) -> Tensor:
-        return self.model.norm_pre(self.model.patch_drop(x))
+        return self.model.norm_pre(x)
+
+    def drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.drops_patches:
+            return x, None
+        place = torch.arange(-self.prefix, x.shape[1] - self.prefix, device=x.device).clamp(min=-1) + 1
+        digits = torch.stack([place // 128, place % 128], 1).to(x.dtype)  # whole numbers below 256 are exact
+        left = self.model.patch_drop(torch.cat([x, digits.expand(len(x), -1, -1)], 2))
+        high, low = left[..., -2:].long().unbind(2)
+        return left[..., :-2], high * 128 + low - 1
+
+    @property
+    def drops_patches(self) -> bool:
+        drop = self.model.patch_drop
+        return drop.training and isinstance(drop, PatchDropout)
 
     @property
     def embeds_plainly(self) -> bool:
-        model = self.model
-        return type(model.norm_pre) is nn.Identity and type(model.patch_drop) in (nn.Identity, PatchDropout)
+        return type(self.model.norm_pre) is nn.Identity
 
     def constant_tokens(self, images: Tensor) -> Tensor | None:
         model, patches = self.model, self.model.patch_embed
@@ -107,7 +117,7 @@ class TimmViT(Backbone):
         parts, norms = last - first, (attn.q_norm, attn.k_norm)[first:last]
         width = attn.num_heads * attn.head_dim
         some = slice(first * width, last * width)
-        if parts < 3 and type(attn.qkv) is nn.Linear:
+        if parts < 3 and _is_plain_linear(attn.qkv):
             bias = attn.qkv.bias
             found = F.linear(normed, attn.qkv.weight[some], None if bias is None else bias[some])
         else:
@@ -118,20 +128,34 @@ class TimmViT(Backbone):
         normalised = [norm(part) for norm, part in zip(norms, heads.unbind(1), strict=False)]
         return torch.stack([*normalised, *heads.unbind(1)[len(norms) :]], 1)
 
-    def add_attention(self, block: int, x: Tensor, attended: Tensor) -> Tensor:
+    def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
         module = self.model.blocks[block]
         attn, out = module.attn, module.attn.norm(attended)
         if getattr(attn, "gate", None) is not None:
             out = out * attn.gate(module.norm1(x)).sigmoid()
-        return x + module.drop_path1(module.ls1(attn.proj_drop(attn.proj(out))))
+        return x + drop_paths(module.drop_path1, module.ls1(attn.proj_drop(attn.proj(out))), layout)
 
-    def feed_forward(self, block: int, x: Tensor) -> Tensor:
+    def feed_forward(self, block: int, x: Tensor, layout: RaggedLayout) -> Tensor:
         module = self.model.blocks[block]
-        return add_in_pieces(lambda rows: module.drop_path2(module.ls2(module.mlp(module.norm2(rows)))), x)
+
+        def update(rows: Tensor) -> Tensor:
+            return module.ls2(module.mlp(module.norm2(rows)))
+
+        if module.training:
+            return x + drop_paths(module.drop_path2, update(x), layout)
+        return add_in_pieces(lambda rows: module.drop_path2(update(rows)), x)
+
+    def attention_dropout(self, block: int) -> float:
+        drop = self.model.blocks[block].attn.attn_drop
+        return drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+
+    @property
+    def checkpoints(self) -> bool:
+        return self.model.grad_checkpointing
 
     def key_value_weights(self, block: int) -> KeyValueWeights | None:
         attn = self.model.blocks[block].attn
-        if type(attn.qkv) is not nn.Linear or not isinstance(attn.k_norm, nn.Identity):
+        if not _is_plain_linear(attn.qkv) or not isinstance(attn.k_norm, nn.Identity) or self.attention_dropout(block):
             return None
         _, key, value = attn.qkv.weight.view(3, attn.num_heads, attn.head_dim, -1)
         bias = None if attn.qkv.bias is None else attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
@@ -172,7 +196,8 @@ class TimmViT(Backbone):
         return BlockCosts(query, 2 * query, linear_macs(attn) - 3 * query, linear_macs(mlp))
 
     def embed_macs(self) -> int:
-        return self.model.patch_embed.proj.weight.numel()
+        convolutions = [m for m in self.model.patch_embed.proj.modules() if isinstance(m, nn.Conv2d)]
+        return sum(m.weight.numel() for m in convolutions)
 
     def head_macs(self, rows: Tensor) -> Tensor:
         rows, pool = rows - self._pooled_from, self.model.attn_pool
@@ -224,8 +249,21 @@ class TimmViT(Backbone):
 
 
 def linear_macs(module: nn.Module | None) -> int:
-    """Multiply-accumulates of one row through every linear layer of `module`."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)) if module is not None else 0
+    """Multiply-accumulates of one row through every linear layer of `module`, quantised ones too."""
+    layers: list[Any] = [] if module is None else [m for m in module.modules() if _is_linear(m)]
+    return sum(m.in_features * m.out_features for m in layers if not any(map(_is_linear, m.children())))
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "in_features")
+
+
+def drop_paths(drop: nn.Module, update: Tensor, layout: RaggedLayout) -> Tensor:
+    """Stochastic depth of packed rows: an image's whole update [its rows, C] is dropped, or none of it."""
+    if not drop.training or isinstance(drop, nn.Identity):
+        return drop(update)
+    factor = drop(update.new_ones(layout.images, 1))
+    return update * append_rows(factor.index_select(0, layout.image), len(update) - layout.rows)
 
 
 def _pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
@@ -258,6 +296,12 @@ def _is_plain_block(block: Any) -> bool:
     )
 
 
+def _is_plain_linear(layer: Any) -> bool:
+    """Whether a layer is its weight and bias and nothing else, so that they can be used without calling it."""
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain and not hooks_of(layer) and "forward" not in vars(layer)
+
+
 def _is_plain_norm(norm: Any) -> bool:
     return type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
 
@@ -282,6 +326,19 @@ def _block_weights(block: Any) -> BlockWeights:
     )
 
 
+def _classes(model: Any) -> int:
+    """Logits of the head that the model has now, which users replace; 0 for embeddings."""
+    if isinstance(model.head, nn.Identity):
+        return 0
+    return getattr(model.head, "out_features", model.num_classes)
+
+
+def _bypassed(model: Any) -> list[str]:
+    """Parts that are never called, because packed rows take another way."""
+    blocks = [f"blocks.{index}" for index in range(len(model.blocks))]
+    return ["", "blocks", *blocks, *(f"{name}.attn" for name in blocks), *(f"{name}.attn.attn_drop" for name in blocks)]
+
+
 def check_supported(model: Any) -> None:
     """Raise TokenGameError, naming the part, unless `model` can be run exactly on packed rows."""
     name = type(model).__name__
@@ -293,6 +350,10 @@ def check_supported(model: Any) -> None:
         raise TokenGameError(f"{name} pools by {model.global_pool!r}: its output depends on every token of the grid")
     if model.attn_pool is not None and model.attn_pool.pos_embed is not None:
         raise TokenGameError(f"{name} adds positions in its pooling, which needs the whole grid")
+    if type(model.patch_drop) not in (nn.Identity, PatchDropout):
+        raise TokenGameError(f"{name} drops patches with {type(model.patch_drop).__name__}; only PatchDropout is known")
+    if not len(model.blocks):
+        raise TokenGameError(f"{name} has no blocks, so there is nothing to prune in")
     for index, block in enumerate(model.blocks):
         _check_block(f"{name} block {index}", block)
 
@@ -304,8 +365,6 @@ def _check_block(where: str, block: Any) -> None:
         raise TokenGameError(f"{where} attends with {type(block.attn).__name__}; only plain Attention is exact")
     if not isinstance(block.mlp, ROWWISE_MLPS) or getattr(block.mlp, "use_conv", False):
         raise TokenGameError(f"{where} has the MLP {type(block.mlp).__name__}, which may mix tokens")
-    mixing = [m for m in block.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+    mixing = [m for m in block.modules() if isinstance(m, MIXING)]
     if mixing:
-        raise TokenGameError(
-            f"{where} normalises with {type(mixing[0]).__name__}, whose result depends on other tokens"
-        )
+        raise TokenGameError(f"{where} holds a {type(mixing[0]).__name__}, whose result depends on other tokens")

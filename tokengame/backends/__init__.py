@@ -23,7 +23,11 @@ def choose(backbone: Backbone, images: Tensor, attention: Kernel = fastest_atten
         backbone: what will be run.
         images: of the pass; number format, device and gradients decide.
         attention: inside each image, see `TorchBackend`.
+
+    Raises:
+        TokenGameError: the model has changed, and cannot be run exactly any more.
     """
+    backbone.refresh()
     for backend in BACKENDS:
         if ready := backend.ready(backbone, images, attention):
             return ready

@@ -90,7 +90,7 @@ class CompiledBlocks(CompiledDecisions):
     def ready(cls, backbone: Backbone, images: Tensor, attention: Kernel) -> TorchBackend | None:
         if attention not in OPEN_CHOICES or not usable(images):
             return None
-        weights = packed_weights(backbone.model, backbone.plain_weights)
+        weights = packed_weights(backbone.model, backbone.watch, backbone.plain_weights)
         return None if weights is None else cls(backbone, attention, weights)
 
     def embed(self, images: Tensor) -> Tensor:

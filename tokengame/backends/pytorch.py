@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tokengame.backends.decisions as decisions
 from tokengame.backbones.base import Backbone
 from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens
 from tokengame.kernels.functions import FusedOutput
-from tokengame.packed.attention import Kernel, cross_attention, query_log_attention
+from tokengame.packed.attention import Kernel, cross_attention, padded_attention, query_log_attention
 from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import append_rows, padding_rows
@@ -46,20 +49,10 @@ class TorchBackend:
         backbone, rows, qkv = self.backbone, len(x), None
         spare = padding_rows(x) if layout.images > 1 else 0
         x = append_rows(x, spare)
-        for half in range(first, last):
-            block = half // 2
-            if half % 2:
-                x = backbone.feed_forward(block, x)
-            elif half == first and cached is not None:
-                query = backbone.project(block, backbone.norm_attention(block, x), 0, 1)[:rows, 0]
-                with self.section("attention"):
-                    attended = self.cross_attend(query, cached.keys, cached.values, layout, cached.layout, cached.bias)
-                x = backbone.add_attention(block, x, append_rows(attended.flatten(1), spare))
-            else:
-                qkv = backbone.project(block, backbone.norm_attention(block, x))[:rows]
-                with self.section("attention"):
-                    attended = self.attend(qkv, layout, bias)
-                x = backbone.add_attention(block, x, append_rows(attended, spare))
+        while first < last:
+            end = min(first + 2 - first % 2, last)  # of this block
+            x, found = self._checkpointed(self._halves, first, end, x, layout, bias, cached)
+            first, cached, qkv = end, None, qkv if found is None else found
         if request is None:
             return Stretch(x[:rows], qkv)
         keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), 1, 3)[:rows]
@@ -68,18 +61,55 @@ class TorchBackend:
             observed = self.observe(heads, layout, bias, request)
         return Stretch(x[:rows], qkv, heads, observed)
 
+    def _checkpointed(self, call: Callable, *arguments: Any) -> Any:
+        """The result of `call`, computed again for the gradient where the model checkpoints."""
+        if self.backbone.checkpoints and torch.is_grad_enabled():
+            return checkpoint(call, *arguments, use_reentrant=False)
+        return call(*arguments)
+
+    def _halves(
+        self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None,
+        cached: CachedKeysValues | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Half-blocks of one block on rows x [M, C] and padding: the rows, and qkv [M, 3, H, D] of its attention."""
+        backbone, block, qkv = self.backbone, first // 2, None
+        if first % 2 == 0:
+            attended, qkv = self._attention(block, backbone.norm_attention(block, x), layout, bias, cached)
+            x = backbone.add_attention(block, x, append_rows(attended, len(x) - layout.rows), layout)
+        return (x if last % 2 else backbone.feed_forward(block, x, layout)), qkv
+
+    def _attention(
+        self, block: int, normed: Tensor, layout: RaggedLayout, bias: Tensor | None, cached: CachedKeysValues | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[M, H * D] attention of normed rows, and qkv [M, 3, H, D] where it is among themselves."""
+        backbone, dropout = self.backbone, self.backbone.attention_dropout(block)
+        if cached is not None:
+            query = backbone.project(block, normed, 0, 1)[: layout.rows, 0]
+            of = cached.keys, cached.values, layout, cached.layout, cached.bias
+            with self.section("attention"):
+                return self._cross_attend(dropout, query, *of).flatten(1), None
+        qkv = backbone.project(block, normed)[: layout.rows]
+        with self.section("attention"):
+            return padded_attention(qkv, layout, bias, dropout) if dropout else self.attend(qkv, layout, bias), qkv
+
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
+        return self._checkpointed(self._finish, half, x, layout, bias)
+
+    def _finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
         backbone, block = self.backbone, self.backbone.depth - 1
-        own = layout.first_rows(backbone.prefix)
+        own, prefix_layout = layout.first_rows(backbone.prefix), self._prefix_layout(layout)
         prefix = x.index_select(0, own)
         if half % 2 == 0:
             normed = backbone.norm_attention(block, x)
             query = backbone.project(block, normed.index_select(0, own), 0, 1)[:, 0]
-            query_layout = RaggedLayout([backbone.prefix] * layout.images, x.device)
             with self.section("attention"):
-                attended = self._attend_rows(block, query, normed, query_layout, layout, bias)
-            prefix = backbone.add_attention(block, prefix, attended.flatten(1))
-        return backbone.feed_forward(block, prefix)
+                attended = self._attend_rows(block, query, normed, prefix_layout, layout, bias)
+            prefix = backbone.add_attention(block, prefix, attended.flatten(1), prefix_layout)
+        return backbone.feed_forward(block, prefix, prefix_layout)
+
+    def _prefix_layout(self, layout: RaggedLayout) -> RaggedLayout:
+        """Of the prefix rows of the same images alone."""
+        return RaggedLayout([self.backbone.prefix] * layout.images, layout.device)
 
     def _attend_rows(
         self, block: int, query: Tensor, normed: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
@@ -89,7 +119,8 @@ class TorchBackend:
         folded = self.backbone.key_value_weights(block)
         if folded is None:
             keys, values = self.backbone.project(block, normed, 1, 3).unbind(1)
-            return self.cross_attend(query, keys, values, query_layout, layout, bias)
+            dropout = self.backbone.attention_dropout(block)
+            return self._cross_attend(dropout, query, keys, values, query_layout, layout, bias)
         # q.(K n + c) = (K^T q).n + q.c, the same for all keys of a softmax up to a constant; and as weights a sum to 1,
         # the sum of a (V n + d) is V (sum of a n) + d. Two products of C x C for every row become two of C for each
         # query and head.
@@ -111,6 +142,11 @@ class TorchBackend:
         bias: Tensor | None = None, scale: float | None = None,
     ) -> Tensor:  # fmt: skip
         return cross_attention(q, k, v, query_layout, layout, bias, scale)
+
+    def _cross_attend(self, dropout: float, *arguments: Any) -> Tensor:
+        """`cross_attend`, of whose weights a share is dropped in training."""
+        attend = partial(cross_attention, dropout=dropout) if dropout else self.cross_attend
+        return attend(*arguments)
 
     def log_attention(self, heads: Heads, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         return query_log_attention(heads, layout, bias)

@@ -156,7 +156,7 @@ def _masked(
         visible = F.pad(alive, (prefix, 0), value=1.0) if history else None
         qkv = backbone.project(block, backbone.norm_attention(block, x))
         attended = _masked_attention(qkv, layout, visible, deterministic_attention)
-        x = backbone.feed_forward(block, backbone.add_attention(block, x, attended))
+        x = backbone.feed_forward(block, backbone.add_attention(block, x, attended, layout), layout)
     return (x, layout), history
 
 

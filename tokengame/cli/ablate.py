@@ -6,27 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 import tyro
-from torch import nn
 
-from tokengame.backbones import preprocessing_of
-from tokengame.cli.common import AT_RATIOS, OnImages
-from tokengame.config import TrainConfig, require
-from tokengame.data.batches import BadImages, Batch, checked, plain_views
-from tokengame.data.datasets import ImageSource, split_images
+from tokengame.cli.common import PART, OnImages, ratio_headings
+from tokengame.config import TrainConfig
 from tokengame.files import require_writable, write_csv
-from tokengame.learning.run import TrainingRun, trained_policy
-from tokengame.measure.ablate import across_seeds, by_rules, quality, variants
-from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import CALIBRATION_DIALS
-from tokengame.policies import Policy
+from tokengame.ranges import Range
 from tokengame.report.console import named, progress, show_rows
-from tokengame.runtime import prune
 
-ABLATE_HEADINGS = {"ablation": "without", **AT_RATIOS}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.batches import Batch
+    from tokengame.data.datasets import ImageSource
+    from tokengame.policies import Policy
 
 
 @dataclass(kw_only=True)
@@ -35,13 +30,14 @@ class Ablate(OnImages):
 
     name: ClassVar[str] = "ablate"
     takes_preset: ClassVar[bool] = True
+    first: ClassVar[tuple[str, ...]] = ("output", "weights", "class_map", "seeds", "holdout", "updates", "preset")
     examples: ClassVar[str] = (
         "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations"
     )
 
-    seeds: int = 3
+    seeds: Annotated[int, Range(1, 1_000, whole=True)] = 3
     """runs of each; the first has the seed given by --seed"""
-    holdout: float = 0.3
+    holdout: Annotated[float, PART] = 0.3
     """share of the images held back and measured on"""
     split: str = "train"
     """of a Hugging Face data set"""
@@ -53,7 +49,13 @@ class Ablate(OnImages):
 
     def run(self) -> list[dict[str, Any]]:
         """Train and measure every variant with every seed; one row per variant."""
-        require(self.seeds >= 1, "--seeds must be at least 1")
+        import torch
+
+        from tokengame.data.datasets import split_images
+        from tokengame.measure.ablate import across_seeds, by_rules, quality, variants
+        from tokengame.measure.conditions import conditions
+        from tokengame.runtime import prune
+
         require_writable(self.output / "ablations.csv")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
@@ -71,10 +73,12 @@ class Ablate(OnImages):
                 for name, results in found.items()
             ]
             write_csv(rows, self.output / "ablations.csv")  # keep what is measured, whatever happens later
-        show_rows(rows, ABLATE_HEADINGS)
+        show_rows(rows, {"ablation": "without", **ratio_headings()})
         return rows
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:
+        from tokengame.learning.run import TrainingRun, trained_policy
+
         path, device = self.output / f"{name}.safetensors", self.torch_device
         training = TrainingRun(
             model, self.backbone, config, learn, path, seed=seed, device=device, resume=None, workers=self.workers
@@ -83,9 +87,14 @@ class Ablate(OnImages):
 
     @staticmethod
     def _dials() -> tuple[float, ...]:
+        from tokengame.measure.evaluate import CALIBRATION_DIALS
+
         return CALIBRATION_DIALS[::2]
 
     def _batches(self, model: nn.Module, source: ImageSource, name: str) -> Iterator[Batch]:
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.batches import BadImages, checked, plain_views
+
         views = plain_views(source, preprocessing_of(model))
         loader = views.loader(32, self.workers)
         yield from progress(checked(loader, BadImages(len(source.names))), f"measuring {name}", len(loader))

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
-from tokengame.backbones import load_model, wrap
-from tokengame.backbones.load import EMBEDDED, untrained
-from tokengame.cli.common import Common
+from tokengame.cli.common import BATCH, COMPUTE, Common
 from tokengame.config import GameConfig, require
 from tokengame.files import require_writable, write_csv
-from tokengame.measure.bench import Plan, bench, csv_path
-from tokengame.measure.evaluate import keep_freed_memory
+from tokengame.ranges import Range
 from tokengame.report.console import console, show_rows, steps
 
 BENCH_HEADINGS = {
@@ -35,6 +30,7 @@ class Bench(Common):
     """Speed of the native and the pruned model, interleaved in one run; random weights will do."""
 
     name: ClassVar[str] = "bench"
+    first: ClassVar[tuple[str, ...]] = ("weights", "keep", "batch_sizes", "dtypes", "output")
     examples: ClassVar[str] = (
         "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
         "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json"
@@ -44,17 +40,17 @@ class Bench(Common):
     """timm model name, or "fashion"; weights are random unless --weights is given"""
     weights: str | None = None
     """local checkpoint"""
-    keep: tuple[float, ...] = (0.7, 0.49, 0.34)
+    keep: Annotated[tuple[float, ...], COMPUTE] = (0.7, 0.49, 0.34)
     """share of tokens left after each stage, spread over images (synthetic decisions)"""
-    stages: tuple[int, ...] = ()
+    stages: Annotated[tuple[int, ...], Range(0, 1_000, whole=True)] = ()
     """blocks at which tokens are pruned; empty: evenly spaced"""
     transition: Literal["drop", "merge"] = "drop"
     """what becomes of pruned tokens"""
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    batch_sizes: Annotated[tuple[int, ...], BATCH] = (1, 8, 32)
     """images a batch"""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """what both models compute in"""
-    seconds: float = 20.0
+    seconds: Annotated[float, Range(0, 86_400, above=True)] = 20.0
     """time spent on each row, after warm-up"""
     compiled: bool = True
     """also time what torch.compile makes of both models; of each the fastest counts"""
@@ -63,10 +59,20 @@ class Bench(Common):
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
+    def check(self) -> None:
+        """Also: something is timed."""
+        super().check()
+        require(bool(self.dtypes), "--dtypes must name at least one")
+
     def run(self) -> list[dict[str, Any]]:
         """Time every number format at every batch size; one row each."""
-        require(min(self.batch_sizes, default=0) >= 1, f"--batch-sizes must be at least 1, not {self.batch_sizes}")
-        require(bool(self.dtypes), "--dtypes must name at least one")
+        import torch
+
+        from tokengame.backbones import load_model, wrap
+        from tokengame.backbones.load import EMBEDDED, untrained
+        from tokengame.measure.bench import Plan, bench, csv_path
+        from tokengame.measure.evaluate import keep_freed_memory
+
         embedded = self.weights is not None or self.backbone == EMBEDDED
         model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
         plan = Plan(

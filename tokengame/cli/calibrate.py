@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from tokengame.backbones import preprocessing_of
-from tokengame.cli.common import OnImages, report_bad, tuned_weights
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import split_images
+from tokengame.cli.common import BATCH, PART, SHARE, OnImages, report_bad, tuned_weights
 from tokengame.files import require_writable
-from tokengame.measure.evaluate import calibrate
-from tokengame.packed.attention import deterministic_attention
-from tokengame.policies import Policy
-from tokengame.policies.policy import find_policy, fingerprint
 from tokengame.report.console import console, progress, show_rows
-from tokengame.runtime import prune
 
 CALIBRATION_HEADINGS = {
     "dial": "dial",
@@ -50,15 +42,29 @@ class Calibrate(OnImages):
     """policy file, or the name of a shipped one"""
     output: Path
     """the policy file to write; may be the same"""
-    batch_size: int = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch"""
-    holdout: float | None = None
+    holdout: Annotated[float | None, PART] = None
     """calibrate only on the share that `train` held back with the same --holdout and --seed"""
-    cascade_margin: float | None = None
+    cascade_margin: Annotated[float | None, SHARE] = None
     """for the card, instead of the policy's own; 0.15: images whose prediction is uncertain fall back to all tokens"""
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """All but the policy, which may be written over."""
+        return super().inputs | {"--policy": None}
 
     def run(self) -> list[dict[str, Any]]:
         """Measure every dial and write the policy file; one row per dial."""
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.batches import BadImages, checked, plain_views
+        from tokengame.data.datasets import split_images
+        from tokengame.measure.evaluate import calibrate
+        from tokengame.packed.attention import deterministic_attention
+        from tokengame.policies import Policy
+        from tokengame.policies.policy import find_policy, fingerprint
+        from tokengame.runtime import prune
+
         require_writable(self.output)
         model, source = self.load()
         if self.holdout is not None:

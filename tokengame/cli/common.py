@@ -1,28 +1,41 @@
-"""What commands have in common. Each is a dataclass of its flags with a `run` that returns the JSON document."""
+"""What commands have in common. Each is a dataclass of its flags with a `run` that returns the JSON document.
+
+PyTorch takes seconds to import and `--help` needs none of it: whatever needs it is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 import tyro
-from torch import nn
 
-from tokengame.backbones import load_model, wrap
 from tokengame.config import TrainConfig, require
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import STREAM, ImageSource, label_images, open_images
-from tokengame.data.hub import HuggingFaceStream
-from tokengame.distributed import Processes, device_of, join_processes
 from tokengame.errors import TokenGameError, first_line
-from tokengame.measure.evaluate import RATIOS, Scores, evaluate, keep_freed_memory
-from tokengame.policies import Policy
-from tokengame.policies.policy import fingerprint
+from tokengame.ranges import Range, check_fields, hints_of
 from tokengame.report.console import console, progress
-from tokengame.runtime import PrunedViT
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.batches import BadImages
+    from tokengame.data.datasets import ImageSource
+    from tokengame.data.hub import HuggingFaceStream
+    from tokengame.distributed import Processes
+    from tokengame.measure.evaluate import Scores
+    from tokengame.policies import Policy
+    from tokengame.runtime import PrunedViT
+
+
+SHARE, PART = Range(0, 1), Range(0, 1, above=True, below=True)
+"""with both ends, and without"""
+COMPUTE = Range(0, 1, above=True)
+"""pruned / native"""
+BATCH, UPDATES = Range(1, 65_536, whole=True), Range(1, 10**8, whole=True)
 
 
 @dataclass(kw_only=True)
@@ -33,13 +46,15 @@ class Common:
     """as it is typed"""
     examples: ClassVar[str]
     """command lines for --help, one a line"""
+    first: ClassVar[tuple[str, ...]] = ()
+    """flags that --help shows first, after those that are required"""
     distributed: ClassVar[bool] = False
     """whether several processes can run it together"""
     takes_preset: ClassVar[bool] = False
     """whether --preset sets defaults of its training settings, the field `config`"""
     json: bool = False
     """print one JSON document on stdout, everything else on stderr"""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1, whole=True)] = 0
     """of everything random"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU where there is one"""
@@ -50,29 +65,55 @@ class Common:
         settings: Any = {"backbone": tyro.MISSING, "images": tyro.MISSING, "config": TrainConfig.from_preset(preset)}
         return cls(**settings)
 
+    def check(self) -> None:
+        """Find mistakes in the flags alone, before anything is imported or loaded.
+
+        Raises:
+            TokenGameError: a number is out of range, or flags do not go together.
+        """
+        kind: Any = type(self)
+        numbers = {name: getattr(self, name) for name, hint in hints_of(kind).items() if _has_range(hint)}
+        check_fields(kind, numbers, flag)
+        for name, value in numbers.items():
+            require(value != () or getattr(kind, name) == (), f"{flag(name)} takes at least one number")
+        named = re.fullmatch(r"[a-z]+(:[0-9]{1,3})?", self.device)
+        require(named is not None, f"--device must be auto, cpu, cuda, cuda:1, ..., not {self.device!r}")
+
+    def require_device(self) -> None:
+        """Raise TokenGameError where this machine has no such device."""
+        import torch
+
+        try:
+            torch.zeros(1, device=self.torch_device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise TokenGameError(f"no device {self.device!r} here ({first_line(error)}); see --device") from None
+
     def rehearsed(self, batch_size: int) -> int:
         """Images of an update of a dry run: 32 a process, or fewer where the run has fewer."""
         return min(batch_size, 32 * self.processes.size)
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the chosen device."""
-        try:
-            return model.to(self.torch_device)
-        except (RuntimeError, AssertionError) as error:
-            raise TokenGameError(f"no device {self.device!r} here ({first_line(error)})") from None
+        return model.to(self.torch_device)
 
     @cached_property
     def processes(self) -> Processes:
         """Those that run this command together; one where no launcher started several."""
+        from tokengame.distributed import join_processes
+
         return join_processes(self._kind)
 
     @property
     def torch_device(self) -> str:
         """The device of this process."""
+        from tokengame.distributed import device_of
+
         return device_of(self.processes, self._kind)
 
     @property
     def _kind(self) -> str:
+        import torch
+
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
 
@@ -93,11 +134,33 @@ class OnImages(Common):
     """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
     split: str = "validation"
     """of a Hugging Face data set"""
-    workers: int = 1
+    workers: Annotated[int, Range(0, 256, whole=True)] = 1
     """processes that decode images; none while a CPU is timed"""
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Files and folders that are written."""
+        return (self.output,) if hasattr(self, "output") else ()
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Files and folders that are read, by flag, and may not be written over."""
+        policy = getattr(self, "policy", None)
+        return {"--images": self.images, "--weights": self.weights, "--class-map": self.class_map, "--policy": policy}
+
+    def check(self) -> None:
+        """Also: what is read is not written over."""
+        super().check()
+        for flag, path in self.inputs.items():
+            for written in self.outputs:
+                same = path and os.path.exists(path) and os.path.exists(written) and os.path.samefile(path, written)
+                require(not same, f"--output would write over {path}, which {flag} reads; choose another place")
 
     def load(self) -> tuple[nn.Module, ImageSource]:
         """Model and images to measure on, labelled."""
+        from tokengame.data.datasets import STREAM
+        from tokengame.data.hub import HuggingFaceStream
+
         streamed = self.images.startswith(STREAM)
         require(not streamed, f"{self.images} can be learned from, not measured on: leave out {STREAM}")
         model, source = self.load_to_learn()
@@ -106,10 +169,14 @@ class OnImages(Common):
 
     def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
         """Model and images or stream, labelled; mistakes that are cheap to find are found first."""
-        require(self.workers >= 0, f"--workers must be 0 or more, not {self.workers}")
+        from tokengame.backbones import load_model, wrap
+        from tokengame.data.batches import require_readable
+        from tokengame.data.datasets import label_images, open_images
+
         source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
-        label_images(source, self.class_map, wrap(model).classes)
+        console.print(label_images(source, self.class_map, wrap(model).classes), markup=False, soft_wrap=True)
+        require_readable(source)
         return model, source
 
     def measure(
@@ -117,6 +184,9 @@ class OnImages(Common):
         reference: nn.Module | None = None,
     ) -> Scores:  # fmt: skip
         """Native beside pruned on all images of `source`, each process on its part."""
+        from tokengame.data.batches import BadImages, checked, plain_views
+        from tokengame.measure.evaluate import Scores, evaluate, keep_freed_memory
+
         own = range(self.processes.rank, len(source.names), self.processes.size)
         tally, views = BadImages(len(source.names)), plain_views(source, preprocessing, own)
         keep_freed_memory()
@@ -132,8 +202,20 @@ class OnImages(Common):
         return Scores.joined([part for part, _ in parts])
 
 
+def flag(name: str) -> str:
+    """How the field `name` is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def _has_range(hint: Any) -> bool:
+    return any(isinstance(extra, Range) for extra in getattr(hint, "__metadata__", ()))
+
+
 def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:
     """The weights that a policy was made for: `model`, or those that `finetune` wrote beside the policy file."""
+    from tokengame.backbones import load_model, wrap
+    from tokengame.policies.policy import fingerprint
+
     beside = policy.card["backbone"].get("weights")
     if beside is None or policy.card["backbone"]["fingerprint"] == fingerprint(wrap(model)):
         return model
@@ -149,8 +231,9 @@ def report_bad(tally: BadImages) -> None:
         console.print(f"{skipped}, the first is {name}: {reason}", markup=False, soft_wrap=True)
 
 
-AT_RATIOS = {
-    f"{name}_{ratio}": f"{label}\nat {ratio}"
-    for ratio in RATIOS
-    for name, label in (("agreement", "agree"), ("kl", "KL"))
-}
+def ratio_headings() -> dict[str, str]:
+    """Columns of what is lost at each compute ratio."""
+    from tokengame.measure.evaluate import RATIOS
+
+    labels = {"agreement": "agree", "kl": "KL"}
+    return {f"{name}_{ratio}": f"{label}\nat {ratio}" for ratio in RATIOS for name, label in labels.items()}

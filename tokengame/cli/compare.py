@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from torch import nn
-from torch.utils.data import DataLoader
-
-from tokengame.backbones import preprocessing_of
-from tokengame.baselines.dynamicvit import DynamicViT, train_dynamicvit
-from tokengame.cli.common import AT_RATIOS, OnImages, report_bad, tuned_weights
+from tokengame.cli.common import BATCH, PART, SHARE, OnImages, ratio_headings, report_bad, tuned_weights
 from tokengame.config import require
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import ImageSource, split_images
-from tokengame.data.loader import TrainingLoader
-from tokengame.data.transforms import transform_for
 from tokengame.files import require_writable, write_csv
-from tokengame.measure.compare import baseline_entries, compare, dynamicvit_entries, policy_entries, qualities, speeds
-from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import keep_freed_memory
-from tokengame.policies import Policy
-from tokengame.policies.policy import find_policy
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress, show_rows
-from tokengame.report.figures import frontier_figure
-from tokengame.report.html import markdown, paper_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from tokengame.baselines.dynamicvit import DynamicViT
+    from tokengame.data.datasets import ImageSource
+    from tokengame.policies import Policy
 
 COMPARE_HEADINGS = {
     "method": "method",
@@ -44,6 +36,7 @@ class Compare(OnImages):
     """Every method over its range of settings: same native model, images, number format, kernels and timing."""
 
     name: ClassVar[str] = "compare"
+    first: ClassVar[tuple[str, ...]] = ("policies", "output", "weights", "class_map", "holdout")
     examples: ClassVar[str] = (
         "tokengame compare --backbone vit_small_patch16_224 --images val/ --policies policy.safetensors\n"
         "tokengame compare --backbone vit_tiny_patch16_224 --images images.tar --class-map classes.txt --holdout 0.3 "
@@ -53,17 +46,17 @@ class Compare(OnImages):
     policies: tuple[str, ...] = ()
     """policy files or names of shipped ones; each is run over its dials, one made by `finetune` on the tuned weights
     beside it"""
-    dials: tuple[float, ...] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
+    dials: Annotated[tuple[float, ...], SHARE] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
     """of the policies"""
     budgets: bool = False
     """also let attention and random choose as many tokens in each image as each policy keeps: not timed"""
     timing: bool = True
     """also time the methods, one after the other"""
-    holdout: float | None = None
+    holdout: Annotated[float | None, PART] = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
-    dynamicvit_updates: int = 0
+    dynamicvit_updates: Annotated[int, Range(0, 10**8, whole=True)] = 0
     """train DynamicViT's predictor on the images not held back for so many updates; 0 leaves it out"""
-    batch_size: int = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what all models compute in"""
@@ -71,12 +64,25 @@ class Compare(OnImages):
     """folder for compare.csv, table.csv and table.md (the paper's layout), qualities.csv (at the same compute),
     speeds.csv (at the same agreement), frontier.png"""
 
-    def run(self) -> list[dict[str, Any]]:
-        """Measure all methods, time them, write tables and the picture; one row per method and setting."""
-        require_writable(self.output / "compare.csv")
-        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
+    def check(self) -> None:
+        """Also: DynamicViT has images to learn from."""
+        super().check()
         needs = "DynamicViT must be trained on images that it is not measured on"
         require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
+
+    def run(self) -> list[dict[str, Any]]:
+        """Measure all methods, time them, write tables and the picture; one row per method and setting."""
+        import torch
+
+        from tokengame.data.batches import BadImages, checked
+        from tokengame.data.datasets import split_images
+        from tokengame.measure.compare import baseline_entries, compare, dynamicvit_entries, policy_entries
+        from tokengame.measure.conditions import conditions
+        from tokengame.measure.evaluate import keep_freed_memory
+        from tokengame.policies import Policy
+        from tokengame.policies.policy import find_policy
+
+        require_writable(self.output / "compare.csv")
         policies = [Policy.load(find_policy(path)) for path in self.policies]
         names = [
             Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(self.policies, policies, strict=True)
@@ -104,10 +110,21 @@ class Compare(OnImages):
 
     def _loader(self, model: nn.Module, source: ImageSource) -> DataLoader:
         """In random order, so that the first batches, on which speed is measured, are like all."""
+        import torch
+
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.batches import plain_views
+
         order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return plain_views(source, preprocessing_of(model), order).loader(self.batch_size, self.workers)
 
     def _train(self, model: nn.Module, source: ImageSource) -> DynamicViT:
+        from tokengame.backbones import preprocessing_of
+        from tokengame.baselines.dynamicvit import train_dynamicvit
+        from tokengame.data.batches import BadImages, checked
+        from tokengame.data.loader import TrainingLoader
+        from tokengame.data.transforms import transform_for
+
         count = self.dynamicvit_updates
         transform = transform_for(preprocessing_of(model), train=True)
         loader = TrainingLoader(source, transform, self.seed, self.batch_size, count)
@@ -115,6 +132,10 @@ class Compare(OnImages):
         return train_dynamicvit(model, progress(batches, "training DynamicViT", count), count, seed=self.seed)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        from tokengame.measure.compare import qualities, speeds
+        from tokengame.report.figures import frontier_figure
+        from tokengame.report.html import markdown, paper_rows
+
         write_csv(rows, self.output / "compare.csv")
         quality, table, paper = qualities(rows), speeds(rows), paper_rows(rows)
         write_csv(paper, self.output / "table.csv")
@@ -123,7 +144,7 @@ class Compare(OnImages):
         (self.output / "frontier.png").write_bytes(frontier_figure(rows, [Path(path).stem for path in self.policies]))
         blank = dict.fromkeys(COMPARE_HEADINGS, "")
         show_rows([blank | row for row in rows], COMPARE_HEADINGS)
-        show_rows(quality, {"method": "method", **AT_RATIOS})
+        show_rows(quality, {"method": "method", **ratio_headings()})
         files = ["compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png"]
         (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run
         if self.timing:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
-from tokengame.backbones import preprocessing_of
-from tokengame.cli.common import OnImages, tuned_weights
+from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnImages, tuned_weights
 from tokengame.config import require
-from tokengame.data.datasets import split_images
-from tokengame.measure.conditions import conditions
-from tokengame.policies import Policy
-from tokengame.policies.policy import find_policy
+from tokengame.ranges import Range
 from tokengame.report.console import console, show_table
-from tokengame.report.html import table, verdict
-from tokengame.runtime import prune
 
 
 @dataclass(kw_only=True)
@@ -24,6 +16,7 @@ class Eval(OnImages):
     """Measure the pruned model beside the native one on the same images."""
 
     name: ClassVar[str] = "eval"
+    first: ClassVar[tuple[str, ...]] = ("weights", "class_map", "dial", "gmacs_ratio", "max_drop")
     examples: ClassVar[str] = (
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
         "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1"
@@ -32,26 +25,39 @@ class Eval(OnImages):
     distributed = True
     policy: str
     """policy file, or the name of a shipped one"""
-    dial: float | None = None
+    dial: Annotated[float | None, SHARE] = None
     """operating point: 0 keeps all tokens, 0.5 is the policy's own choice, 1 prunes most"""
-    gmacs_ratio: float | None = None
+    gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """operating point: pruned / native compute, by the policy's calibration"""
-    max_drop: float | None = None
+    max_drop: Annotated[float | None, Range(0, 100)] = None
     """operating point: the hardest at which calibration guarantees, with 95 % confidence, to lose at most so many
     points of top-1"""
-    batch_size: int = 32
+    batch_size: Annotated[int, BATCH] = 32
     """images a batch, in the timing too"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what both models compute in"""
-    holdout: float | None = None
+    holdout: Annotated[float | None, PART] = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
+
+    def check(self) -> None:
+        """Also: there is one operating point."""
+        super().check()
+        points = (self.dial, self.gmacs_ratio, self.max_drop)
+        require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
 
     def run(self) -> dict[str, Any]:
         """Measure both models on all images."""
-        points = (self.dial, self.gmacs_ratio, self.max_drop)
-        require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
+        import torch
+
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.datasets import split_images
+        from tokengame.measure.conditions import conditions
+        from tokengame.policies import Policy
+        from tokengame.policies.policy import find_policy
+        from tokengame.report.html import table, verdict
+        from tokengame.runtime import prune
+
         targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop}
-        require(self.batch_size >= 1, f"--batch-size must be at least 1, not {self.batch_size}")
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]

@@ -8,31 +8,24 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import tyro
-from safetensors.torch import save, save_file
-from torch import nn
 
-from tokengame.backbones import preprocessing_of, wrap
-from tokengame.cli.common import OnImages, report_bad
+from tokengame.cli.common import COMPUTE, PART, SHARE, UPDATES, OnImages, report_bad
 from tokengame.config import GAME_VERSION, FinetuneConfig, require
-from tokengame.data.datasets import STREAM, ImageSet, ImageSource, label_images, open_images, split_images
-from tokengame.data.hub import HuggingFaceStream
-from tokengame.data.transforms import transform_for
 from tokengame.files import require_writable
-from tokengame.learning.checkpoint import RunFolder
-from tokengame.learning.finetune import Tuner
-from tokengame.learning.loop import Loop, names_hash, projection
-from tokengame.learning.run import calibration_batches
-from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import calibrate
-from tokengame.packed.attention import deterministic_attention
-from tokengame.policies import Policy
-from tokengame.policies.policy import dial_for, find_policy, fingerprint
 from tokengame.report.console import console, progress, show_rows, show_table
-from tokengame.report.html import table, verdict
-from tokengame.runtime import PrunedViT, prune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.datasets import ImageSet, ImageSource
+    from tokengame.data.hub import HuggingFaceStream
+    from tokengame.learning.finetune import Tuner
+    from tokengame.learning.loop import Loop
+    from tokengame.policies import Policy
+    from tokengame.runtime import PrunedViT
 
 
 @dataclass(kw_only=True)
@@ -40,6 +33,9 @@ class Finetune(OnImages):
     """Tune a backbone through a frozen policy; measure it before and after."""
 
     name: ClassVar[str] = "finetune"
+    first: ClassVar[tuple[str, ...]] = (
+        "output", "weights", "class_map", "dial", "gmacs_ratio", "validate", "updates", "lr", "resume",
+    )  # fmt: skip
     examples: ClassVar[str] = (
         "tokengame finetune --backbone vit_small_patch16_224 --images train/ --policy policy.safetensors "
         "--output tuned --gmacs-ratio 0.55\n"
@@ -55,11 +51,11 @@ class Finetune(OnImages):
     output: Path = Path("tuned")
     """folder for model.safetensors, policy.safetensors (the same policy, its card calibrated anew for the tuned
     weights) and the log"""
-    dial: float | None = None
+    dial: Annotated[float | None, SHARE] = None
     """operating point to tune for; default is the policy's recommendation"""
-    gmacs_ratio: float | None = None
+    gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """operating point by compute, pruned / native, as the policy's card has it"""
-    holdout: float = 0.2
+    holdout: Annotated[float, PART] = 0.2
     """share of the images held back and measured on; of a stream its first 1,024"""
     validate: str | None = None
     """other images to measure on, in place of a share held back"""
@@ -67,16 +63,30 @@ class Finetune(OnImages):
     """of a Hugging Face data set"""
     resume: bool = False
     """continue from the checkpoint in the log"""
-    checkpoint_every: int = 50
+    checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
     """load everything, do two updates of 32 images a process, say how long all would take and how much
     memory; keep nothing"""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
 
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The folder and the files in it that others may read."""
+        return self.output, self._weights, self._card_file
+
+    def check(self) -> None:
+        """Also: there is one operating point."""
+        super().check()
+        require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
+
     def run(self) -> dict[str, Any]:
         """Measure the pruned model, tune it, calibrate the policy for the tuned weights, measure again."""
-        require(self.dial is None or self.gmacs_ratio is None, "give one of --dial and --gmacs-ratio")
+        from tokengame.learning.finetune import Tuner
+        from tokengame.policies import Policy
+        from tokengame.policies.policy import find_policy
+        from tokengame.runtime import prune
+
         self.processes.local_batch(self.config.batch_size)
         if not self.dry_run:
             require_writable(self._weights)
@@ -110,10 +120,13 @@ class Finetune(OnImages):
         }
 
     def _split(self, model: nn.Module, source: ImageSource | HuggingFaceStream) -> tuple[ImageSet, ImageSource]:
+        from tokengame.backbones import wrap
+        from tokengame.data.datasets import STREAM, label_images, open_images, split_images
+
         if self.validate is None:
             return split_images(source, self.holdout, self.seed)
         require(not self.validate.startswith(STREAM), f"--validate {self.validate} is a stream: leave out {STREAM}")
-        held = cast(ImageSource, open_images(self.validate, "validation", progress))
+        held = cast("ImageSource", open_images(self.validate, "validation", progress))
         label_images(held, self.class_map, wrap(model).classes)
         return source, held
 
@@ -126,6 +139,14 @@ class Finetune(OnImages):
         return self.output / "policy.safetensors"
 
     def _loop(self, tuner: Tuner, dial: float, config: FinetuneConfig, learn: ImageSet, folder: Path) -> Loop:
+        from safetensors.torch import save
+
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.transforms import transform_for
+        from tokengame.learning.checkpoint import RunFolder
+        from tokengame.learning.loop import Loop, names_hash
+        from tokengame.policies.policy import fingerprint
+
         augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
         actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
@@ -138,6 +159,10 @@ class Finetune(OnImages):
         )  # fmt: skip
 
     def _measured(self, fast: PrunedViT, held: ImageSource, native: nn.Module, when: str) -> dict[str, Any]:
+        from tokengame.backbones import preprocessing_of
+        from tokengame.measure.conditions import conditions
+        from tokengame.report.html import table, verdict
+
         result = self.measure(fast, held, 32, preprocessing_of(native), reference=native).summary()
         result |= {"dial": fast.dial} | conditions(fast.game.backbone.dtype, self.torch_device)
         show_table(f"{self.backbone} {when} fine-tuning, dial {fast.dial:.3f}", table(result))
@@ -149,6 +174,15 @@ class Finetune(OnImages):
 
         The card recommends the dial that gives the tuned model the `compute` (pruned / native) of the untuned one.
         """
+        from safetensors.torch import save_file
+
+        from tokengame.backbones import preprocessing_of, wrap
+        from tokengame.learning.run import calibration_batches
+        from tokengame.measure.evaluate import calibrate
+        from tokengame.packed.attention import deterministic_attention
+        from tokengame.policies.policy import dial_for, fingerprint
+        from tokengame.runtime import prune
+
         part = self._weights.with_suffix(".part")
         save_file({name: weight.cpu().contiguous() for name, weight in tuned.state_dict().items()}, part)
         os.replace(part, self._weights)
@@ -165,6 +199,9 @@ class Finetune(OnImages):
         policy.save(self._card_file)
 
     def _rehearse(self, model: nn.Module, policy: Policy, dial: float, learn: ImageSet) -> dict[str, Any]:
+        from tokengame.learning.finetune import Tuner
+        from tokengame.learning.loop import projection
+
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             loop = self._loop(

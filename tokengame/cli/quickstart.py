@@ -5,27 +5,22 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
 import tyro
 
-from tokengame.backbones import load_model
-from tokengame.backbones.load import EMBEDDED
-from tokengame.cli.common import Common
-from tokengame.config import TrainConfig, require, with_overrides
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import SceneImages, Subset
-from tokengame.data.scenes import FashionScenes
+from tokengame.cli.common import COMPUTE, Common
+from tokengame.config import TrainConfig, with_overrides
 from tokengame.files import require_writable
-from tokengame.learning.run import TrainingRun
-from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import Scores, evaluate, keep_freed_memory
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress, show_table
-from tokengame.report.figures import calibration_figure, png, stack, training_figure
-from tokengame.report.gallery import draw
-from tokengame.report.html import table, verdict, write_report
-from tokengame.runtime import PrunedViT
+
+if TYPE_CHECKING:
+    from tokengame.data.datasets import ImageSource
+    from tokengame.data.scenes import FashionScenes
+    from tokengame.learning.run import TrainingRun
+    from tokengame.measure.evaluate import Scores
+    from tokengame.runtime import PrunedViT
 
 
 def short(preset: str) -> TrainConfig:
@@ -42,14 +37,15 @@ class Quickstart(Common):
     """Learn and measure a policy on the embedded backbone and images; write it with an HTML report."""
 
     name: ClassVar[str] = "quickstart"
+    first: ClassVar[tuple[str, ...]] = ("output", "gmacs_ratio", "eval_images", "updates", "preset")
     takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = "tokengame quickstart\ntokengame quickstart --updates 300 --json > result.json"
 
     output: Path = Path("quickstart")
     """folder for policy.safetensors and report.html"""
-    eval_images: int = 1000
+    eval_images: Annotated[int, Range(1, 1_000_000, whole=True)] = 1000
     """fresh scenes to measure on"""
-    gmacs_ratio: float = 0.42
+    gmacs_ratio: Annotated[float, COMPUTE] = 0.42
     """compute the policy is to recommend, pruned / native"""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: short("tokengame"))
 
@@ -60,7 +56,16 @@ class Quickstart(Common):
 
     def run(self) -> dict[str, Any]:
         """Train on scenes of training photos, measure on fresh scenes of test photos."""
-        require(self.eval_images >= 1, "--eval-images must be at least 1")
+        from tokengame.backbones import load_model
+        from tokengame.backbones.load import EMBEDDED
+        from tokengame.data.batches import BadImages, checked, plain_views
+        from tokengame.data.datasets import SceneImages
+        from tokengame.data.scenes import FashionScenes
+        from tokengame.learning.run import TrainingRun
+        from tokengame.measure.conditions import conditions
+        from tokengame.measure.evaluate import evaluate, keep_freed_memory
+        from tokengame.report.html import table, verdict
+
         start = time.perf_counter()
         console.print(
             "quickstart: learn to prune a small ViT on fashion scenes (photos of clothing in clutter), calibrate the "
@@ -103,8 +108,14 @@ class Quickstart(Common):
         return result
 
     def _report(
-        self, page: Path, fast: PrunedViT, result: dict[str, Any], training: TrainingRun, source: SceneImages
+        self, page: Path, fast: PrunedViT, result: dict[str, Any], training: TrainingRun, source: ImageSource
     ) -> None:
+        from tokengame.data.batches import plain_views
+        from tokengame.data.datasets import Subset
+        from tokengame.report.figures import calibration_figure, png, stack, training_figure
+        from tokengame.report.gallery import draw
+        from tokengame.report.html import write_report
+
         some = Subset(source, range(min(8, len(source.names))))
         views = plain_views(some, training.preprocessing)
         strips = [drawing.picture for drawing in draw(fast, next(iter(views.loader(8, 0))), side=112)]
@@ -119,6 +130,8 @@ class Quickstart(Common):
 
 def item_recall(scores: Scores, scenes: FashionScenes, fast: PrunedViT) -> dict[str, float]:
     """Share of the tokens on the item (patch centre inside its box), and of all others, that are kept to the end."""
+    import numpy as np
+
     patch = fast.game.backbone.patch_size[0]
     side = scenes.size // patch
     centres = (np.arange(side) + 0.5) * patch

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import nn
-
-from tokengame.backbones import preprocessing_of
-from tokengame.baselines.dynamicvit import pruned_by, train_dynamicvit
-from tokengame.cli.common import OnImages, report_bad, tuned_weights
+from tokengame.cli.common import SHARE, OnImages, report_bad, tuned_weights
 from tokengame.config import require
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import ImageSource, Subset
-from tokengame.data.loader import TrainingLoader
-from tokengame.data.transforms import transform_for
 from tokengame.errors import TokenGameError
 from tokengame.files import require_writable
-from tokengame.policies import Policy
-from tokengame.policies.policy import find_policy
+from tokengame.ranges import Range
 from tokengame.report.console import console, progress
-from tokengame.report.figures import png, stack
-from tokengame.report.gallery import Drawing, draw, together, write_gallery
-from tokengame.runtime import PrunedViT, prune
-from tokengame.runtime.macs import native_macs, pruned_macs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.datasets import ImageSource
+    from tokengame.report.gallery import Drawing
+    from tokengame.runtime import PrunedViT
 
 
 @dataclass(kw_only=True)
@@ -34,6 +26,7 @@ class Show(OnImages):
     """Pictures of the tokens kept, stage by stage."""
 
     name: ClassVar[str] = "show"
+    first: ClassVar[tuple[str, ...]] = ("output", "weights", "class_map", "count", "pick", "dial")
     examples: ClassVar[str] = (
         "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --count 6\n"
         "tokengame show --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors --pick extremes "
@@ -44,22 +37,36 @@ class Show(OnImages):
     """policy file, or the name of a shipped one"""
     output: Path = Path("tokens.png")
     """PNG of one strip per image; or .html: a gallery with counts and predictions before and after"""
-    count: int = 8
+    count: Annotated[int, Range(1, 1_000, whole=True)] = 8
     """how many images"""
     pick: Literal["random", "extremes"] = "random"
     """random: by the seed. extremes: the images that kept the least compute, then those that kept the most"""
-    dial: float | None = None
+    dial: Annotated[float | None, SHARE] = None
     """between 0 and 1; default is the policy's recommendation"""
-    side: int = 160
+    side: Annotated[int, Range(16, 2_048, whole=True)] = 160
     """height of a panel in pixels"""
-    dynamicvit_updates: int = 0
+    dynamicvit_updates: Annotated[int, Range(0, 10**8, whole=True)] = 0
     """also train DynamicViT's predictor for so many updates, on the other images, and show what it keeps at the same
     mean compute; 0 leaves it out"""
 
+    def check(self) -> None:
+        """Also: the file has a format that can be written."""
+        super().check()
+        require(self.output.suffix in (".png", ".html"), f"--output must end in .png or .html, not {self.output.name}")
+
     def run(self) -> dict[str, Any]:
         """Pick images, draw them, write the file."""
+        import numpy as np
+
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.datasets import Subset
+        from tokengame.policies import Policy
+        from tokengame.policies.policy import find_policy
+        from tokengame.report.figures import png, stack
+        from tokengame.report.gallery import together, write_gallery
+        from tokengame.runtime import prune
+
         require_writable(self.output)
-        require(self.output.suffix in (".png", ".html"), f"--output must end in .png or .html, not {self.output.name}")
         model, source = self.load()
         path, preprocessing = find_policy(self.policy), preprocessing_of(model)
         policy = Policy.load(path)
@@ -84,6 +91,10 @@ class Show(OnImages):
         return {"files": [str(self.output)]}
 
     def _draw(self, fast: PrunedViT, chosen: ImageSource) -> list[Drawing]:
+        from tokengame.backbones import preprocessing_of
+        from tokengame.data.batches import BadImages, checked, plain_views
+        from tokengame.report.gallery import draw
+
         tally, drawings = BadImages(10**9), []
         loader = plain_views(chosen, preprocessing_of(fast.model)).loader(16, self.workers)
         for batch in progress(checked(loader, tally), "drawing", len(loader)):
@@ -94,6 +105,8 @@ class Show(OnImages):
         return drawings
 
     def _picked(self, fast: PrunedViT, source: ImageSource, preprocessing: dict[str, Any]) -> list[int]:
+        import torch
+
         if self.pick == "random":
             order = torch.randperm(len(source.names), generator=torch.Generator().manual_seed(self.seed)).tolist()
             return order[: self.count]
@@ -104,6 +117,16 @@ class Show(OnImages):
 
     def _dynamicvit(self, model: nn.Module, learn: ImageSource, compute: float) -> PrunedViT:
         """Trained on `learn`; it keeps the share of tokens that comes closest to `compute`."""
+        import numpy as np
+        import torch
+
+        from tokengame.backbones import preprocessing_of
+        from tokengame.baselines.dynamicvit import pruned_by, train_dynamicvit
+        from tokengame.data.batches import BadImages, checked
+        from tokengame.data.loader import TrainingLoader
+        from tokengame.data.transforms import transform_for
+        from tokengame.runtime.macs import native_macs, pruned_macs
+
         updates = self.dynamicvit_updates
         loader = TrainingLoader(learn, transform_for(preprocessing_of(model), train=True), self.seed, 32, updates)
         batches = checked(loader.loader(workers=self.workers), BadImages(loader.total))

@@ -5,24 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 import tyro
-from torch import nn
 
-from tokengame.cli.common import OnImages
+from tokengame.cli.common import PART, OnImages
 from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
-from tokengame.data.batches import BadImages, checked, plain_views
-from tokengame.data.datasets import ImageSource, split_images
 from tokengame.files import require_writable, write_csv
-from tokengame.learning.run import TrainingRun, trained_policy
-from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import evaluate, keep_freed_memory
-from tokengame.measure.sweep import sweep_row
+from tokengame.ranges import Range
 from tokengame.report.console import console, named, show_rows
-from tokengame.report.figures import sweep_figure
-from tokengame.runtime import prune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.datasets import ImageSource
 
 SWEEP_HEADINGS = {
     "alpha_over_beta": "alpha\n/ beta",
@@ -41,15 +37,16 @@ class Sweep(OnImages):
     """How alpha / beta of the reward `share` sets how many tokens are kept, beside the predicted equilibrium."""
 
     name: ClassVar[str] = "sweep"
+    first: ClassVar[tuple[str, ...]] = ("output", "weights", "class_map", "ratios", "holdout", "updates", "preset")
     takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame sweep --backbone fashion --images fashion\n"
         "tokengame sweep --backbone deit_small_patch16_224 --images train/ --ratios 40 80 120 160 --updates 1000"
     )
 
-    ratios: tuple[float, ...] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
+    ratios: Annotated[tuple[float, ...], Range(0, 1e6, above=True)] = (20.0, 60.0, 100.0, 140.0, 180.0, 240.0)
     """values of alpha / beta; beta is 1"""
-    holdout: float = 0.2
+    holdout: Annotated[float, PART] = 0.2
     """share of the images held back and measured on"""
     split: str = "train"
     """of a Hugging Face data set"""
@@ -59,12 +56,18 @@ class Sweep(OnImages):
         default_factory=lambda: TrainConfig.from_preset("rl4evit")
     )
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train and measure a policy for every ratio, draw the figure; one row per ratio."""
-        require(min(self.ratios, default=0) > 0, f"--ratios must be above 0, not {self.ratios}")
+    def check(self) -> None:
+        """Also: the reward is one that a ratio sets, and nothing else sets."""
+        super().check()
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
         fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
         require(fixed, "sweep sets alpha and beta itself, by --ratios")
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train and measure a policy for every ratio, draw the figure; one row per ratio."""
+        from tokengame.data.datasets import split_images
+        from tokengame.report.figures import sweep_figure
+
         require_writable(self.output / "sweep.csv")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
@@ -78,6 +81,15 @@ class Sweep(OnImages):
         return rows
 
     def _point(self, model: nn.Module, learn: ImageSource, held: ImageSource, ratio: float) -> dict[str, Any]:
+        import torch
+
+        from tokengame.data.batches import BadImages, checked, plain_views
+        from tokengame.learning.run import TrainingRun, trained_policy
+        from tokengame.measure.conditions import conditions
+        from tokengame.measure.evaluate import evaluate, keep_freed_memory
+        from tokengame.measure.sweep import sweep_row
+        from tokengame.runtime import prune
+
         name = f"alpha {ratio:g}"
         config = with_overrides(self.config, {"reward": {"alpha": ratio, "beta": 1.0}})
         path = self.output / f"alpha{ratio:g}.safetensors"

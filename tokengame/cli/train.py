@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
-from torch import nn
 
-from tokengame.cli.common import OnImages, report_bad
+from tokengame.cli.common import COMPUTE, PART, UPDATES, OnImages, report_bad
 from tokengame.config import TrainConfig
-from tokengame.data.datasets import ImageSet, split_images
 from tokengame.files import require_writable
-from tokengame.learning.loop import projection
-from tokengame.learning.run import TrainingRun
-from tokengame.policies import Policy
 from tokengame.report.console import console, progress, show_rows, show_table
-from tokengame.report.html import table, verdict
-from tokengame.runtime import prune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokengame.data.datasets import ImageSet
+    from tokengame.learning.run import TrainingRun
 
 
 @dataclass(kw_only=True)
@@ -27,6 +26,9 @@ class Train(OnImages):
     """Learn a policy for a backbone and images."""
 
     name: ClassVar[str] = "train"
+    first: ClassVar[tuple[str, ...]] = (
+        "output", "weights", "class_map", "gmacs_ratio", "target_drop", "updates", "resume", "preset",
+    )  # fmt: skip
     takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame train --backbone vit_small_patch16_224 --images train/ --output policy.safetensors\n"
@@ -39,13 +41,13 @@ class Train(OnImages):
     distributed = True
     output: Path = Path("policy.safetensors")
     """the policy file; metrics and checkpoints go beside it, into NAME_log"""
-    holdout: float = 0.2
+    holdout: Annotated[float, PART] = 0.2
     """share of the images held back and measured on at the end; of a stream its first 1,024"""
-    gmacs_ratio: float | None = None
+    gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """pruned / native compute that the policy is to recommend, found by calibration; without it, dial 0.5"""
     resume: bool = False
     """continue from the checkpoint in NAME_log"""
-    checkpoint_every: int = 50
+    checkpoint_every: Annotated[int, UPDATES] = 50
     """updates between checkpoints"""
     dry_run: bool = False
     """load everything, do two updates of 32 images a process, say how long all would take and how much
@@ -58,6 +60,11 @@ class Train(OnImages):
 
     def run(self) -> dict[str, Any]:
         """Train on a part of the images, calibrate and measure on the rest."""
+        from tokengame.data.datasets import split_images
+        from tokengame.policies import Policy
+        from tokengame.report.html import table, verdict
+        from tokengame.runtime import prune
+
         if not self.dry_run:
             require_writable(self.output)
         model, source = self.load_to_learn()
@@ -78,12 +85,16 @@ class Train(OnImages):
         return result
 
     def _training(self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path) -> TrainingRun:
+        from tokengame.learning.run import TrainingRun
+
         return TrainingRun(
             model, self.backbone, config, learn, output, seed=self.seed, device=self.torch_device, resume=self.resume,
             workers=self.workers, processes=self.processes,
         )  # fmt: skip
 
     def _rehearse(self, model: nn.Module, learn: ImageSet) -> dict[str, Any]:
+        from tokengame.learning.loop import projection
+
         with TemporaryDirectory() as folder:
             config = replace(self.config, updates=2, batch_size=self.rehearsed(self.config.batch_size))
             training = self._training(model, learn, config, Path(folder) / "policy.safetensors")

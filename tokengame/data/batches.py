@@ -12,16 +12,17 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tokengame.data.datasets import ImageSource
-from tokengame.data.transforms import seeded, to_rgb, transform_for
+from tokengame.data.datasets import ImageSet, ImageSource
+from tokengame.data.decode import decoded, viewed
+from tokengame.data.hub import HuggingFaceStream
+from tokengame.data.transforms import seeded, transform_for
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
 
@@ -115,15 +116,18 @@ class Views(Dataset):
     def __getitem__(self, item: int) -> Item:
         position, bad = self.positions[item], []
         index, count = self.order[position], len(self.source.names)
-        image = decoded(partial(self.source.open, index))
+        image = self._view(index, position)
         while isinstance(image, str):
             bad.append((self.source.names[index], image))
             if self.seed is None or len(bad) > BAD_SHARE * count:
                 return index, None, bad
             index = (index + 1) % count
-            image = decoded(partial(self.source.open, index))
+            image = self._view(index, position)
+        return index, image, bad
+
+    def _view(self, index: int, position: int) -> Tensor | str:
         with seeded(None if self.seed is None else hash((self.seed, position)) & 0x7FFFFFFF):
-            return index, self.transform(image), bad
+            return viewed(partial(self.source.open, index), self.transform)
 
     def collate(self, items: list[Item]) -> Batch:
         """Batch of the readable items; the others are named in `bad`."""
@@ -137,15 +141,6 @@ class Views(Dataset):
     def loader(self, batch_size: int, workers: int) -> DataLoader:
         """In order; decoding in `workers` processes."""
         return loader_of(self, workers, self.collate, batch_size=batch_size)
-
-
-def decoded(open_image: Callable[[], Image.Image]) -> Image.Image | str:
-    """The image in RGB, or why it cannot be read."""
-    try:
-        with open_image() as image:
-            return to_rgb(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
 
 
 def loader_of(views: Dataset, workers: int, collate: Callable[[list], Batch], **batching: Any) -> DataLoader:
@@ -198,6 +193,35 @@ def checked(loader: DataLoader, tally: BadImages) -> Iterator[Batch]:
         tally.add(batch.bad)
         if len(batch.index):
             yield batch
+
+
+SAMPLE = 64
+"""images that are decoded before anything else, to find out early that many cannot be read"""
+
+
+def require_readable(images: ImageSet) -> None:
+    """Decode a few images: a random but repeatable choice of a set, the first of a stream.
+
+    Raises:
+        TokenGameError: so many cannot be read that chance does not explain it in a set with up to 5 % of them.
+    """
+    streamed = isinstance(images, HuggingFaceStream)
+    source = images.first if isinstance(images, HuggingFaceStream) else cast(ImageSource, images)
+    count = len(source.names)
+    chosen = np.random.default_rng(0).permutation(count)[:SAMPLE].tolist()
+    found = [(source.names[i], decoded(partial(source.open, i))) for i in chosen]
+    bad = [(name, reason) for name, reason in found if isinstance(reason, str)]
+    if bad and _chance(len(bad), len(chosen), 10**6 if streamed else count) < 0.001:
+        name, reason = bad[0]
+        number = f"{len(bad)} of {len(chosen)} images tried cannot be read (more than 5 %)"
+        raise TokenGameError(f"{number}, the first is {name}: {reason}")
+
+
+def _chance(bad: int, tried: int, total: int) -> float:
+    """That `bad` or more of `tried` images cannot be read if 5 % of all `total` cannot: certain where all are tried."""
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.sf(bad - 1, total, int(BAD_SHARE * total), tried))
 
 
 def plain_views(source: ImageSource, preprocessing: dict[str, Any], order: Sequence[int] | None = None) -> Views:

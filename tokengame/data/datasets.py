@@ -5,28 +5,31 @@ A source knows the name and label of each image and opens any of them. Only a st
 
 from __future__ import annotations
 
-import io
-import tarfile
+import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
-from itertools import chain
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from braceexpand import braceexpand
 from PIL import Image
 
-from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream
-from tokengame.data.scenes import FashionScenes, load_photos
-from tokengame.errors import TokenGameError
+from tokengame.data.archives import TarImages
+from tokengame.data.class_map import ClassMap
+from tokengame.data.decode import EXTENSIONS, counted, is_image, printable
+from tokengame.data.folders import FolderImages, fitting, images_below
+from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream, missing
+from tokengame.data.labels import label_by_folder, label_by_own, label_stream
+from tokengame.data.scenes import CLASSES, FashionScenes, load_photos
+from tokengame.errors import TokenGameError, first_line
 from tokengame.files import Progress, silent
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-MANY = 100
-"""entries of a folder from which on looking through them is worth a progress bar"""
+SHARDS = 1_000_000
+"""files that a pattern of braces may name"""
 EMBEDDED_SCENES = {
     "fashion": ("test", 1000, 1),
     "fashion-val": ("test", 5000, 3),
@@ -50,77 +53,17 @@ class ImageSource(ImageSet, Protocol):
     def open(self, index: int) -> Image.Image: ...
 
 
-@dataclass
-class FolderImages:
-    """Files below a folder."""
-
-    root: Path
-    names: list[str]
-    labels: list[int] | None = None
-
-    def open(self, index: int) -> Image.Image:
-        return Image.open(self.root / self.names[index])
-
-
-class TarImages:
-    """Members of uncompressed tars, read in place; each process opens the files for itself.
-
-    Labels come from members of the same name ending in .cls that hold a class index, as in WebDataset shards.
-    `watch` shows progress while members are looked up.
-    """
-
-    def __init__(self, paths: Sequence[Path], watch: Progress = silent):
-        found: list[tuple[str, Path, int, int]] = []
-        self.classes: dict[str, int] = {}
-        """what .cls members say, by file and name"""
-        for path in watch(paths, "looking up images in", len(paths)):
-            found += self._index(path)
-        found.sort(key=lambda image: (image[1], image[0]))
-        self.names = [name for name, *_ in found]
-        self._spans = [(path, start, size) for _, path, start, size in found]
-        keys = [f"{path}:{name.rsplit('.', 1)[0]}" for name, path, *_ in found]
-        self.labels: list[int] | None = [self.classes[k] for k in keys] if self.classes.keys() >= set(keys) else None
-
-    def _index(self, path: Path) -> Iterator[tuple[str, Path, int, int]]:
-        """Name, file, first byte and size of each image of one tar; its class indices go to `classes`."""
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    stem, _, suffix = member.name.rpartition(".")
-                    if member.isfile() and f".{suffix.lower()}" in EXTENSIONS:
-                        yield member.name, path, member.offset_data, member.size
-                    elif member.isfile() and suffix == "cls":
-                        self.classes[f"{path}:{stem}"] = _number(archive, member, path)
-        except (tarfile.TarError, OSError) as error:
-            raise TokenGameError(f"{path} is not a readable uncompressed tar file ({error})") from None
-
-    def open(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(_read_span(*self._spans[index])))
-
-
-def _number(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
-    file = archive.extractfile(member)
-    assert file is not None
-    text = file.read()
-    try:
-        return int(text)
-    except ValueError:
-        raise TokenGameError(f"{member.name} in {path} holds no class index but {text[:20]!r}") from None
-
-
-def _read_span(path: Path, start: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
 class SceneImages:
     """The embedded fashion scenes as a source."""
+
+    label_origin: str = "what they show"
+    class_names: Sequence[str] | None = CLASSES
 
     def __init__(self, scenes: FashionScenes):
         self.scenes = scenes
         self.names = [f"scene {i}" for i in range(len(scenes))]
         self.labels: list[int] | None = [scenes.label(i) for i in range(len(scenes))]
+        self.own_labels: Sequence[Any] | None = self.labels
 
     def open(self, index: int) -> Image.Image:
         return self.scenes[index].image
@@ -151,34 +94,56 @@ def open_images(location: str, split: str = "train", watch: Progress = silent) -
     Args:
         location: "fashion" (1,000 embedded scenes), "fashion-val" (5,000 of the same photos) or "fashion-train"
             (20,000 of other photos); "fashion:FOLDER" and so on make one scene of each photo of the Fashion-MNIST in
-            FOLDER; a folder; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; or the name of a Hugging
-            Face data set, after "stream:" to learn from it while it arrives.
+            FOLDER; a folder; an image; a tar; tar shards, as "train-{0000..0127}.tar" or "shards/*.tar"; folders and
+            images by such a pattern; or the name of a Hugging Face data set, after "stream:" to learn from it while it
+            arrives.
         split: of a Hugging Face data set.
         watch: shows progress where many folders or shards are looked through.
 
     Raises:
         TokenGameError: nothing there, or no image in it.
     """
-    path = Path(location)
-    source: ImageSource
     if location.partition(":")[0] in EMBEDDED_SCENES:
         return SceneImages(_scenes(*location.partition(":")[::2]))
     if location.startswith(STREAM):
         return HuggingFaceStream(location.removeprefix(STREAM), split)
-    if path.is_dir():
-        names = _files(path, watch)
-        source = FolderImages(path, names)
-    elif path.is_file():
-        source = TarImages([path])
-    elif path.suffix == ".tar" and set(location) & set("*?{"):
-        source = TarImages(_shards(location), watch)
-    elif path.suffix in (".tar", ".zip", ".gz") or location.startswith((".", "/", "~")) or location.count("/") > 1:
-        raise TokenGameError(f"no folder or tar file at {location}")
-    else:
+    if not location:
+        raise TokenGameError("--images is empty; give a folder, a tar or the name of a data set")
+    try:
+        source = _local(location, os.path.expanduser(location), watch)
+    except OSError as error:
+        where = printable(str(error.filename or location))
+        raise TokenGameError(f"cannot read {where} ({error.strerror or first_line(error)})") from None
+    if source is None:
         return HuggingFaceImages(location, split)
     if not source.names:
-        raise TokenGameError(f"no image in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
+        raise TokenGameError(f"no image in {location} (looked for {' '.join(EXTENSIONS)}){_archives(location)}")
     return source
+
+
+def _local(location: str, path: str, watch: Progress) -> FolderImages | TarImages | None:
+    """The images at a place of this machine; None where there is nothing and it may be the name of a data set."""
+    if os.path.isdir(path):
+        return images_below(Path(path), watch)
+    if os.path.isfile(path):
+        alone = FolderImages(Path(path).parent, [os.path.basename(path)])
+        return alone if is_image(path) else TarImages([Path(path)])
+    if set(path) & set("*?[{"):
+        paths = _fitting(path)
+        tars = [name for name in paths if name.endswith(".tar") and os.path.isfile(name)]
+        return TarImages([Path(name) for name in paths], watch) if tars == paths else fitting(location, paths, watch)
+    if path.endswith((".tar", ".zip", ".gz")) or is_image(path) or path[0] in "./~" or path.count("/") > 1:
+        raise TokenGameError(f"no {missing(location)}")
+    return None
+
+
+def _archives(folder: str) -> str:
+    """What to do with a folder that holds archives instead of images."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if any(name.endswith(".tar") for name in names):
+        return f"; it has tars: --images '{os.path.join(folder, '*.tar')}' reads them in place"
+    packed = next((name for name in names if name.endswith((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst"))), None)
+    return f"; unpack {printable(packed)}" if packed else ""
 
 
 def _scenes(name: str, folder: str) -> FashionScenes:
@@ -197,67 +162,74 @@ def _scenes(name: str, folder: str) -> FashionScenes:
     return FashionScenes(split, len(photos.labels), seed=seed, photos=photos)
 
 
-def _files(root: Path, watch: Progress) -> list[str]:
-    """Images anywhere below `root`, by their paths from there, sorted."""
-    first = sorted(root.iterdir())
-    many = watch(first, f"looking for images in {root.name}", len(first)) if len(first) > MANY else first
-    found = chain.from_iterable(entry.rglob("*") if entry.is_dir() else [entry] for entry in many)
-    return sorted(str(f.relative_to(root)) for f in found if f.suffix.lower() in EXTENSIONS and f.is_file())
-
-
-def _shards(pattern: str) -> list[Path]:
-    """The files that a pattern of braces ({a..b}) and wildcards (*, ?) means, sorted.
+def _fitting(pattern: str) -> list[str]:
+    """The files and folders that a pattern of braces ({a..b}) and wildcards (*, ?) means, sorted, each once.
 
     Raises:
-        TokenGameError: one that braces name is missing, or no file fits.
+        TokenGameError: one that braces name is missing, no file fits, or it names too many.
     """
-    paths: list[Path] = []
-    for name in braceexpand(pattern):
-        fitting = [name] if not set(name) & set("*?[") else sorted(glob(name))
-        missing = [path for path in fitting if not Path(path).is_file()]
-        if missing or not fitting:
-            raise TokenGameError(f"no tar file at {missing[0] if missing else name}, which {pattern} names")
-        paths += map(Path, fitting)
-    return paths
+    kind = "tar file" if pattern.endswith(".tar") else "file or folder"
+    if _named_by_braces(pattern) > SHARDS:
+        raise TokenGameError(f"{pattern} names more than {SHARDS:,} files")
+    paths: dict[str, None] = {}
+    try:
+        names = braceexpand(pattern)
+    except ValueError as error:
+        raise TokenGameError(f"{pattern} has braces that do not match ({error})") from None
+    for name in names:
+        there = [name] if not set(name) & set("*?[") else sorted(glob(name))
+        if not there or not os.path.exists(there[0]):
+            raise TokenGameError(f"no {kind} at {name}, which {pattern} names")
+        paths |= dict.fromkeys(there)
+    return list(paths)
 
 
-def label_images(source: ImageSet, class_map: str | None, classes: int) -> None:
-    """Label the images of a folder or tar with the model's class indices, where that can be done.
+def _named_by_braces(pattern: str) -> int:
+    """At most how many names a pattern of braces has, counted from the inside without expanding it."""
+    count = 1
+    while inner := re.search(r"\{([^{}]*)\}", pattern):
+        count *= _alternatives(inner[1])
+        pattern = pattern[: inner.start()] + pattern[inner.end() :]
+    return count
 
-    Class folders are matched by name with the lines of the file `class_map`; without one, sorted folders are the
-    classes if there are exactly `classes` of them, and else the images stay unlabelled. A data set's own labels stay.
+
+def _alternatives(inner: str) -> int:
+    """Of {a,b} or {0..9}, given without the braces."""
+    ends = re.match(r"(-?[0-9]+|[A-Za-z])\.\.(-?[0-9]+|[A-Za-z])", inner)
+    if ends is None:
+        return inner.count(",") + 1
+    if max(map(len, ends.groups())) > 18:
+        return 10**18
+    first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
+    return abs(last - first) + 1
+
+
+def label_images(source: ImageSet, class_map: str | None, classes: int) -> str:
+    """Label the images with the model's class indices, where that can be done, and say how, or why not.
+
+    Class folders are matched by name with the lines of the file `class_map`; without one, the folders in natural order
+    (2 before 10, as in timm) are the classes if there are exactly `classes` of them, and else the images stay
+    unlabelled. Images beside the class folders of a labelled set are left out. Labels of a data set or of shards are
+    class indices, or names that `class_map` has.
+
+    Returns:
+        One sentence: how many images and classes, labelled or not and why, and what was left out.
 
     Raises:
-        TokenGameError: `class_map` is missing, names too many classes, or does not know a class folder.
+        TokenGameError: `class_map` is missing, names another number of classes, or does not know a class; or a label
+            is no class index of the model.
     """
+    names = None if class_map is None else ClassMap(class_map)
     if isinstance(source, HuggingFaceStream):
-        if (source.classes or 0) > classes:
-            raise TokenGameError(f"{source.name} has {source.classes} classes but the model has {classes}")
-        return
-    folders = [Path(name).parent.name for name in source.names]
-    if isinstance(source, HuggingFaceImages) or (isinstance(source, TarImages) and source.classes):  # its own
-        if source.labels is not None and not all(isinstance(i, int) and 0 <= i < classes for i in source.labels):
-            raise TokenGameError(f"the labels that come with {source.names[0]} are not class indices below {classes}")
-        return
-    if not any(folders):
-        if class_map is not None:
-            raise TokenGameError("--class-map needs class folders, and these images lie in none")
-        return
-    if class_map is None:
-        known = {folder: index for index, folder in enumerate(sorted(set(folders)))}
-        source.labels = [known[f] for f in folders] if len(known) == classes else None
-        return
-    if not Path(class_map).is_file():
-        raise TokenGameError(f"no class map at {class_map}; it is a text file with one class name a line")
-    index = {line.strip(): i for i, line in enumerate(Path(class_map).read_text().splitlines()) if line.strip()}
-    strange = sorted({f for f in folders if f not in index})
-    if strange:
-        raise TokenGameError(
-            f"{len(strange)} class folders are not in {class_map}, among them {strange[0]!r}: rename or add them"
-        )
-    if max(index.values()) >= classes:
-        raise TokenGameError(f"{class_map} names {max(index.values()) + 1} classes but the model has {classes}")
-    source.labels = [index[f] for f in folders]
+        return f"{source.names[0]}: a stream, {label_stream(source, names, classes)}"
+    if isinstance(source, FolderImages | TarImages) and source.own_labels is None:
+        how = label_by_folder(source, names, classes)
+    elif isinstance(source, TarImages | HuggingFaceImages | SceneImages):
+        how = label_by_own(source, names, classes)
+    else:
+        raise TypeError(f"{type(source).__name__} is labelled before it is divided")
+    notes = source.notes if isinstance(source, FolderImages | TarImages) else []
+    return "; ".join([f"{counted(len(source.names), 'image')} {how}", *notes])
 
 
 @overload

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tokengame.data.batches import Batch, Epochs, Share, Views, decoded, loader_of
+from tokengame.data.batches import Batch, Epochs, Share, Views, loader_of
 from tokengame.data.datasets import ImageSet, ImageSource
+from tokengame.data.decode import viewed
 from tokengame.data.hub import HuggingFaceStream, Row
 from tokengame.data.transforms import seeded
 from tokengame.distributed import Processes
@@ -81,11 +82,8 @@ class StreamViews(Dataset):
 
     def __getitem__(self, item: tuple[int, Row]) -> tuple[int, Row, Tensor | str]:
         position, row = item
-        image = decoded(row.open)
-        if isinstance(image, str):
-            return position, row, image
         with seeded(hash((self.seed, position)) & 0x7FFFFFFF):
-            return position, row, self.transform(image)
+            return position, row, viewed(row.open, self.transform)
 
     @staticmethod
     def collate(items: list[tuple[int, Row, Tensor | str]]) -> Batch:

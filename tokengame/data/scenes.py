@@ -8,6 +8,7 @@ and how often the background's. A scene is a pure function of (split, seed, inde
 from __future__ import annotations
 
 import gzip
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -17,6 +18,8 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+LARGEST = 2**28
+"""bytes of a file of photos, which may be compressed a thousandfold"""
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,36 @@ def load_photos(split: str, folder: str | Path | None = None) -> Photos:
     package ``dataset-fashion-mnist`` installs them in ``/usr/share/datasets/fashion-mnist``.
 
     Raises:
-        ValueError: `split` is neither "train" nor "test".
+        OSError, EOFError, zlib.error: a file of `folder` is not there or damaged.
+        ValueError: the same, or `split` is neither "train" nor "test".
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     if folder is not None:
         stem = {"train": "train", "test": "t10k"}[split]
-        images = _read_idx(Path(folder) / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-        return Photos(images, _read_idx(Path(folder) / f"{stem}-labels-idx1-ubyte.gz", header=8))
+        images = _read_idx(Path(folder) / f"{stem}-images-idx3-ubyte.gz", dimensions=3)
+        labels = _read_idx(Path(folder) / f"{stem}-labels-idx1-ubyte.gz", dimensions=1)
+        if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= len(CLASSES):
+            raise ValueError("images and labels do not fit together")
+        return Photos(images, labels)
     packaged = files("tokengame") / "assets" / "fashion_photos.npz"
     with as_file(packaged) as path, np.load(path, allow_pickle=False) as archive:
         return Photos(archive[f"{split}_images"], archive[f"{split}_labels"])
 
 
-def _read_idx(path: Path, header: int) -> np.ndarray:
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """uint8 array of an IDX file: two zeros, type, number of dimensions, sizes, bytes.
+
+    Raises:
+        ValueError: the file is not what its header says.
+    """
+    with gzip.open(path) as file:
+        content = file.read(LARGEST)
+    start = 4 + 4 * dimensions
+    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) - start != math.prod(shape):
+        raise ValueError(f"{path.name} is damaged or not in IDX format")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 @lru_cache(maxsize=8)

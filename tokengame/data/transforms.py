@@ -14,23 +14,46 @@ from timm.data import create_transform
 
 from tokengame.errors import TokenGameError
 
+BAND = 512
+"""rows that are converted at a time, as a large image and a copy or two of it are much memory"""
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB: 16-bit and float scaled, transparency put on white, grey and CMYK converted."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float32)
-        top = (
-            65535.0
-            if image.mode.startswith("I") and values.max() > 255
-            else max(float(values.max()), 1.0)
-            if image.mode == "F"
-            else 255.0
-        )
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    """Any PIL mode to 8-bit RGB: 16-bit and float scaled, transparency put on white, grey and CMYK converted.
+
+    Raises:
+        ValueError: a pixel is no finite number.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    highest = _highest(image) if image.mode.startswith(("I", "F")) else None
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):
+        band = image.crop((0, top, image.width, min(top + BAND, image.height)))
+        whole.paste(_opaque(band if highest is None else _eight_bits(band, highest)), (0, top))
+    return whole
+
+
+def _opaque(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _highest(image: Image.Image) -> float:
+    """The value that becomes white."""
+    highest = float(np.array(image.getextrema(), float)[1])
+    return max(highest, 1.0) if image.mode == "F" else 65535.0 if highest > 255 else 255.0
+
+
+def _eight_bits(image: Image.Image, highest: float) -> Image.Image:
+    """Grey of 16 or 32 bits, or float, as grey of 8."""
+    values = np.asarray(image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("a pixel is no finite number")
+    return Image.fromarray((values / highest * 255).clip(0, 255).astype(np.uint8))
 
 
 @contextmanager

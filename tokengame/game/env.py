@@ -13,6 +13,7 @@ weigh more), sizes added, log size added to the attention logits from then on, a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -80,17 +81,19 @@ class TokenGame:
         return self._advance(self._embedded(images, backend or self.backend_for(images)), 0)
 
     def _embedded(self, images: Tensor, backend: Backend) -> State:
-        tokens, prefix = backend.embed(images), self.backbone.prefix
+        (tokens, places), prefix = self.backbone.drop_patches(backend.embed(images)), self.backbone.prefix
         batch, rows, _ = tokens.shape
-        position = torch.arange(-prefix, rows - prefix, device=tokens.device).clamp(min=-1)
+        dither = ordered_dither(*self.backbone.grid(*images.shape[2:])).to(tokens.device)
+        if places is None:
+            places = torch.arange(-prefix, rows - prefix, device=tokens.device).clamp(min=-1).repeat(batch, 1)
         return State(
             backend=backend,
             x=tokens.flatten(0, 1),
-            position=position.repeat(batch),
+            position=places.flatten(),
             layout=RaggedLayout([rows] * batch, tokens.device),
             agents=RaggedLayout([rows - prefix] * batch, tokens.device),
-            total=rows - prefix,
-            dither=ordered_dither(*self.backbone.grid(*images.shape[2:])).to(tokens.device),
+            total=len(dither),
+            dither=dither,
         )
 
     def observe(self, state: State) -> Observation:
@@ -127,10 +130,22 @@ class TokenGame:
     def play_on(self, state: State, decide: Decide, threshold: float = 0.0) -> State:
         """The rest of a game."""
         while state.stage < len(self.stages):
-            with torch.no_grad():  # decisions have no gradient
-                logits = decide(self.observe(state))
-            state = self.step(state, logits > threshold, logits)
+            logits, keep = self.decisions(state, decide, threshold)
+            state = self.step(state, keep, logits)
         return state
+
+    @torch.no_grad()
+    def decisions(self, state: State, decide: Decide, threshold: float) -> tuple[Tensor, Tensor]:
+        """[A] keep logits, and whether each exceeds `threshold`; they have no gradient.
+
+        At -inf (dial 0) every agent is kept, whatever the policy says.
+        """
+        if threshold == -math.inf:
+            return torch.zeros(state.agents.rows, device=state.x.device), torch.ones_like(
+                state.of_agents(state.position), dtype=torch.bool
+            )
+        logits = decide(self.observe(state))
+        return logits, logits > threshold
 
     def predict(self, state: State) -> Tensor:
         """[B, classes] the network's prediction at the end of a game."""

@@ -3,6 +3,6 @@
 `status()` says what they can do on this machine. Where they cannot run, PyTorch's kernels do everything.
 """
 
-from tokengame.kernels.library import Status, announce, available, disabled, status, usable, usable_heads
+from tokengame.kernels.library import Status, announce, available, disabled, status, usable, usable_heads, why_slow
 
-__all__ = ["Status", "announce", "available", "disabled", "status", "usable", "usable_heads"]
+__all__ = ["Status", "announce", "available", "disabled", "status", "usable", "usable_heads", "why_slow"]

@@ -34,6 +34,11 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 LEVELS = {"none": 0, "avx512": 1, "amx": 2}
 """instructions to use at most, by the environment variable TOKENGAME_KERNELS"""
 INSTRUCTIONS = {1: "AVX-512 bfloat16", 2: "AMX"}
+FAST = {
+    torch.bfloat16: {"avx512_bf16": "AVX-512 bfloat16", "amx_bf16": "AMX", "sve_bf16": "SVE bfloat16"},
+    torch.float16: {"avx512_fp16": "AVX-512 float16", "amx_fp16": "AMX float16"},
+}
+"""number formats that are slow on a processor without one of these, by PyTorch's name of it"""
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,37 @@ def status(dtype: torch.dtype | None = None, device: str = "cpu") -> Status:
     return Status(INSTRUCTIONS.get(loaded.level), loaded.reason, dtype, device)
 
 
+def why_slow(dtype: torch.dtype, device: str = "cpu") -> str:
+    """Why this machine computes in `dtype` more slowly than in float32; empty where it does not.
+
+    Args:
+        dtype: a number format; only bfloat16 and float16 are ever slow.
+        device: the kind of device ("cpu", "cuda").
+    """
+    if device == "cuda":
+        emulated = dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return "the GPU has no bfloat16" if emulated else ""
+    if device != "cpu" or dtype not in FAST:
+        return ""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    lacking = "the processor has no " + " or ".join(FAST[dtype].values())
+    return "" if any(able.get(name, False) for name in FAST[dtype]) else lacking
+
+
 @cache
 def announce(dtype: torch.dtype, device: str) -> None:
-    """Say once in a process which kernels run: to the logger "tokengame", or to stderr where nothing is logged."""
-    line, logger = str(status(dtype, device)), logging.getLogger("tokengame")
+    """Say once in a process which kernels run, and whether the number format is slow here.
+
+    It goes to the logger "tokengame", or to stderr where nothing is logged.
+    """
+    line, reason, logger = str(status(dtype, device)), why_slow(dtype, device), logging.getLogger("tokengame")
+    slow = f"{_name(dtype)} is slow here ({reason}); float32 is usually faster"
     if logger.hasHandlers():
         logger.info(line)
+        if reason:
+            logger.warning(slow)
     else:
-        print(f"tokengame: {line}", file=sys.stderr)
+        print(f"tokengame: {line}" + f"\ntokengame: {slow}" * bool(reason), file=sys.stderr)
 
 
 def _name(dtype: torch.dtype | None) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module
 
 from tokengame.kernels.library import TILE, call
 from tokengame.kernels.structs import BlockStruct, LinearStruct, NormStruct, PackedLinear
+from tokengame.modules import Watch, global_hooks
 
 
 @dataclass(frozen=True)
@@ -79,62 +80,59 @@ class PackedWeights:
 class PackedModel:
     """Packed weights of a model, and how to tell that they are still its weights."""
 
-    def __init__(self, model: nn.Module, export: Callable[[], ModelWeights | None]):
-        self.parts, self.modules = [], [vars(module) for module in model.modules()]
-        for own in self.modules:
-            for held in (own["_modules"], own["_parameters"]):
-                self.parts += [(held, name, part) for name, part in held.items()]
-            settings = ("eps", "approximate", "scale", "num_heads")
-            self.parts += [(own, name, own[name]) for name in settings if name in own]
-        parameters = list(model.parameters())
+    def __init__(self, model: nn.Module, watch: Watch, export: Callable[[], ModelWeights | None]):
+        self.watch, parameters = watch, list(model.parameters())
         plain = all(_is_plain(p) for p in parameters)
         self.tensors = [(p, _storage_state(p)) for p in parameters] if plain else []
         self.pointers = (ctypes.c_void_p * len(self.tensors))(*[where for _, (where, _) in self.tensors])
-        self.sizes = (ctypes.c_long * len(self.tensors))(*[p.numel() for p, _ in self.tensors])
+        shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p, _ in self.tensors]
+        self.rows = (ctypes.c_long * len(shapes))(*[rows for rows, _ in shapes])
+        self.columns = (ctypes.c_long * len(shapes))(*[columns for _, columns in shapes])
         self.version = self._weight_version()
         exported = export() if plain else None
         self.weights = None if exported is None or not _fits(exported) else _packed(exported)
 
     def _weight_version(self) -> int:
-        return call("weight_version", self.pointers, self.sizes, len(self.tensors))
+        return call("weight_version", self.pointers, self.rows, self.columns, len(self.tensors))
 
-    @property
-    def is_current(self) -> bool:
-        """Whether no module or parameter was replaced or written to since, through `.data` either."""
-        for held, name, part in self.parts:  # plain loops: this runs for every batch
-            if held.get(name) is not part:
-                return False
-        for parameter, state in self.tensors:
+    def is_current(self, watch: Watch) -> bool:
+        """Whether no part or parameter was replaced or written to since, through `.data` either.
+
+        Args:
+            watch: of the model, known to be unchanged.
+        """
+        if self.watch is not watch and not self.watch.unchanged:
+            return False
+        for parameter, state in self.tensors:  # a plain loop: this runs for every batch
             if _storage_state(parameter) != state:
                 return False
         return self._weight_version() == self.version
 
-    @property
-    def has_hooks(self) -> bool:
-        """Whether modules do what the kernels leave out: hooks, training-mode dropout, a `forward` of their own."""
-        for own in self.modules:
-            if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-                return True
-        return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
-
 
 _PACKED: WeakKeyDictionary[nn.Module, PackedModel] = WeakKeyDictionary()
 """one packed copy for a model, however many backbones wrap it"""
+_PACKING = Lock()
 
 
-def packed_weights(model: nn.Module, export: Callable[[], ModelWeights | None]) -> PackedWeights | None:
+def packed_weights(
+    model: nn.Module, watch: Watch, export: Callable[[], ModelWeights | None]
+) -> PackedWeights | None:  # fmt: skip
     """Weights of `model` for the kernels; None where they cannot do its work, or where it has hooks.
 
     Args:
         model: in bfloat16.
+        watch: of the model, known to be unchanged.
         export: its plain weights, called when they must be packed (anew).
     """
-    if model.training:
+    if watch.hooked or global_hooks() or watch.training:
         return None
     packed = _PACKED.get(model)
-    if packed is None or not packed.is_current:
-        packed = _PACKED[model] = PackedModel(model, export)
-    return None if packed.has_hooks else packed.weights
+    if packed is None or not packed.is_current(watch):
+        with _PACKING:  # one thread packs for all
+            packed = _PACKED.get(model)
+            if packed is None or not packed.is_current(watch):
+                packed = _PACKED[model] = PackedModel(model, watch, export)
+    return packed.weights
 
 
 def _is_plain(p: Tensor) -> bool:

@@ -19,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.config import FinetuneConfig
 from tokengame.distributed import Processes
@@ -55,6 +56,7 @@ class Tuner:
         self.config, self.compute, self.processes = config, compute, processes or Processes()
         self.device = wrap(model).device
         self.dtype = training_dtype(config.dtype, self.device)
+        kernels.announce(self.dtype, self.device.type)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
         self.student = copy.deepcopy(model).float().eval().requires_grad_(True)
         policy.actor.to(self.device).requires_grad_(False)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.config import TrainConfig
 from tokengame.distributed import Processes
@@ -35,9 +36,7 @@ def training_dtype(choice: str, device: torch.device) -> torch.dtype:
         raise TokenGameError(f"--mixed_precision {wanted} is not supported; use bf16, or leave it out")
     if wanted == "bf16":
         return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+    fast = device.type in ("cpu", "cuda") and not kernels.why_slow(torch.bfloat16, device.type)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -65,6 +64,7 @@ class Trainer:
     ):
         self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
         self.dtype = training_dtype(config.dtype, self.device)
+        kernels.announce(self.dtype, self.device.type)
         frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
         self.backbone = wrap(frozen)
         context = config.actor.observation == "context"

@@ -52,13 +52,17 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
     return torch.bmm(scores.softmax(2), v)
 
 
-def padded_attention(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
-    """One fused call on the batch padded to its longest image; no padding, no mask where all have the same count."""
+def padded_attention(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """One fused call on the batch padded to its longest image; no padding, no mask where all have the same count.
+
+    A share `dropout` of the attention weights is dropped, in training.
+    """
     if bias is None and not layout.uniform:
         bias = qkv.new_zeros(layout.rows)
     query, key, value = layout.pad(qkv).permute(2, 0, 3, 1, 4)  # [B, H, L, D]
     mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(qkv.dtype)
-    return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return layout.unpad(attended.transpose(1, 2).flatten(2))
 
 
 def looped_attention(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
@@ -133,7 +137,7 @@ def grouped_attention(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = N
 
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout, bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Attention of fewer queries than keys; bitwise repeatable, nothing is measured.
 
@@ -143,21 +147,22 @@ def cross_attention(
         query_layout, layout: the same images, in the same order.
         bias: [M] added to the logits of each key, or None.
         scale: factor on q.k; None for 1 / sqrt(D).
+        dropout: share of the attention weights that is dropped, in training.
 
     Returns:
         [Q, H, D]
     """
-    half = q.dtype in (torch.float16, torch.bfloat16)
+    half = q.dtype in (torch.float16, torch.bfloat16) and not dropout
     if half and scale is None and not query_layout.uniform and has_varlen(q.device, q.shape[2]):
         return _varlen(q, k, v, query_layout, layout, bias)
-    if q.device.type == "cpu" and not query_layout.uniform and layout.longest <= LONG:
+    if q.device.type == "cpu" and not query_layout.uniform and layout.longest <= LONG and not dropout:
         return _one_by_one(q, k, v, query_layout, layout, bias, scale)
     if bias is None and not layout.uniform:
         bias = q.new_zeros(layout.rows)
     mask = None if bias is None else layout.pad(bias, float("-inf"))[:, None, None].to(q.dtype)
     padded = query_layout.pad(q), layout.pad(k), layout.pad(v)
     query, key, value = (rows.transpose(1, 2) for rows in padded)  # [B, H, L, D]
-    attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     return query_layout.unpad(attended.transpose(1, 2))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import tokengame.runtime.fused as fused
 from tokengame.backends import Backend
@@ -25,7 +26,7 @@ class PrunedOutput:
     """The prediction for B images, and which of their tokens were kept."""
 
     logits: Tensor
-    """[B, classes]"""
+    """[B, classes]; in distilled training a pair of them, as the model's"""
     decided: tuple[Tensor, ...]
     """[B] tokens left after each decision of the game, before any fallback"""
     alive: Tensor
@@ -55,6 +56,8 @@ def predict(
         decide, threshold: the policy; see `TokenGame.play`.
         backend: what computes; by default the best one for these images.
     """
+    if not len(images):
+        return _of_no_image(game, images)
     backend = backend or game.backend_for(images)
     margin = margin_at(game, threshold)
     played = fused.forward(game, backend, images, decide, threshold, margin > 0) or step_by_step(
@@ -65,8 +68,16 @@ def predict(
         return PrunedOutput(played.logits, played.kept, played.alive, uncertain)
     assert played.tokens_before is not None
     native = game.predict_unpruned(played.tokens_before.index_select(0, uncertain), backend)
-    logits, alive = played.logits.index_copy(0, uncertain, native), played.alive.index_fill(0, uncertain, True)
-    return PrunedOutput(logits, played.kept, alive, uncertain)
+    logits = tree_map(lambda pruned, whole: pruned.index_copy(0, uncertain, whole), played.logits, native)
+    return PrunedOutput(logits, played.kept, played.alive.index_fill(0, uncertain, True), uncertain)
+
+
+def _of_no_image(game: TokenGame, images: Tensor) -> PrunedOutput:
+    """The prediction for an empty batch [0, channels, height, width]: the model's own."""
+    total = math.prod(game.backbone.grid(*images.shape[2:]))
+    alive = torch.zeros(0, total, dtype=torch.bool, device=images.device)
+    nothing = torch.zeros(0, dtype=torch.long, device=images.device)
+    return PrunedOutput(game.backbone.model(images), (nothing,) * len(game.stages), alive, nothing)
 
 
 def step_by_step(
@@ -89,7 +100,8 @@ def margin_at(game: TokenGame, threshold: float) -> float:
     return 2 * game.config.cascade_margin / (1 + math.exp(threshold)) if applies else 0.0
 
 
-def uncertain_images(logits: Tensor, margin: float) -> Tensor:
+def uncertain_images(logits: Tensor | tuple[Tensor, ...], margin: float) -> Tensor:
     """[b] indices of the images whose two likeliest classes are less than `margin` apart in probability."""
-    likeliest = logits.detach().float().softmax(1).topk(2, 1).values
+    whole = torch.stack(logits).mean(0) if isinstance(logits, tuple) else logits
+    likeliest = whole.detach().float().softmax(1).topk(2, 1).values
     return (likeliest[:, 0] - likeliest[:, 1] < margin).nonzero().squeeze(1)

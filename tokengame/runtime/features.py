@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -84,6 +85,46 @@ class Grid:
         self.owner = stands[self.owner]
 
 
+class Intermediates(NamedTuple):
+    """Features after several blocks in the shapes in which timm returns them."""
+
+    features: list[Tensor]
+    """[B, prefix + N, C]"""
+    prefix: int
+    grid: tuple[int, int]
+    output_fmt: str
+    return_prefix_tokens: bool
+
+    @property
+    def patches(self) -> list[Tensor]:
+        """[B, C, rows, columns] or [B, N, C]"""
+        if self.output_fmt not in ("NCHW", "NLC"):
+            raise TokenGameError(f"output_fmt must be NCHW or NLC, not {self.output_fmt!r}")
+        patches = [x[:, self.prefix :] for x in self.features]
+        maps = self.output_fmt == "NCHW"
+        return [x.transpose(1, 2).unflatten(2, self.grid).contiguous() for x in patches] if maps else patches
+
+    @property
+    def prefixes(self) -> list[Tensor] | None:
+        """[B, prefix, C], where they are wanted and the model has any"""
+        wanted = self.return_prefix_tokens and self.prefix
+        return [x[:, : self.prefix] for x in self.features] if wanted else None
+
+    def as_list(self, final: Tensor | None) -> Any:
+        """Intermediate features, after `final` where there are some."""
+        found: list[Any] = self.patches
+        if self.prefixes is not None:
+            found = list(zip(found, self.prefixes, strict=True))
+        return found if final is None else (final, found)
+
+    def as_dict(self, final: Tensor | None) -> dict[str, Any]:
+        """The same under timm's names."""
+        found: dict[str, Any] = {"image_intermediates": self.patches}
+        if self.prefixes is not None:
+            found["image_intermediates_prefix"] = self.prefixes
+        return found if final is None else found | {"image_features": final}
+
+
 def grid_features(
     game: TokenGame, decide: Decide, threshold: float, images: Tensor, blocks: list[int], fill: Fill, norm: bool
 ) -> list[Tensor]:
@@ -108,6 +149,9 @@ def grid_features(
     if fill == "absorber" and not game.merge:
         raise TokenGameError('fill="absorber" needs a policy that merges; here pruned tokens are dropped: use "exit"')
     game = TokenGame(game.backbone, game.config, attention=fastest_attention, keep_patches=True)
+    if not len(images):
+        rows = game.backbone.prefix + math.prod(game.backbone.grid(*images.shape[2:]))
+        return [images.new_zeros(0, rows, game.backbone.dim) for _ in blocks]
     backend = RecordingBackend(game.backend_for(images), blocks)
     state, found = game.reset(images, backend), {}
     grid = Grid(len(images), game.backbone.prefix, state.total, fill, game.backbone.final_norm if norm else lambda x: x)
@@ -116,8 +160,8 @@ def grid_features(
         backend.recorded.clear()
         if stage < len(game.stages):
             grid.write(state, state.x)
-            logits = decide(game.observe(state))
-            before, state = state, game.step(state, logits > threshold, logits)
+            logits, keep = game.decisions(state, decide, threshold)
+            before, state = state, game.step(state, keep, logits)
             if state.absorber is not None:
                 grid.absorb(before, state.absorber)
     return [found[block] for block in blocks]

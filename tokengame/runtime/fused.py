@@ -7,6 +7,8 @@ returns to Python in between.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,9 @@ def forward(
     thresholds = torch.full((len(game.stages), len(images)), threshold, device="cpu", dtype=torch.float32)
     if linear.shift is not None:
         thresholds += linear.shift
+    weights = linear.weights if threshold > -math.inf else torch.zeros_like(linear.weights)  # dial 0: nothing decides
     dither = ordered_dither(*game.backbone.grid(*images.shape[2:]))
-    return backend.fused(images, FusedRequest(game.stages, linear.weights, thresholds, dither, tokens_before))
+    return backend.fused(images, FusedRequest(game.stages, weights, thresholds, dither, tokens_before))
 
 
 def fits(game: TokenGame) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,16 +16,19 @@ from torch import Tensor, nn
 
 import tokengame.runtime.cascade as cascade
 from tokengame import kernels
-from tokengame.backbones import wrap
+from tokengame.backbones import unwrapped, wrap
 from tokengame.backends import CompiledBlocks
 from tokengame.config import GameConfig
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, warn
 from tokengame.game import Decide, TokenGame
 from tokengame.packed.attention import fastest_attention
 from tokengame.policies.policy import Policy, check_fits, dial_for, find_policy, threshold
+from tokengame.runtime.calls import check_call, check_masks, not_traced
 from tokengame.runtime.cascade import PrunedOutput
-from tokengame.runtime.features import Fill, grid_features
+from tokengame.runtime.features import Fill, Intermediates, grid_features
 from tokengame.runtime.macs import fallback_macs, native_macs, pruned_macs
+from tokengame.runtime.native import CHANGES, native_attribute, renamed_groups
+from tokengame.runtime.sharing import Sharing
 from tokengame.runtime.torch_compile import CompiledGame
 
 
@@ -44,6 +46,7 @@ class PrunedViT(nn.Module):
     def __init__(self, model: nn.Module, policy: Policy, dial: float):
         super().__init__()
         self.__dict__["_wrapped"] = model  # not a submodule: conversions must not reach it
+        self.__dict__["_sharing"] = None
         self.model, self.actor, self.card = model, policy.actor, policy.card
         self._config, self._features = policy.game, policy.card["actor"]["observation"] == "context"
         self._compiled: TokenGame | None = None
@@ -69,11 +72,14 @@ class PrunedViT(nn.Module):
         """Keep logit above which a token is kept at this dial."""
         return self._threshold
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] -> the model's own output [B, classes]."""
-        if not len(images):
-            return self.model(images)
-        if torch.compiler.is_compiling():
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, channels, height, width] -> the model's own output [B, classes].
+
+        Raises:
+            TokenGameError: attention masks, tracing and vmap, which a pruned model cannot honour.
+        """
+        check_masks(images, attn_mask, is_causal)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._predict_compiled(images)
         return self.predict(images).logits
 
@@ -83,10 +89,34 @@ class PrunedViT(nn.Module):
         Args:
             images: [B, channels, height, width].
             gradients: whether they are recorded; by default only in training mode.
+
+        Raises:
+            TokenGameError: the model has changed and cannot be run exactly any more, or is traced.
         """
-        kernels.announce(self.game.backbone.dtype, images.device.type)
+        self._check(images)
         with self._gradients(gradients):
             return cascade.predict(self.game, images, self.actor, self._threshold)
+
+    def _check(self, images: Tensor) -> None:
+        """Refuse calls that cannot work, and follow changes of the wrapped model."""
+        check_call(images, next(self.model.parameters()))
+        kernels.announce(self.game.backbone.dtype, images.device.type)
+        sharing = self.__dict__["_sharing"]
+        if sharing is None and self.model.training != self.training:
+            self.train(self.training)  # the wrapped model has another mode now, which is its own
+        elif sharing is not None and sharing.outdated:
+            self._follow(sharing)
+
+    def _follow(self, sharing: Sharing) -> None:
+        """Take over what has changed in the wrapped model, or say once that it cannot be."""
+        followed = sharing.follow() if sharing.copy is self.model else None
+        if followed is not None:
+            self._set_model(followed)
+        else:
+            warn(
+                "the wrapped model has changed, but the pruned one was converted or changed too and keeps its own "
+                "parts: prune the model again to take over the change"
+            )
 
     @contextmanager
     def _gradients(self, wanted: bool | None = None) -> Iterator[None]:
@@ -101,6 +131,9 @@ class PrunedViT(nn.Module):
 
         The compiled kernels leave nothing to compile.
         """
+        if not len(images):
+            return self.predict(images).logits
+        self._check(images)
         with self._gradients():
             backend = self.game.backend_for(images)
             if isinstance(backend, CompiledBlocks):
@@ -109,58 +142,122 @@ class PrunedViT(nn.Module):
                 self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)
             return cascade.predict(self._compiled, images, self.actor, self._threshold).logits
 
-    def forward_features(self, images: Tensor, fill: Fill = "exit") -> Tensor:
+    def forward_features(
+        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit"
+    ) -> Tensor:
         """timm's `forward_features` on the full grid: [B, channels, height, width] -> [B, prefix + N, C], normed.
 
         No class is predicted, so no image falls back to all tokens.
 
         Args:
             images: the batch.
+            attn_mask, is_causal: refused.
             fill: what stands where a token was pruned: "exit", its last features before it was pruned; "absorber",
                 those of the token it was merged into; "zero".
 
         Raises:
             TokenGameError: "absorber" for a policy that drops tokens.
         """
+        check_masks(images, attn_mask, is_causal)
         return self._grid(images, [self.game.backbone.depth - 1], fill, norm=True)[0]
 
     def forward_intermediates(
-        self, images: Tensor, indices: int | list[int] | None = None, fill: Fill = "exit", norm: bool = False
-    ) -> list[Tensor]:
-        """Features after some blocks as maps, like timm's `forward_intermediates(..., intermediates_only=True)`.
+        self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit",
+    ) -> Any:  # fmt: skip
+        """timm's `forward_intermediates` on the full grid.
 
         Args:
-            images: [B, channels, height, width].
+            x: images [B, channels, height, width].
             indices: blocks, or how many of the last ones; default is all.
+            return_prefix_tokens: whether features come in pairs, patches and prefix tokens.
+            norm: whether to apply the final norm to intermediate features.
+            stop_early: whether the final features are those of the last block in `indices`.
+            output_fmt: "NCHW", maps [B, C, rows, columns], or "NLC", [B, N, C].
+            intermediates_only: leave out the final features.
+            output_dict: return a dictionary, as timm does.
+            attn_mask, is_causal: refused.
             fill: as in `forward_features`.
-            norm: whether to apply the final norm.
 
         Returns:
-            For each block [B, C, rows, columns].
+            The final features [B, prefix + N, C], normed, and a list of the features after each block.
 
         Raises:
-            TokenGameError: "absorber" for a policy that drops tokens.
+            TokenGameError: "absorber" for a policy that drops tokens; unknown format.
         """
+        check_masks(x, attn_mask, is_causal)
         backbone = self.game.backbone
-        blocks, _ = feature_take_indices(backbone.depth, indices)
-        rows, columns = backbone.grid(*images.shape[2:])
-        found = self._grid(images, sorted(set(blocks)), fill, norm)
-        return [x[:, backbone.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for x in found]
+        blocks, last = feature_take_indices(backbone.depth, indices)
+        taken, last = sorted(set(blocks)), last if stop_early else backbone.depth - 1
+        every = self._grid(x, sorted({*taken, last}), fill, norm=False)
+        found = dict(zip(sorted({*taken, last}), every, strict=True))
+        features = [backbone.final_norm(found[block]) if norm else found[block] for block in taken]
+        shaped = Intermediates(features, backbone.prefix, backbone.grid(*x.shape[2:]), output_fmt, return_prefix_tokens)
+        final = None if intermediates_only else backbone.final_norm(found[last])
+        return shaped.as_dict(final) if output_dict else shaped.as_list(final)
+
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | list[int] | tuple[int, ...] = 1, reshape: bool = False,
+        return_prefix_tokens: bool = False, norm: bool = False, attn_mask: Tensor | None = None, *,
+        fill: Fill = "exit",
+    ) -> list[Any]:  # fmt: skip
+        """timm's and DINO's `get_intermediate_layers` on the full grid; see `forward_intermediates`."""
+        return self.forward_intermediates(
+            x, n if isinstance(n, int) else list(n), return_prefix_tokens, norm, False, "NCHW" if reshape else "NLC",
+            True, False, attn_mask, fill=fill,
+        )  # fmt: skip
 
     def _grid(self, images: Tensor, blocks: list[int], fill: Fill, norm: bool) -> list[Tensor]:
+        self._check(images)
+        if self.game.backbone.drops_patches:
+            raise TokenGameError(
+                "features on the full grid are not defined under patch dropout: call fast.eval() first"
+            )
         with self._gradients():
             return grid_features(self.game, self.actor, self._threshold, images, blocks, fill, norm)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapped model has and a pruned one means alike (see `native`)."""
+        if name in ("_modules", "_parameters", "_buffers") or name in self._modules:
+            return super().__getattr__(name)
+        if name in CHANGES and hasattr(self.model, name):
+            self._own_modules()  # the wrapped model stays as it is
+            return getattr(self.model, name)
+        return native_attribute(self.model, name)
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's names of parameters without weight decay, as this module names them."""
+        model: Any = self.model
+        return {f"model.{name}" for name in model.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of parameters for layer-wise step sizes, as this module names them."""
+        model: Any = self.model
+        return renamed_groups(model.group_matcher(coarse=coarse), "model.")
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TokenGameError(
+            "nn.DataParallel copies modules without their games: use torch.nn.parallel.DistributedDataParallel(fast)"
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TokenGameError(not_traced("made a TorchScript program"))
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Tensor:
         """[T, B, N] bool: which tokens of [B, channels, height, width] images are left after each stage."""
-        thresholds = torch.full((len(images),), self._threshold, device=self.game.backbone.device)
-        thresholds[self.predict(images).fallback] = -math.inf
+        output = self.predict(images)
+        if not len(images):
+            return output.alive.expand(len(self.game.stages), *output.alive.shape)
+        everything = torch.full((len(images),), self._threshold == -math.inf, device=self.game.backbone.device)
+        everything[output.fallback] = True
         state, alive = self.game.reset(images), []
         for _ in self.game.stages:
             obs = self.game.observe(state)
             logits = self.actor(obs)
-            state = self.game.step(state, logits > thresholds.index_select(0, obs.image), logits)
+            keep = (logits > self._threshold) | everything.index_select(0, obs.image)
+            state = self.game.step(state, keep, logits)
             alive.append(state.alive)
         return torch.stack(alive)
 
@@ -176,10 +273,21 @@ class PrunedViT(nn.Module):
         return self.__dict__["_wrapped"]
 
     def _own_modules(self) -> None:
-        """Stop sharing modules with the wrapped model; weights go on sharing memory."""
-        if self.model is self.__dict__["_wrapped"]:
-            self.model = sharing_copy(self.model)
-            self.game, self._compiled = self._new_game(), None
+        """Stop sharing modules with the wrapped model; weights go on sharing memory.
+
+        Raises:
+            TokenGameError: they are sharded by `fully_shard(fast)`, which knows the modules.
+        """
+        if self.__dict__["_sharing"] is None and self.model is self.restore():
+            if hasattr(self, "unshard"):
+                raise TokenGameError("set the mode before sharding the pruned model: fully_shard(fast.train())")
+            sharing = self.__dict__["_sharing"] = Sharing(self.model)
+            self._set_model(sharing.copy)
+
+    def _set_model(self, model: nn.Module) -> None:
+        attention, self.model, self._compiled = self.game.attention, model, None
+        self.game = self._new_game()
+        self.game.attention = attention
 
     def train(self, mode: bool = True) -> PrunedViT:
         """Set training or evaluation mode; the wrapped model keeps its own."""
@@ -194,8 +302,7 @@ class PrunedViT(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module.load_state_dict`; the wrapped model keeps its weights."""
-        self.model = copy.deepcopy(self.model)
-        self.game, self._compiled = self._new_game(), None
+        self._set_model(copy.deepcopy(self.model))
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrunedViT:
@@ -204,16 +311,7 @@ class PrunedViT(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold one model of their own, and compile anew."""
-        return self.__dict__ | {"_compiled": None, "_wrapped": self.model}
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters and buffers are its own but share memory with the model's."""
-    memo: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
-    return copy.deepcopy(model, memo)
+        return self.__dict__ | {"_compiled": None, "_wrapped": self.model, "_sharing": None}
 
 
 def prune(
@@ -245,10 +343,11 @@ def prune(
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(find_policy(policy))
+    model = unwrapped(model)
     backbone = wrap(model)
     warning = check_fits(policy, backbone)
     if warning:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     targets = {"max_drop": max_drop, "gmacs": gmacs, "gmacs_ratio": gmacs_ratio, "keep": keep}
     if any(target is not None for target in targets.values()):
         if dial is not None:
@@ -268,4 +367,4 @@ def prune_by(model: nn.Module, game: GameConfig, decide: Decide, features: bool 
         features: whether the rule reads observed features; otherwise none are computed.
     """
     card: dict[str, Any] = {"game": asdict(game), "actor": {"observation": "context" if features else "token_id"}}
-    return PrunedViT(model, Policy(decide, card), dial=0.5)  # type: ignore[arg-type]
+    return PrunedViT(unwrapped(model), Policy(decide, card), dial=0.5)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""Ways to call a model that cannot work where the number of tokens depends on the pixels; each is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tokengame.errors import TokenGameError
+
+
+def check_call(images: Any, parameter: Tensor) -> None:
+    """Refuse what would trace, export or vectorise one image's tokens as if they were every image's.
+
+    Args:
+        images: [B, channels, height, width], or what a tracer passes in its place.
+        parameter: one of the model's.
+
+    Raises:
+        TokenGameError: says how the model was called and what to do instead.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        raise TokenGameError(not_traced("exported or traced"))
+    if not isinstance(images, Tensor) or isinstance(images, FakeTensor) or images.is_meta:
+        raise TokenGameError(not_traced(f"run on a {type(images).__name__} without pixels"))
+    if any(map(_functorch.is_functorch_wrapped_tensor, (images, parameter))):
+        raise TokenGameError(
+            "a pruned model cannot be transformed by torch.func (vmap, grad, jacrev): every image has its own number "
+            "of tokens; pass whole batches, and take gradients by torch.autograd after fast.train()"
+        )
+    if images.ndim != 4:
+        raise TokenGameError(f"images must be [batch, channels, height, width], not {list(images.shape)}")
+
+
+def not_traced(how: str) -> str:
+    """Why a pruned model cannot be traced."""
+    return (
+        f"a pruned model cannot be {how}: how many tokens it computes depends on each image; torch.compile(fast) "
+        "works, and fast.restore() gives the native model, which can be"
+    )
+
+
+def check_masks(images: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Refuse attention masks.
+
+    Raises:
+        TokenGameError: one is given, or symbols are, by torch.fx.
+    """
+    if not isinstance(images, Tensor):
+        raise TokenGameError(not_traced(f"run on a {type(images).__name__}"))
+    if attn_mask is not None or is_causal:
+        raise TokenGameError(
+            "a pruned model takes no attention mask (attn_mask, is_causal): a mask counts on every token being there; "
+            "pass it to fast.restore()"
+        )
