@@ -42,12 +42,12 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "reward.kl-clamp": ("nan", "-1", "0"), "reward.kind": ("Share",), "actor.keep": ("nan", "0", "1", "2"),
         "actor.hidden": ("0", "-5", "abc"), "game.stages": ("99", "-1", "2 1", "1 1", "1.5"),
         "game.stage-count": ("0", "-1"), "game.cascade-margin": ("nan", "-1", "inf"), "game.transition": ("mErge",),
-        "dtype": ("float8", "int8"), "device": ("nonsense", "cuda:99", "meta"), "preset": ("nope", ""),
+        "dtype": ("float8", "int8"), "device": ("nonsense", "cuda:99", "meta"), "preset": ("nope",),
         "images": ("no/such/folder", "@empty", "@text.txt", "@broken", "@broken.tar", "@no*.tar",
                    "@{0000..99999999}.tar"),
         "weights": ("no.safetensors", "@text.txt", "@nan.safetensors", "@headless.safetensors", "@images"),
         "class-map": ("no.txt", "@strange.txt", "@many.txt", "@binary.txt"),
-        "backbone": ("no_such_model", "resnet18", "swin_tiny_patch4_window7_224", ""),
+        "backbone": ("no_such_model",),
         "output": ("@images", "@pipe", "@text.txt/policy.safetensors", "/proc/none/p.safetensors", ""),
     },
     "eval": {
@@ -96,7 +96,7 @@ WHOLE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("+finetune", "--dial", "0.5", "--gmacs-ratio", "0.8"), "--gmacs-ratio"), (("+finetune", "--resume"), "--resume"),
     (("+train", "--preset"), "--preset"), (("+train", "--target-drop", "1", "--reward.kind", "share"), "--target-drop"),
     (("+finetune", "--distill", "0", "--labels", "0"), "--distill"),
-    (("+compare", "--policies", "@m", "@m"), "--policies"),
+    (("+compare", "--policies", "@m", "@m"), "policies"),
     (("--version", "--nope"), "--nope"), (("+train", "--images", "stream:no/such/set"), "no/such/set"),
 )  # fmt: skip
 """whole lines and a word that the sentence must have; + stands for a command with the flags that it needs"""
