@@ -32,7 +32,9 @@ def source(tmp_path):
     generator = np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    return FolderImages(tmp_path, [f"{i}.png" for i in range(8)], [i % 5 for i in range(8)])
+    images = FolderImages(tmp_path, [f"{i}.png" for i in range(8)])
+    images.labels = [i % 5 for i in range(8)]
+    return images
 
 
 def run_for(model, source, folder, preset="tokengame", resume=False, overwrite=False, **changes):
