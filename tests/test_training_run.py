@@ -176,7 +176,7 @@ def test_share_learns_to_prune_where_keeping_costs_and_to_keep_where_it_pays(mod
     kept = {}
     labels = model(torch.stack([torch.zeros(3, 32, 32)])).argmax(1).item()
     source.labels = [labels] * 8
-    for name, reward in {"cost": {"alpha": 0.0, "beta": 1.0}, "gain": {"alpha": 100.0, "beta": -1.0}}.items():
+    for name, reward in {"cost": {"alpha": 0.0, "beta": 1.0}, "gain": {"alpha": 100.0, "beta": 0.0}}.items():
         ppo = {"lr": 3e-3, "entropy": 0.0}
         run = run_for(model, source, tmp_path / name, "rl4evit", updates=25, reward=reward, ppo=ppo)
         run.run()
