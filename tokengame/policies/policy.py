@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from tokengame.backbones.base import Backbone
 from tokengame.config import MOST_WEIGHTS, SHARE, ActorConfig, GameConfig, with_overrides
@@ -267,7 +267,9 @@ def fingerprint(backbone: Backbone) -> str:
     digest = hashlib.sha256()
     for block in backbone.blocks:
         for parameter in block.parameters():
-            digest.update(torch.signbit(parameter.detach()).cpu().numpy().tobytes())
+            numbers: Any = parameter.detach()
+            numbers = numbers if type(parameter) is nn.Parameter and type(numbers) is Tensor else numbers.dequantize()
+            digest.update(torch.signbit(numbers).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
