@@ -45,7 +45,7 @@ def test_nothing_is_lost_or_silently_wrong(name, attacker):
         pytest.skip(attacker.missing)
     assert len(outcomes) >= ATTACKS[name].short
     verdicts = {outcome.verdict for outcome in outcomes}
-    assert "ok" in verdicts or name == "commands", "what is sound works"
+    assert "ok" in verdicts or name in ("commands", "disk"), "what is sound works"
     defects = [str(outcome) for outcome in outcomes if outcome.verdict == "defect"]
     assert not defects, "\n" + "\n".join(defects)
 

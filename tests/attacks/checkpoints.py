@@ -20,8 +20,8 @@ import torch
 from attacks.bytes import damaged
 from attacks.outcome import Defect, Refused, accepted, generator, require
 from attacks.policies import natives
-from attacks.runs import log, metrics, require_as_undisturbed
-from attacks.world import NAME, SMALL, UPDATES, Calls, World, command, sha
+from attacks.runs import log, metrics, require_as_undisturbed, undisturbed
+from attacks.world import NAME, SMALL, UPDATES, Calls, World, command
 from tokengame.config import TrainConfig, with_overrides
 from tokengame.data.datasets import label_images, open_images, split_images
 from tokengame.learning.run import TrainingRun
@@ -63,11 +63,11 @@ def _to_the_end(world: World, output: Path) -> None:
 def stopped(world: World) -> Path:
     """The policy file that a run would have written which was killed after a checkpoint."""
     output = world.root / "stopped" / "policy.safetensors"
-    calls = 60_000
+    calls = undisturbed(world).calls // 2
     while not (log(output) / "checkpoint.pt").exists():
         shutil.rmtree(output.parent, ignore_errors=True)
         command(world.train(output), Calls(calls, lambda: os._exit(1)).start)
-        calls += 20_000
+        calls += calls // 8
     return output
 
 
@@ -89,7 +89,9 @@ def resume(world: World, output: Path) -> tuple[str, str, str]:
     config = with_overrides(TrainConfig.from_preset("tokengame"), settings)
     run = TrainingRun(natives(world.weights)[0], NAME, config, learn, output, seed=0, resume=True, workers=0)
     state = digest(run.trainer.state_dict())
-    return state, sha(metrics(output)), sha(log(output) / "timings.jsonl")
+    logs = [path.read_bytes().split(b"\n") for path in (metrics(output), log(output) / "timings.jsonl")]
+    first, second = (digest(repr(lines[: run.trainer.updates])) for lines in logs)  # later ones are cut off
+    return state, first, second
 
 
 def digest(state: Any) -> str:

@@ -192,7 +192,7 @@ def wrong_things(world: World) -> Path:
     for name in ("images", "broken"):
         for label in "abcde":
             (folder / name / label).mkdir(parents=True)
-            path = folder / name / label / "0.png"
+            path = folder / name / label / f"{name}.png"
             Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
             if name == "broken":
                 path.write_bytes(path.read_bytes()[:40])
