@@ -3,6 +3,7 @@
 import pytest
 from timm.optim import list_optimizers
 
+from tokengame.cli.main import main
 from tokengame.config import FinetuneConfig
 from tokengame.errors import TokenGameError
 from tokengame.learning.recipe import check_recipe
@@ -47,3 +48,11 @@ def test_optimisers_of_libraries_that_are_missing_are_refused_in_a_sentence():
         except TokenGameError:
             refused.append(name)
     assert len(refused) < len(list_optimizers()) / 2
+
+
+@pytest.mark.parametrize("flag", ["--opt", "--sched", "--aa"])
+def test_the_command_refuses_them_before_it_loads_anything(flag, tmp_path, capsys):
+    run = ["finetune", "--backbone", "fashion", "--images", str(tmp_path / "nowhere"), "--policy", "nowhere"]
+    assert main([*run, "--output", str(tmp_path / "tuned"), flag, "magic"]) == 2
+    assert f"{flag} magic" in capsys.readouterr().err
+    assert not (tmp_path / "tuned").exists()

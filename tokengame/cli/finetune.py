@@ -89,10 +89,12 @@ class Finetune(OnImages):
         """Measure the pruned model, tune it, calibrate the policy for the tuned weights, measure again."""
         from tokengame.learning.checkpoint import require_new
         from tokengame.learning.finetune import Tuner
+        from tokengame.learning.recipe import check_recipe
         from tokengame.policies import Policy
         from tokengame.policies.policy import find_policy
         from tokengame.runtime import prune
 
+        check_recipe(self.config)
         self.processes.local_batch(self.config.batch_size)
         if not self.dry_run:
             require_writable(self._weights, self._card_file)
