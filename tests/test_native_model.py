@@ -195,7 +195,7 @@ def test_quantised_layers_run_and_count(model):
     before = pruned(model)
     full = before.macs(before.predict(IMAGES))[0]
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-    with pytest.warns(UserWarning, match="dynamically quantised layers take their range from all rows"):
+    with pytest.warns(UserWarning, match="dynamically quantised layers take the range of all rows"):
         fast = pruned(quantised)
     with torch.no_grad():
         off = (fast(IMAGES) - quantised(IMAGES)).norm() / quantised(IMAGES).norm()

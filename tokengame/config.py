@@ -76,7 +76,7 @@ class GameConfig:
             stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
             wanted = f"give increasing numbers from 0 to {depth - 1}"
-            raise TokenGameError(f"stages {shown(list(stages))} do not fit a model of {depth} blocks: {wanted}")
+            raise TokenGameError(f"--game.stages {shown(list(stages))} do not fit a model of {depth} blocks: {wanted}")
         return stages
 
 

@@ -40,8 +40,8 @@ def check_changes(model: nn.Module, bypassed: Iterable[str], rowwise: Iterable[s
         warn(f"{what} see packed rows [rows, C] of the tokens that are left, not [images, tokens, C]; blocks and their "
              "attention are not called, so counters that work by hooks count too little")  # fmt: skip
     if any(type(part).__module__.startswith("torch.ao.nn.quantized.dynamic") for part in called.values()):
-        warn("dynamically quantised layers take their range from all rows of a call, which are fewer in a pruned model: "
-             "at dial 0 it is near the native one, not equal")  # fmt: skip
+        warn("dynamically quantised layers take the range of all rows of a call, which are fewer in a pruned model: at "
+             "dial 0 it is near the native one, not equal")  # fmt: skip
     strange = [name for name, part in called.items() if not type(part).__module__.startswith(TOKENWISE)]
     if strange:
         kind = type(called[strange[0]]).__name__
