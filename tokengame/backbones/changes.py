@@ -26,11 +26,10 @@ def check_changes(model: nn.Module, bypassed: Iterable[str], rowwise: Iterable[s
         rowwise: names of its parts that are called on packed rows, with all that is in them.
 
     Raises:
-        TokenGameError: a hook or replaced method of a part that is never called; parameters without memory.
+        TokenGameError: a hook or replaced method of a part that is never called.
     """
     for name in bypassed:
         _check_bypassed(f"the model's {name}" if name else "the model", name, model.get_submodule(name))
-    _check_memory(model)
     known = {id(model.get_submodule(name)) for name in bypassed}
     called = {name: part for name, part in model.named_modules() if _within(name, rowwise) and id(part) not in known}
     called = {name: part for name, part in called.items() if ".parametrizations" not in name}  # they see weights
@@ -72,7 +71,12 @@ def _check_bypassed(where: str, name: str, part: nn.Module) -> None:
         warn(f"{where} was compiled, which a pruned model does not use: compile the pruned one, torch.compile(fast)")
 
 
-def _check_memory(model: nn.Module) -> None:
+def check_memory(model: nn.Module) -> None:
+    """Refuse a model whose weights have no values, or lie in several places.
+
+    Raises:
+        TokenGameError: names the first such parameter, or the devices.
+    """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise TokenGameError(f"{name} lies on the meta device, without values: load the weights before pruning")

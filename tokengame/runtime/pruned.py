@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tokengame.runtime.cascade as cascade
 from tokengame import kernels
 from tokengame.backbones import unwrapped, wrap
+from tokengame.backbones.changes import check_memory
 from tokengame.backends import CompiledBlocks
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError, warn
@@ -345,6 +346,7 @@ def prune(
         policy = Policy.load(find_policy(policy))
     model = unwrapped(model)
     backbone = wrap(model)
+    check_memory(model)
     warning = check_fits(policy, backbone)
     if warning:
         warn(warning)
