@@ -287,6 +287,7 @@ def test_nan_weights_stop_and_say_where(model):
 
 
 def test_nan_rewards_stop_and_say_where(model):
-    trainer = trainer_for(model, reward={"alpha": float("nan")})
+    trainer = trainer_for(model)
+    object.__setattr__(trainer.config.reward, "alpha", float("nan"))  # no setting can be
     with pytest.raises(TokenGameError, match="reward 'share' is not finite in update 0"):
         trainer.update(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
