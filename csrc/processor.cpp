@@ -44,19 +44,18 @@ unsigned long long weight_version(const bf16* const* tensors, const long* rows, 
     unsigned long long sum = 0;
 #pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum)
     for (long i = 0; i < number; i++) {
-        const long height = rows[i], width = columns[i], samples = height && width ? std::max(height, width) : 0;
-        const long step = 7919 % std::max(width, 1l), ahead = 24;  // a cache line each: many are fetched at once
+        // Of each row a run of neighbours, a cache line mostly; the runs of all rows hold every column.
+        const long height = rows[i], width = columns[i], run = height ? (width + height - 1) / height : 0;
+        if (!run) continue;
+        const long runs = (width + run - 1) / run, step = 7919 % runs, ahead = 20;
         unsigned long long factor = 0x9e3779b97f4a7c15ull * (2 * i + 1);
-        for (long k = 0, row = 0, column = 0, next = 0, soon = 0; k < samples + ahead; k++) {
-            if (k < samples) {
-                __builtin_prefetch(tensors[i] + next * width + soon);
-                if (++next == height) next = 0;
-                if ((soon += step) >= width) soon -= width;
-            }
-            if (k < ahead) continue;
-            sum += tensors[i][row * width + column] * (factor += 0xbf58476d1ce4e5b8ull);  // an odd factor for each value
-            if (++row == height) row = 0;
-            if ((column += step) >= width) column -= width;
+        const bf16* row = tensors[i];
+        for (long r = 0, at = 0, next = ahead * step % runs; r < height; r++, row += width) {
+            if (r + ahead < height) __builtin_prefetch(row + ahead * width + next * run);
+            const bf16* values = row + at * run;
+            for (long k = std::min(run, width - at * run); k > 0; k--) sum += *values++ * (factor += 0xbf58476d1ce4e5b8ull);
+            if ((at += step) >= runs) at -= runs;
+            if ((next += step) >= runs) next -= runs;
         }
     }
     return sum;

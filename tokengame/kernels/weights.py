@@ -83,14 +83,20 @@ class PackedModel:
     def __init__(self, model: nn.Module, watch: Watch, export: Callable[[], ModelWeights | None]):
         self.watch, parameters = watch, list(model.parameters())
         plain = all(_is_plain(p) for p in parameters)
-        self.tensors = [(p, _storage_state(p)) for p in parameters] if plain else []
-        self.pointers = (ctypes.c_void_p * len(self.tensors))(*[where for _, (where, _) in self.tensors])
-        shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p, _ in self.tensors]
+        self.tensors: list[Tensor] = parameters if plain else []  # type: ignore[assignment]
+        self.counted = [p for p in self.tensors if not p.is_inference()]
+        self.places, self.versions = self._storage_state()
+        self.pointers = (ctypes.c_void_p * len(self.places))(*self.places)
+        shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p in self.tensors]
         self.rows = (ctypes.c_long * len(shapes))(*[rows for rows, _ in shapes])
         self.columns = (ctypes.c_long * len(shapes))(*[columns for _, columns in shapes])
         self.version = self._weight_version()
         exported = export() if plain else None
         self.weights = None if exported is None or not _fits(exported) else _packed(exported)
+
+    def _storage_state(self) -> tuple[list[int], list[int]]:
+        """Where parameters lie, and how often they were written to."""
+        return [p.data_ptr() for p in self.tensors], [p._version for p in self.counted]
 
     def _weight_version(self) -> int:
         return call("weight_version", self.pointers, self.rows, self.columns, len(self.tensors))
@@ -103,10 +109,7 @@ class PackedModel:
         """
         if self.watch is not watch and not self.watch.unchanged:
             return False
-        for parameter, state in self.tensors:  # a plain loop: this runs for every batch
-            if _storage_state(parameter) != state:
-                return False
-        return self._weight_version() == self.version
+        return self._storage_state() == (self.places, self.versions) and self._weight_version() == self.version
 
 
 _PACKED: WeakKeyDictionary[nn.Module, PackedModel] = WeakKeyDictionary()
@@ -139,11 +142,6 @@ def _is_plain(p: Tensor) -> bool:
     """Whether a parameter is plain bfloat16 numbers in this machine's memory."""
     plain = type(p) is nn.Parameter and p.dtype == torch.bfloat16 and p.device.type == "cpu"
     return plain and p.layout == torch.strided and p.is_contiguous()
-
-
-def _storage_state(parameter: Tensor) -> tuple[int, int]:
-    """Where a parameter lies, and how often it was written to."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 def _fits(model: ModelWeights) -> bool:
