@@ -124,10 +124,11 @@ class OnImages(Common):
     backbone: str
     """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
     images: str
-    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), Hugging Face
-    data set (to learn from it while it arrives, "stream:NAME"), or the embedded scenes: "fashion" (1,000),
-    "fashion-val" (5,000 of the same photos) and, of other photos, "fashion-train" (20,000); "fashion-train:FOLDER" for
-    all photos of the Fashion-MNIST there"""
+    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), one image or a
+    pattern of images or folders ("photos/*.jpg"), Hugging Face data set (to learn from it while it arrives,
+    "stream:NAME"), or the embedded scenes: "fashion" (1,000), "fashion-val" (5,000 of the same photos) and, of other
+    photos, "fashion-train" (20,000); "fashion-train:FOLDER" for all photos of the Fashion-MNIST there. EXIF orientation
+    is ignored, as by timm and torchvision"""
     weights: str | None = None
     """local checkpoint; without one timm downloads its own"""
     class_map: str | None = None
