@@ -105,7 +105,7 @@ def test_cases_after_one_that_dies_or_hangs_still_run(monkeypatch):
 
 def test_memory_beyond_the_limit_is_a_defect(monkeypatch):
     def takes(_world, _seed, number):
-        return str(len(b"x" * (serve.LIMIT_MIB * 2**20 * (number == 1) + 2**20)))
+        return str(len(b"x" * (serve.LIMIT_MIB * 5 // 4 * 2**20 * (number == 1) + 2**20)))
 
     assert outcomes_of(takes, monkeypatch) == ["ok", "defect", "ok"]
 
