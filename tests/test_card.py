@@ -76,7 +76,7 @@ SURROGATE = "\ud800"
         ("game.stages", [1.0, 2], "each of game.stages must be a whole number, not 1.0"),
         ("game.stages", ["1", 2], "each of game.stages must be a whole number, not '1'"),
         ("game.stages", [True, 2], "each of game.stages must be a whole number, not True"),
-        ("game.stages", [2, 1], "stages [2, 1] do not fit a model of 4 blocks"),
+        ("game.stages", [2, 1], "stages [2, 1] (--game.stages, of bench --stages) do not fit a model of 4 blocks"),
         ("game.stages", [1, 10**300], "do not fit a model of 4 blocks"),
         ("game.stages", [], "game.stages must have one entry at least"),
         ("game.stages", None, "game.stages must be a list of numbers, not None"),

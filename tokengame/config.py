@@ -75,8 +75,9 @@ class GameConfig:
             evenly = tuple(round(depth * (i + 1) / (count + 1)) - early for i in range(count))
             stages = tuple(range(depth)) if count == depth else evenly
         if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] >= depth:
+            given = f"stages {shown(list(stages))} (--game.stages, of bench --stages)"
             wanted = f"give increasing numbers from 0 to {depth - 1}"
-            raise TokenGameError(f"--game.stages {shown(list(stages))} do not fit a model of {depth} blocks: {wanted}")
+            raise TokenGameError(f"{given} do not fit a model of {depth} blocks: {wanted}")
         return stages
 
 

@@ -68,7 +68,7 @@ class Compare(OnImages):
     def check(self) -> None:
         """Also: DynamicViT has images to learn from."""
         super().check()
-        needs = "DynamicViT must be trained on images that it is not measured on"
+        needs = "--dynamicvit-updates trains DynamicViT on images that it is not measured on"
         require(not self.dynamicvit_updates or self.holdout is not None, f"{needs}: give --holdout")
 
     def run(self) -> list[dict[str, Any]]:

@@ -149,9 +149,10 @@ def parse(arguments: list[str]) -> Any:
     Raises:
         TokenGameError: no such command, flag or value.
     """
-    if arguments == ["--version"]:
-        sys.exit(write_out(f"tokengame {tokengame.__version__}"))
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name == "--version":
+        require(not rest, f"--version takes nothing, but {' '.join(rest)} follows")
+        sys.exit(write_out(f"tokengame {tokengame.__version__}"))
     if not arguments or name in ("-h", "--help", "--help-all"):
         sys.exit(write_out(overview(COMMANDS)) or (0 if arguments else 2))
     known = {command.name: command for command in COMMANDS}
