@@ -34,9 +34,9 @@ class Attack:
 
 
 ATTACKS = {
-    "policies": Attack("mutated policy files: bytes, cards, tensors", policies.case, lambda _: 10_000, 150, 50),
-    "images": Attack("mutated images, archives and class maps", images.case, lambda _: 8_000, 150, 50),
-    "checkpoints": Attack("damaged or foreign checkpoints and logs", checkpoints.case, lambda _: 7_000, 49, 50),
+    "policies": Attack("mutated policy files: bytes, cards, tensors", policies.case, lambda _: 10_000, 80, 50),
+    "images": Attack("mutated images, archives and class maps", images.case, lambda _: 8_000, 80, 50),
+    "checkpoints": Attack("damaged or foreign checkpoints and logs", checkpoints.case, lambda _: 7_000, 28, 50),
     "commands": Attack("wrong command lines", commands.case, commands.count, 30),
     "kills": Attack("training killed, then resumed", kills.case, lambda _: 120, 6),
     "disk": Attack("disk full at every write, output folder deleted", disk.case, disk.count, 9, needs_faults=True),
