@@ -40,7 +40,7 @@ ATTACKS = {
     "commands": Attack("wrong command lines", commands.case, commands.count, 30),
     "kills": Attack("training killed, then resumed", kills.case, lambda _: 120, 6),
     "disk": Attack("disk full at every write, output folder deleted", disk.case, disk.count, 9, needs_faults=True),
-    "threads": Attack(f"calls from eight threads, {threads.CALLS} a case", threads.case, lambda _: 127, 2),
+    "threads": Attack(f"calls from eight threads, {threads.CALLS} a case", threads.case, lambda _: 64, 2),
 }
 
 

@@ -13,9 +13,9 @@ from attacks.outcome import accepted, generator, require
 from attacks.world import World, native_model, resident_mib
 from tokengame import PrunedViT, prune
 
-THREADS, CALLS, FIRST = 8, 200, 100
+THREADS, CALLS, FIRST = 8, 400, 200
 GROWTH_MIB = 64
-"""memory that the calls of a case may add after the first ones, in which every thread sees most batches"""
+"""memory that the calls of a case may add after the first ones, when every thread has its own working memory"""
 
 
 def case(world: World, seed: int, number: int) -> str:
