@@ -14,8 +14,8 @@ from conftest import policy_for
 from safetensors.torch import load_file, save_file
 
 from tokengame.cli.main import main
-from tokengame.errors import TokenGameError
-from tokengame.files import append, require_writable, whole, write_csv, write_whole
+from tokengame.errors import Interrupted, TokenGameError
+from tokengame.files import append, require_writable, whole, write_csv, write_whole, writing
 from tokengame.policies import Policy
 
 resource = pytest.importorskip("resource", reason="limits of POSIX systems")
@@ -231,3 +231,42 @@ def test_what_is_written_whole_can_be_read(tmp_path):
     with whole(tmp_path / "weights.safetensors") as part:
         save_file(BIG, part)
     assert torch.equal(load_file(tmp_path / "weights.safetensors")["a"], BIG["a"])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt("now"), Interrupted("terminated", 15)])
+def test_what_stops_a_write_is_not_taken_for_a_full_disk(stop, tmp_path):
+    """PyTorch's writer raises an error of its own while the interruption passes through it."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    class Stops:
+        def __reduce__(self):
+            raise stop
+
+    with pytest.raises(KeyboardInterrupt) as caught, whole(path) as part:
+        torch.save({"tensor": torch.zeros(3), "stops": Stops()}, part)
+    assert caught.value is stop
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_look_at_the_output_leaves_nothing(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def stopped(path, *args, **named):
+        touch(path, *args, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        require_writable(tmp_path / "policy.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_after_an_interruption_is_a_sentence():
+    """What is saved because a run was stopped cannot be saved."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(TokenGameError, match="No space left on device"), writing(Path("file")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,9 +103,7 @@ def require_writable(*paths: Path) -> None:
         target = _target(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            probe = target.with_name(f"{target.name}.{os.getpid()}.probe")
-            probe.touch()
-            probe.unlink()
+            _probe(target.with_name(f"{target.name}.{os.getpid()}.probe"))
         except OSError as error:
             files = [folder for folder in path.parents if folder.exists() and not folder.is_dir()]
             reason = f"{files[0]} is no folder" if files else error.strerror
@@ -132,20 +131,39 @@ def require_file(path: str | Path, what: str) -> int:
     return found.st_size
 
 
+def _probe(path: Path) -> None:
+    """Write a file and remove it, interrupted or not."""
+    try:
+        path.touch()
+    finally:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """In this context an error of the system means that `path` cannot be written: one sentence."""
+    before = sys.exc_info()[1]  # while which this is written
     try:
         yield
     except TokenGameError:
         raise
     except Exception as error:
+        stopped = _first(error)
+        if isinstance(stopped, KeyboardInterrupt) and stopped is not before:  # behind an error of PyTorch's writer
+            raise stopped from None
         if not isinstance(error, OSError) and not HIDDEN.search(str(error)):
             raise
         number = _number(error)
         reason = os.strerror(number) if number else "only a part of it was written"
         what = "free some space there" if number in (*NO_SPACE, None) else "mend that or choose another --output"
         raise TokenGameError(f"cannot write {path} ({reason}); {what}, then run the command again") from None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What was raised first, while handling which `error` was."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _number(error: BaseException | None) -> int | None:
