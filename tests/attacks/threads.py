@@ -25,6 +25,7 @@ def case(world: World, seed: int, number: int) -> str:
 
 
 def _called(world: World, seed: int, number: int) -> str:
+    torch.set_num_threads(1)  # after a fork PyTorch makes its pool anew, which several threads at once cannot
     rng = generator("threads", seed, number)
     half, base = number % 2 == 1, world.policies[number // 2 % len(world.policies)]
     model, recording = native_model(world.weights), rng.random() < 0.5
