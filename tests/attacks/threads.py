@@ -15,7 +15,7 @@ from tokengame import PrunedViT, prune
 
 THREADS, CALLS, FIRST = 8, 400, 200
 GROWTH_MIB = 96
-"""memory that the calls of a case may add after the first ones: a thread that comes to a kernel late takes 9 MiB once"""
+"""memory that the calls of a case may add after the first ones; a thread that comes to a kernel late takes 9 once"""
 
 
 def case(world: World, seed: int, number: int) -> str:
