@@ -99,7 +99,8 @@ def test_help_shows_exactly_the_flags_that_are_parsed(command, capsys, monkeypat
         assert flag.text, f"{flag.name} says what it is"
 
 
-def test_help_has_what_matters_first_and_the_defaults_of_the_preset(capsys):
+def test_help_has_what_matters_first_and_the_defaults_of_the_preset(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = shown(["train", "--help"], capsys)[1]
     names = re.findall(r"^  --([\w.-]+)", text, re.M)
     assert names[:10] == [
