@@ -1,4 +1,4 @@
-"""Attack the package and write results/reliability.json: 40 minutes on two quiet cores.
+"""Attack the package and write results/reliability.json: an hour on one core.
 
     python runs/reliability.py                                    # all attacks; what is finished is not done again
     python runs/reliability.py --only policies --number 17        # one case, to look at a defect
