@@ -641,6 +641,8 @@ def test_methods_that_would_change_the_shape_are_refused_by_name(method, model):
 
 def test_the_classifier_can_be_reset_and_the_wrapped_model_keeps_its_own(model):
     fast = pruned(model, 0.5)
+    assert hasattr(fast, "reset_classifier")
+    assert fast.model is model, "to look is not to change"
     fast.reset_classifier(3)
     assert fast(IMAGES).shape == (3, 3)
     assert fast.num_classes == 3

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,13 @@ class PrunedViT(nn.Module):
         if name in ("_modules", "_parameters", "_buffers") or name in self._modules:
             return super().__getattr__(name)
         if name in CHANGES and hasattr(self.model, name):
-            self._own_modules()  # the wrapped model stays as it is
-            return getattr(self.model, name)
+            return partial(self._change, name)
         return native_attribute(self.model, name)
+
+    def _change(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method that changes a model; the wrapped model stays as it is."""
+        self._own_modules()
+        return getattr(self.model, method)(*arguments, **named)
 
     def no_weight_decay(self) -> set[str]:
         """timm's names of parameters without weight decay, as this module names them."""
