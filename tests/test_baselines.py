@@ -97,7 +97,7 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
     generator = torch.Generator().manual_seed(rows)
     x, metric = torch.randn(2, rows, 5, generator=generator), torch.randn(2, rows, 4, generator=generator)
     size = torch.randint(1, 5, (2, rows), generator=generator).float()
-    found, found_size = merge_pairs(x, size, metric, r, prefix)
+    found, found_size, _ = merge_pairs(x, size, metric, r, prefix)
     for image in range(2):
         mass, expected = merged_slowly(x[image], size[image], metric[image], r, prefix)
         as_sets = [sorted(torch.cat([s[:, None], t], 1).tolist()) for s, t in

@@ -10,7 +10,6 @@ from tokengame.backbones import wrap
 from tokengame.backends import Backend
 from tokengame.baselines.reducer import Baseline, ReducedRows, Reducer
 from tokengame.packed.attention import Kernel, fastest_attention
-from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime.method import Method
 
 MERGES = (2, 4, 6, 8, 10, 13, 16)
@@ -44,8 +43,9 @@ class ToMe(Reducer):
         metric, r = qkv[:, 1].mean(1).view(*x.shape[:2], -1), self._pairs(rows.stage, layout.longest)
         if r < 1:
             return rows
-        x, size = merge_pairs(x, size, metric, r, self.backbone.prefix)
-        return ReducedRows(x.flatten(0, 1), RaggedLayout([x.shape[1]] * len(x), x.device), size.flatten())
+        x, size, kept = merge_pairs(x, size, metric, r, self.backbone.prefix)
+        row = (kept + layout.start[:, None]).flatten()
+        return ReducedRows(x.flatten(0, 1), rows.layout_of([x.shape[1]] * len(x), row), size.flatten())
 
     def cost(self, rows: Tensor) -> Tensor:
         patches = rows - self.backbone.prefix
@@ -59,7 +59,7 @@ class ToMe(Reducer):
         return float(self.macs_of([torch.tensor([count]) for count in counts]))
 
 
-def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3): merge the `r` most similar pairs of each image.
 
     Args:
@@ -70,7 +70,7 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
         prefix: rows at the start that stay as they are.
 
     Returns:
-        [B, n - r, C] and [B, n - r]; prefix tokens first and in order.
+        [B, n - r, C], their sizes [B, n - r] and the rows that they were [B, n - r]; prefix tokens first and in order.
     """
     metric = F.normalize(metric, dim=2)
     patches = metric[:, prefix:]
@@ -89,7 +89,10 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
     second_size = second_size.scatter_add(1, target, first_size.gather(1, source))
     merged_size = torch.cat([first_size.gather(1, rest), second_size], 1)
     merged = torch.cat([stay, second], 1) / merged_size[..., None].to(x.dtype)
-    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1)
+    place = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    stayed = place[:, prefix::2].gather(1, rest)
+    kept = torch.cat([place[:, :prefix], stayed, place[:, prefix + 1 :: 2]], 1)
+    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1), kept
 
 
 def tome_at(model: nn.Module, macs: float, agents: int) -> ToMe:
