@@ -83,6 +83,8 @@ class PrunedViT(nn.Module):
         Raises:
             TokenGameError: attention masks, tracing and vmap, which a pruned model cannot honour.
         """
+        if not isinstance(arguments, tuple):  # torch.fx passes a symbol
+            raise TokenGameError(not_traced(f"run on a {type(arguments).__name__}"))
         call = self.game.backbone.read_call(*arguments, **named)
         if call.features:
             return call.answer(*self._with_features(call.images, list(call.features)))
