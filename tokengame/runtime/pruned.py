@@ -94,7 +94,7 @@ class PrunedViT(nn.Module):
 
     def _with_features(self, images: Tensor, blocks: list[int]) -> tuple[Tensor, list[Tensor]]:
         """The prediction, and features after `blocks` on the full grid, of one game where there is no cascade."""
-        features, output = self._play_on_grid(images, blocks, "exit", norm=False)
+        features, output = self._play_on_grid(images, blocks, None, norm=False)
         return self.predict(images).logits if self.game.config.cascade_margin else output, features
 
     def predict(self, images: Tensor, gradients: bool | None = None) -> PrunedOutput:
@@ -157,7 +157,7 @@ class PrunedViT(nn.Module):
             return cascade.predict(self._compiled, images, self.actor, self._threshold).logits
 
     def forward_features(
-        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit"
+        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill | None = None
     ) -> Tensor:
         """timm's `forward_features` on the full grid: [B, channels, height, width] -> [B, prefix + N, C], normed.
 
@@ -166,8 +166,8 @@ class PrunedViT(nn.Module):
         Args:
             images: the batch.
             attn_mask, is_causal: refused.
-            fill: what stands where a token was pruned: "exit", its last features before it was pruned; "absorber",
-                those of the token it was merged into; "zero".
+            fill: what stands where a token was pruned: "absorber", the features of the token it was merged into (the
+                default where tokens are merged); "exit", its own last features before it was pruned; "zero".
 
         Raises:
             TokenGameError: "absorber" for a policy that drops tokens.
@@ -178,7 +178,8 @@ class PrunedViT(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
         norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit",
+        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *,
+        fill: Fill | None = None,
     ) -> Any:  # fmt: skip
         """timm's `forward_intermediates` on the full grid.
 
@@ -214,7 +215,7 @@ class PrunedViT(nn.Module):
     def get_intermediate_layers(
         self, x: Tensor, n: int | list[int] | tuple[int, ...] = 1, reshape: bool = False,
         return_prefix_tokens: bool = False, norm: bool = False, attn_mask: Tensor | None = None, *,
-        fill: Fill = "exit",
+        fill: Fill | None = None,
     ) -> list[Any]:  # fmt: skip
         """timm's and DINO's `get_intermediate_layers` on the full grid; see `forward_intermediates`."""
         return self.forward_intermediates(
@@ -222,10 +223,12 @@ class PrunedViT(nn.Module):
             True, False, attn_mask, fill=fill,
         )  # fmt: skip
 
-    def _grid(self, images: Tensor, blocks: list[int], fill: Fill, norm: bool) -> list[Tensor]:
+    def _grid(self, images: Tensor, blocks: list[int], fill: Fill | None, norm: bool) -> list[Tensor]:
         return self._play_on_grid(images, blocks, fill, norm)[0]
 
-    def _play_on_grid(self, images: Tensor, blocks: list[int], fill: Fill, norm: bool) -> tuple[list[Tensor], Tensor]:
+    def _play_on_grid(
+        self, images: Tensor, blocks: list[int], fill: Fill | None, norm: bool
+    ) -> tuple[list[Tensor], Tensor]:
         """Features after `blocks` on the full grid, and the prediction."""
         self._check(images)
         if self.game.backbone.drops_patches:
@@ -233,6 +236,7 @@ class PrunedViT(nn.Module):
                 "features on the full grid are not defined under patch dropout: call fast.eval() first"
             )
         with self._gradients():
+            fill = fill or ("absorber" if self.game.merge else "exit")
             return grid_features(self.game, self.actor, self._threshold, images, blocks, fill, norm)
 
     def __getattr__(self, name: str) -> Any:
