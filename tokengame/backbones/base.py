@@ -188,6 +188,14 @@ class Backbone(ABC):
         """Whether `after_embedding` changes nothing."""
         return True
 
+    def native(self, images: Tensor) -> Tensor:
+        """What the model itself gives for [B, channels, height, width], in the form of `head`."""
+        return self.model(images)
+
+    def native_features(self, images: Tensor) -> Tensor:
+        """[B, prefix + N, C] what the model itself makes of every token, after the final norm."""
+        return self.model.forward_features(images)
+
     def unfused(self) -> nn.Module:
         """The native model with attention as two products and a softmax, sharing weights; the model itself where it
         has no such form."""

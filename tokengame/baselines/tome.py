@@ -44,8 +44,13 @@ class ToMe(Reducer):
         metric, r = qkv[:, 1].mean(1).view(*x.shape[:2], -1), self._pairs(rows.stage, layout.longest)
         if r < 1:
             return rows
-        x, size = merge_pairs(x, size, metric, r, self.backbone.prefix)
-        return ReducedRows(x.flatten(0, 1), RaggedLayout([x.shape[1]] * len(x), x.device), size.flatten())
+        x, size, place = merge_pairs(x, size, metric, r, self.backbone.prefix)
+        owner = place if rows.owner is None else place.gather(1, rows.owner)
+        return ReducedRows(x.flatten(0, 1), RaggedLayout([x.shape[1]] * len(x), x.device), size.flatten(), owner=owner)
+
+    def on_grid(self) -> ToMe:
+        """The same that gives features [B, prefix + N, C], normed: a token has those of the row it was merged into."""
+        return ToMeFeatures(self.backbone.model, self.merges, self.attend)
 
     def cost(self, rows: Tensor) -> Tensor:
         patches = rows - self.backbone.prefix
@@ -59,7 +64,19 @@ class ToMe(Reducer):
         return float(self.macs_of([torch.tensor([count]) for count in counts]))
 
 
-def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+class ToMeFeatures(ToMe):
+    """ToMe, unmerged again at the end."""
+
+    def __init__(self, model: nn.Module, merges: tuple[int, ...], attend: Kernel = fastest_attention):
+        super().__init__(model, merges, attend)
+        self.end = 2 * self.backbone.depth
+
+    def finish(self, _backend: Backend, x: Tensor, rows: ReducedRows) -> Tensor:
+        x = self.backbone.final_norm(x).unflatten(0, (rows.layout.images, -1))
+        return x if rows.owner is None else x.gather(1, rows.owner[..., None].expand(-1, -1, x.shape[2]))
+
+
+def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3): merge the `r` most similar pairs of each image.
 
     Args:
@@ -70,7 +87,7 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
         prefix: rows at the start that stay as they are.
 
     Returns:
-        [B, n - r, C] and [B, n - r]; prefix tokens first and in order.
+        [B, n - r, C] and [B, n - r], prefix tokens first and in order; and [B, n] the row that each token is in now.
     """
     metric = F.normalize(metric, dim=2)
     patches = metric[:, prefix:]
@@ -89,7 +106,12 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
     second_size = second_size.scatter_add(1, target, first_size.gather(1, source))
     merged_size = torch.cat([first_size.gather(1, rest), second_size], 1)
     merged = torch.cat([stay, second], 1) / merged_size[..., None].to(x.dtype)
-    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1)
+    place = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+    before = prefix + rest.shape[1]  # rows before those of set B
+    place[:, prefix::2] = order.argsort(1) - r + prefix
+    place[:, prefix::2].scatter_(1, source, target + before)
+    place[:, prefix + 1 :: 2] = torch.arange(before, before + second.shape[1], device=x.device)
+    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1), place
 
 
 def tome_at(model: nn.Module, macs: float, agents: int) -> ToMe:
