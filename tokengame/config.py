@@ -107,7 +107,7 @@ class ActorConfig:
 
 
 TYPICAL_LOSS = 0.06
-"""what the sampled games of an untrained policy are charged on average: of class predictions about so many nats"""
+"""what the sampled games of an untrained policy lose on average: of class predictions about so many nats"""
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class RewardConfig:
     """fidelity: instead of target_kl, points of top-1 that the sampled game may lose against the native model; needs
     labels"""
     kl_weight: Annotated[float, POSITIVE] = 2.4
-    """fidelity: price of one nat of KL (one unit of loss) at the start, where the whole native compute costs 1; the
-    controller moves it"""
+    """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it.
+    A unit of another loss costs 2.5 times as much"""
     credit: Literal["own", "team"] = "own"
     """fidelity: own: an agent pays for the compute of its own row. team: every agent pays for that of the image"""
     kl_clamp: Annotated[float, POSITIVE] = 1.5
@@ -138,8 +138,7 @@ class RewardConfig:
     game carries several times as much signal (docs/LOG.md)"""
     scale: Annotated[float | None, POSITIVE] = None
     """fidelity, embeddings and features: 1 - cosine is divided by this, so that prices and targets mean the same for
-    every model. None: measured in the first update, so that the games of the untrained policy are charged
-    TYPICAL_LOSS on average"""
+    every model. None: measured in the first update, so that the games of the untrained policy lose 0.06 on average"""
 
     def __post_init__(self) -> None:
         check_settings(self, "reward.")

@@ -88,6 +88,7 @@ class Trainer:
         groups = [{"params": list(network.parameters()), "initial_lr": lr} for network, lr in steps]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.controller = PriceController.of(config.reward)
+        self.controller.weight *= self.kind.price
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
         self.learned: Tensor | None = None
@@ -186,7 +187,8 @@ class Trainer:
         grid = grid_of(self.game, state) if self.kind.on_grid else None
         rollout = sample_games(self.game, state, self.actor, self._noise(state), grid)
         pruned = (self.game.predict(rollout.final) if grid is None else grid.filled(rollout.final)).float()
-        loss, charged = (self._loss(native, pruned, t) for t in (1.0, self.config.reward.temperature))
+        loss = self._loss(native, pruned)
+        charged = self.kind.charge(native, pruned, loss, self.config.reward.temperature)
         correct, lost = None, {}
         if labels is not None:
             wanted = labels.to(self.device)
@@ -210,9 +212,9 @@ class Trainer:
             },
         )
 
-    def _loss(self, native: Tensor, pruned: Tensor, temperature: float) -> Tensor:
+    def _loss(self, native: Tensor, pruned: Tensor) -> Tensor:
         """[G] losses of games by the kind, scaled; the first games set the scale where none is given."""
-        loss = self.kind.loss(native, pruned, temperature)
+        loss = self.kind.loss(native, pruned)
         self._require_finite(loss, f"the loss ({self.kind.figure})")
         if self.scale is None:
             mean = self.processes.mean({"loss": float(loss.mean())})["loss"]

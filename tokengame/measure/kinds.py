@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokengame.backbones import Backbone
 from tokengame.backbones.classes import output_of, require_logits
-from tokengame.config import KeepWhat
+from tokengame.config import TYPICAL_LOSS, KeepWhat
 from tokengame.errors import TokenGameError, first_line
 from tokengame.files import require_file
 from tokengame.measure.fidelity import cosines, fidelity_loss
@@ -40,6 +40,9 @@ class Kind(ABC):
     """whether features of all places are compared, so that games must be restored onto the grid"""
     scaled: ClassVar[bool] = True
     """whether the loss has no unit of its own, so that training divides it by a scale"""
+    price: ClassVar[float] = 2.5
+    """of a unit of loss, where a nat at the preset's temperature costs 1: that at which the untrained policy of
+    DINOv2-S would prune neither more nor less"""
     figure: ClassVar[str] = "loss"
     """name of the loss among the metrics of training"""
 
@@ -66,14 +69,22 @@ class Kind(ABC):
         return method
 
     @abstractmethod
-    def loss(self, native: Tensor, pruned: Tensor, temperature: float = 1.0) -> Tensor:
+    def loss(self, native: Tensor, pruned: Tensor) -> Tensor:
         """[G] of G games, as many on each of B images, played one after the other.
 
         Args:
             native: [B, ...].
             pruned: [G, ...].
-            temperature: of class probabilities.
         """
+
+    def charge(self, _native: Tensor, _pruned: Tensor, loss: Tensor, _temperature: float) -> Tensor:
+        """[G] what agents pay for losses [G], scaled; a price that says more about a decision than the loss.
+
+        Here 2 sqrt(TYPICAL_LOSS loss), in proportion to the length of the difference of normed vectors. Beside the loss
+        itself, which a few bad games dominate, it has a third more signal about the policy's weights, and four times
+        that of the KL of similarities to other embeddings (docs/LOG.md). A typical loss has the same slope in both.
+        """
+        return 2 * (TYPICAL_LOSS * loss.clamp(min=0)).sqrt()
 
     def metrics(self, native: Tensor, pruned: Tensor) -> dict[str, float]:
         """What else training records, by the arguments of `loss`."""
@@ -87,12 +98,15 @@ class Kind(ABC):
 class Logits(Kind):
     """Predicted classes: KL(native || pruned)."""
 
-    name, scaled, figure = "logits", False, "kl"
+    name, scaled, price, figure = "logits", False, 1.0, "kl"
 
     def check(self, backbone: Backbone) -> None:
         require_logits(backbone)
 
-    def loss(self, native: Tensor, pruned: Tensor, temperature: float = 1.0) -> Tensor:
+    def loss(self, native: Tensor, pruned: Tensor) -> Tensor:
+        return fidelity_loss(_for_games(native, pruned), pruned)
+
+    def charge(self, native: Tensor, pruned: Tensor, _loss: Tensor, temperature: float) -> Tensor:
         return fidelity_loss(_for_games(native, pruned), pruned, temperature)
 
     def metrics(self, native: Tensor, pruned: Tensor) -> dict[str, float]:
@@ -117,7 +131,7 @@ class Embedding(Kind):
                 "wide as the model's embedding"
             )
 
-    def loss(self, native: Tensor, pruned: Tensor, _temperature: float = 1.0) -> Tensor:
+    def loss(self, native: Tensor, pruned: Tensor) -> Tensor:
         return 1 - cosines(_for_games(native, pruned), pruned)
 
     def scores(self) -> Measured:
@@ -141,7 +155,7 @@ class Features(Kind):
     def method(self, method: Any) -> Method:
         return GridMethod(method) if isinstance(method, PrunedViT) else method.on_grid()
 
-    def loss(self, native: Tensor, pruned: Tensor, _temperature: float = 1.0) -> Tensor:
+    def loss(self, native: Tensor, pruned: Tensor) -> Tensor:
         patches = (features[:, self.prefix :] for features in (_for_games(native, pruned), pruned))
         return 1 - cosines(*patches).mean(1)
 
