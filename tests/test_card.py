@@ -392,7 +392,7 @@ def test_a_target_is_a_number_that_it_can_be(name, wrong):
 def test_a_target_beyond_any_sense_is_refused():
     with pytest.raises(TokenGameError, match="--gmacs-ratio must be a number above 0 and at most 2, not 5"):
         dial_for(card(), gmacs_ratio=5)
-    with pytest.raises(TokenGameError, match="give one of max_drop, gmacs_ratio, gmacs, keep"):
+    with pytest.raises(TokenGameError, match="give one of max_drop, max_distance, gmacs_ratio, gmacs, keep"):
         dial_for(card())
     with pytest.raises(TokenGameError, match="no target 'speed'"):
         dial_for(card(), speed=2)

@@ -1,4 +1,4 @@
-"""Models that predict no classes are refused wherever predictions are compared."""
+"""Logits or an embedding: told by the model, and embeddings are refused where predicted classes are compared."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from conftest import policy_for, tiny_vit
 from torch import nn
 
 from tokengame.backbones import wrap
-from tokengame.backbones.classes import embedding_widths, require_classes
+from tokengame.backbones.classes import classes_of, embedding_widths, output_of, require_classes
 from tokengame.config import FinetuneConfig, TrainConfig
 from tokengame.errors import TokenGameError
 from tokengame.learning.finetune import Tuner
@@ -31,19 +31,27 @@ def headless():
     [
         (lambda: tiny_vit(num_classes=0), "has no classifier: its output is an embedding"),
         (headless, "has no classifier"),
-        (lambda: tiny_vit(num_classes=1), "has one output"),
         (lambda: clip(CLIP + ".tinyclip_yfcc15m"), f"embeds in 512 dimensions, as {CLIP} does in CLIP"),
         (lambda: clip(num_classes=512), "embeds in 512 dimensions"),  # as from a local file
     ],
 )
-def test_embeddings_are_refused_before_anything_is_learned(make, says):
+def test_embeddings_are_told_and_refused_where_classes_are_compared(make, says):
     model = make()
+    assert (output_of(wrap(model)), classes_of(wrap(model))) == ("embedding", 0)
     with pytest.raises(TokenGameError, match=says):
         require_classes(wrap(model))
     with pytest.raises(TokenGameError, match=says):
-        Trainer(model, TrainConfig.from_preset("tokengame"))
-    with pytest.raises(TokenGameError, match=says):
         Tuner(model, policy_for(tiny_vit()), 0.5, FinetuneConfig())
+
+
+def test_one_output_is_neither():
+    model = tiny_vit(num_classes=1)
+    assert classes_of(wrap(model)) == 0
+    for refuse in (output_of, require_classes):
+        with pytest.raises(TokenGameError, match="has one output"):
+            refuse(wrap(model))
+    with pytest.raises(TokenGameError, match="has one output"):
+        Trainer(model, TrainConfig.from_preset("tokengame"))
 
 
 def fine_tuned():
@@ -56,7 +64,9 @@ def fine_tuned():
 
 @pytest.mark.parametrize("make", [tiny_vit, lambda: clip(num_classes=10), lambda: clip(num_classes=1000), fine_tuned])
 def test_classifiers_are_not(make):
-    require_classes(wrap(make()))
+    backbone = wrap(make())
+    require_classes(backbone)
+    assert (output_of(backbone), classes_of(backbone)) == ("logits", backbone.classes)
 
 
 def test_widths_are_those_that_timm_names():

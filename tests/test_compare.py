@@ -32,7 +32,7 @@ from tokengame.data.batches import Batch
 from tokengame.kernels import library
 from tokengame.measure import compare as comparison
 from tokengame.measure.compare import Entry, baseline_entries, compare, speed_at, speeds, time_method
-from tokengame.measure.evaluate import Scores
+from tokengame.measure.scores import Scores
 from tokengame.packed.layout import RaggedLayout
 from tokengame.report.figures import frontier_figure
 from tokengame.runtime import prune_by

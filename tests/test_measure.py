@@ -22,8 +22,9 @@ from tokengame.data.scenes import FashionScenes
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.measure.conditions import commit, conditions
-from tokengame.measure.evaluate import Scores, faster_native
+from tokengame.measure.evaluate import faster_native
 from tokengame.measure.risk import interval, upper_bound
+from tokengame.measure.scores import Scores
 from tokengame.measure.synthetic import SPREAD, SyntheticDecisions, synthetic_model
 from tokengame.policies.policy import dial_for
 from tokengame.report.figures import overlay, stack, strip

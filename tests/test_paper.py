@@ -17,7 +17,7 @@ from PIL import Image
 from tokengame.cli.main import main
 from tokengame.data.batches import Batch
 from tokengame.learning.trainer import Trainer
-from tokengame.measure.evaluate import Scores
+from tokengame.measure.scores import Scores
 from tokengame.measure.sweep import equilibrium, reading, sweep_row
 from tokengame.report.gallery import draw
 from tokengame.report.html import markdown, paper_rows

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
-from tokengame.measure.risk import LEVEL, interval, p_value, upper_bound
+from tokengame.measure.risk import LEVEL, MOST_AT_STAKE, interval, mean_bound, p_value, upper_bound
 from tokengame.policies.policy import certified
 
 
@@ -169,3 +169,69 @@ def test_intervals_of_few_images_miss_as_seldom_as_they_say(p_lost, p_gained):
     found = np.array([known(int(lost), int(gained), 25) for lost, gained, _ in counts])
     above, below = (found[:, 0] > p_lost - p_gained).mean(), (found[:, 1] < p_lost - p_gained).mean()
     assert max(above, below) <= LEVEL / 2 + 2 * (0.025 * 0.975 / 2000) ** 0.5
+
+
+# Means of bounded losses
+
+
+def bound_by_hand(losses):
+    """Means on a grid, each tested by a gambler who plays loss after loss; as `mean_bound` has it, in loops."""
+    order = np.random.default_rng(0).permutation(len(losses))
+    losses = [float(losses[i]) for i in order]
+    for mean in np.linspace(0, 1, 2001)[:-1]:
+        capital, best, centre, spread, seen = 1.0, 1.0, 0.5, 0.25, 0
+        total, squares = 0.5, 0.25
+        for loss in losses:
+            stake = min((2 * np.log(1 / LEVEL) / (len(losses) * spread)) ** 0.5, MOST_AT_STAKE / (1 - mean))
+            capital *= 1 + stake * (mean - loss)
+            best, seen, total = max(best, capital), seen + 1, total + loss
+            centre = total / (seen + 1)
+            squares += (loss - centre) ** 2
+            spread = squares / (seen + 1)
+        if best >= 1 / LEVEL:
+            return mean
+    return 1.0
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 60), st.floats(0.01, 3), st.integers(0, 1000))
+def test_bounds_of_means_are_those_of_the_gambler(images, skew, seed):
+    losses = np.random.default_rng(seed).random(images) ** (1 / skew)
+    assert mean_bound(losses) == pytest.approx(bound_by_hand(losses), abs=6e-4)
+
+
+@pytest.mark.parametrize("images", [1, 3, 8, 11])
+@pytest.mark.parametrize("chance", [0.05, 0.2, 0.5, 0.9])
+def test_bounds_of_means_cover_coins_by_enumeration(images, chance):
+    """All outcomes of a few coins, each with its probability: the bound is below the mean in 5 % at most."""
+    missed = 0.0
+    for outcome in range(2**images):
+        losses = np.array([outcome >> i & 1 for i in range(images)], float)
+        if mean_bound(losses) < chance:
+            missed += chance ** losses.sum() * (1 - chance) ** (images - losses.sum())
+    assert missed <= LEVEL
+
+
+@pytest.mark.parametrize("draw", [
+    lambda rng: rng.beta(0.5, 20, 300), lambda rng: (rng.random(300) < 0.02) * 1.0,
+    lambda rng: 0.001 + 0.5 * (rng.random(300) < 0.03), lambda rng: rng.random(300),
+])  # fmt: skip
+def test_bounds_of_means_miss_as_seldom_as_they_say(draw):
+    """Simulated, 400 samples of 300: small losses, rare total ones, small with rare large ones, uniform."""
+    rng = np.random.default_rng(1)
+    mean = float(np.mean([draw(rng).mean() for _ in range(2000)]))
+    bounds = np.array([mean_bound(draw(rng)) for _ in range(400)])
+    assert (bounds < mean).mean() <= LEVEL + 2 * (LEVEL * (1 - LEVEL) / 400) ** 0.5
+    assert np.median(bounds) < mean + 0.08, "a bound far above the mean is of no use"
+
+
+def test_bounds_of_means_by_hand():
+    """Where nothing is lost the capital grows by 1 + .9 m / (1 - m) an image, until it is 20: about 3.3 / n."""
+    for images in (50, 1000):
+        stake = 20 ** (1 / images) - 1
+        assert mean_bound(np.zeros(images)) <= stake / (MOST_AT_STAKE + stake) * 1.6
+        assert mean_bound(np.zeros(images)) >= stake / (MOST_AT_STAKE + stake) - 1e-6
+    assert mean_bound(np.ones(5)) == 1
+    losses = np.random.default_rng(0).random(500) / 10
+    assert losses.mean() < mean_bound(losses) < losses.mean() + 0.02
+    assert mean_bound(np.sort(losses)) == pytest.approx(mean_bound(losses), abs=0.005), "the order is shuffled"

@@ -28,6 +28,8 @@ GAME_VERSION = 5
 """Raised whenever the same policy would decide differently."""
 
 
+KeepWhat = Literal["logits", "embedding", "features"]
+"""What a pruned model is to keep of the native one: class predictions, an embedding, or the features of every patch."""
 WHOLE = Range(whole=True)
 SHARE = Range(0, 1)
 BELOW_ONE = Range(0, 1, below=True)
@@ -104,6 +106,10 @@ class ActorConfig:
         require(self.keep is None or self.observation == "context", token_id)
 
 
+TYPICAL_LOSS = 0.06
+"""what the sampled games of an untrained policy lose on average: of class predictions about so many nats"""
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     kind: Literal["share", "target", "fidelity"] = "share"
@@ -114,20 +120,25 @@ class RewardConfig:
     """share: what a kept token pays at each stage"""
     keep_target: Annotated[float, SHARE] = 0.7
     """target: share of the tokens kept at each stage, of those alive before it"""
-    target_kl: Annotated[float, Range(0, 100, above=True), tyro.conf.arg(aliases=("--target-kl",))] = 0.06
-    """fidelity: mean KL(native || pruned) that the controller steers the sampled game to"""
+    target_kl: Annotated[float, Range(0, 100, above=True), tyro.conf.arg(aliases=("--target-kl",))] = TYPICAL_LOSS
+    """fidelity: mean KL(native || pruned) that the controller steers the sampled game to; of embeddings and features
+    the mean 1 - cosine in units of `scale`"""
     target_drop: Annotated[float | None, POINTS, tyro.conf.arg(aliases=("--target-drop",))] = None
     """fidelity: instead of target_kl, points of top-1 that the sampled game may lose against the native model; needs
     labels"""
     kl_weight: Annotated[float, POSITIVE] = 2.4
-    """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it"""
+    """fidelity: price of one nat of KL at the start, where the whole native compute costs 1; the controller moves it.
+    A unit of another loss costs 2.5 times as much"""
     credit: Literal["own", "team"] = "own"
     """fidelity: own: an agent pays for the compute of its own row. team: every agent pays for that of the image"""
     kl_clamp: Annotated[float, POSITIVE] = 1.5
-    """fidelity: largest KL one image can be charged for"""
+    """fidelity: largest KL (loss) one image can be charged for"""
     temperature: Annotated[float, Range(0.01, 100)] = 1.0
     """fidelity: both predictions are softened by it before KL is charged. Above 1 unlikely classes count too, and each
     game carries several times as much signal (docs/LOG.md)"""
+    scale: Annotated[float | None, POSITIVE] = None
+    """fidelity, embeddings and features: 1 - cosine is divided by this, so that prices and targets mean the same for
+    every model. None: measured in the first update, so that the games of the untrained policy lose 0.06 on average"""
 
     def __post_init__(self) -> None:
         check_settings(self, "reward.")
@@ -171,6 +182,9 @@ class PPOConfig:
 class TrainConfig:
     preset: str = "tokengame"
     """name of the preset these settings started from"""
+    keep_what: KeepWhat | None = None
+    """what the pruned model is to keep: class logits; an embedding, by its cosine with the native one; or features, by
+    the cosine at each patch of the full grid. None: logits or an embedding, whichever the model gives"""
     game: GameConfig = field(default_factory=GameConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -186,6 +200,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.keep_what in ("embedding", "features"):
+            check_without_classes(self, self.keep_what)
 
     @staticmethod
     def from_preset(name: str) -> TrainConfig:
@@ -197,6 +213,20 @@ class TrainConfig:
         if name not in PRESETS:
             raise TokenGameError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
         return with_overrides(TrainConfig(preset=name), PRESETS[name])
+
+
+def check_without_classes(config: TrainConfig, keep_what: str) -> None:
+    """Refuse settings that need predicted classes, where `keep_what` is "embedding" or "features".
+
+    Raises:
+        TokenGameError: names the setting.
+    """
+    reward, none = config.reward, f"and --keep-what {keep_what} has none"
+    fidelity = f"--reward.kind {reward.kind} pays for correct predictions, {none}: use fidelity"
+    require(reward.kind == "fidelity", fidelity)
+    require(reward.target_drop is None, f"--target-drop counts correct predictions, {none}: use --target-kl")
+    cascade = f"--game.cascade-margin compares probabilities of classes, {none}: use 0"
+    require(not config.game.cascade_margin, cascade)
 
 
 @dataclass(frozen=True)

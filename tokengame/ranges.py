@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tokengame.errors import TokenGameError
 
@@ -91,7 +91,7 @@ def check_fields(kind: type, values: Mapping[str, Any], name: Callable[[str], st
 def _check(hint: Any, value: Any, name: str) -> None:
     allowed = next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)), Range())
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if get_origin(hint) is UnionType:  # float | None
+    if get_origin(hint) in (UnionType, Union):  # float | None, Literal[...] | None
         if value is None:
             return
         hint = get_args(hint)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -42,6 +42,8 @@ class ReducedRows:
     """[M] patches each row stands for, in methods that weigh them"""
     stage: int = 0
     """reductions before this one"""
+    owner: Tensor | None = None
+    """[B, prefix + N] in methods that merge, the row of its image that each token is in now"""
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,12 +120,15 @@ class Reducer(nn.Module):
         for stage, block in enumerate(self.blocks):
             ran = backend.run(half, 2 * block + 1, rows.x, rows.layout, rows.bias)
             assert ran.qkv is not None
-            rows = self.reduce(ReducedRows(ran.x, rows.layout, rows.size, stage), ran.qkv, backend)
+            rows = self.reduce(replace(rows, x=ran.x, stage=stage), ran.qkv, backend)
             half = 2 * block + 1
             counts.append(rows.layout.count)
         x = backend.run(half, self.end, rows.x, rows.layout, rows.bias).x
-        logits = predict(backend, self.end, x, rows.layout, rows.bias, rows.size)
-        return ReducedOutput(logits, tuple(counts), self.backbone.prefix)
+        return ReducedOutput(self.finish(backend, x, rows), tuple(counts), self.backbone.prefix)
+
+    def finish(self, backend: Backend, x: Tensor, rows: ReducedRows) -> Tensor:
+        """The prediction [B, classes] from the rows x [M, C] at the end."""
+        return predict(backend, self.end, x, rows.layout, rows.bias, rows.size)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, classes]."""

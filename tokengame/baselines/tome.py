@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +45,22 @@ class ToMe(Reducer):
         metric, r = qkv[:, 1].mean(1).view(*x.shape[:2], -1), self._pairs(rows.stage, layout.longest)
         if r < 1:
             return rows
-        x, size, kept = merge_pairs(x, size, metric, r, self.backbone.prefix)
-        row = (kept + layout.start[:, None]).flatten()
-        return ReducedRows(x.flatten(0, 1), rows.layout_of([x.shape[1]] * len(x), row), size.flatten())
+        merged = merge_pairs(x, size, metric, r, self.backbone.prefix)
+        row, owner = layout.start, None
+        if layout.places is not None:
+            row = (merged.stayed(self.backbone.prefix) + layout.start[:, None]).flatten()
+        if self.tracks:
+            place = merged.place(self.backbone.prefix)
+            owner = place if rows.owner is None else place.gather(1, rows.owner)
+        layout = rows.layout_of([merged.x.shape[1]] * layout.images, row)
+        return ReducedRows(merged.x.flatten(0, 1), layout, merged.size.flatten(), owner=owner)
+
+    tracks = False
+    """whether it is known where each token is in the end"""
+
+    def on_grid(self) -> ToMe:
+        """The same that gives features [B, prefix + N, C], normed: a token has those of the row it was merged into."""
+        return ToMeFeatures(self.backbone.model, self.merges, self.attend)
 
     def cost(self, rows: Tensor) -> Tensor:
         patches = rows - self.backbone.prefix
@@ -59,7 +74,50 @@ class ToMe(Reducer):
         return float(self.macs_of([torch.tensor([count]) for count in counts]))
 
 
-def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+class ToMeFeatures(ToMe):
+    """ToMe, unmerged again at the end."""
+
+    tracks = True
+
+    def __init__(self, model: nn.Module, merges: tuple[int, ...], attend: Kernel = fastest_attention):
+        super().__init__(model, merges, attend)
+        self.end = 2 * self.backbone.depth
+
+    def finish(self, _backend: Backend, x: Tensor, rows: ReducedRows) -> Tensor:
+        x = self.backbone.final_norm(x).unflatten(0, (rows.layout.images, -1))
+        return x if rows.owner is None else x.gather(1, rows.owner[..., None].expand(-1, -1, x.shape[2]))
+
+
+class Merged(NamedTuple):
+    """Rows after `merge_pairs`: prefix tokens, those of set A that are left, set B."""
+
+    x: Tensor
+    """[B, n - r, C]"""
+    size: Tensor
+    """[B, n - r]"""
+    source: Tensor
+    """[B, r] those of set A that are merged"""
+    rest: Tensor
+    """[B, |A| - r] the others of set A"""
+    target: Tensor
+    """[B, r] of set B, that they are merged into"""
+
+    def stayed(self, prefix: int) -> Tensor:
+        """[B, n - r] which row each row was before."""
+        rows = self.x.shape[1] + self.source.shape[1]
+        before = torch.arange(rows, device=self.x.device).expand(len(self.x), -1)
+        return torch.cat([before[:, :prefix], prefix + 2 * self.rest, before[:, prefix + 1 :: 2]], 1)
+
+    def place(self, prefix: int) -> Tensor:
+        """[B, n] the row that each row is in now."""
+        merged = self.source.shape[1]
+        place = torch.zeros(len(self.x), self.x.shape[1] + merged, dtype=torch.long, device=self.x.device)
+        now = torch.arange(self.x.shape[1], device=self.x.device).expand(len(self.x), -1)
+        place.scatter_(1, self.stayed(prefix), now)
+        return place.scatter_(1, prefix + 2 * self.source, self.target + prefix + self.rest.shape[1])
+
+
+def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> Merged:
     """Bipartite soft matching (ToMe, section 3): merge the `r` most similar pairs of each image.
 
     Args:
@@ -68,9 +126,6 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
         metric: [B, n, D] whose cosine says how similar rows are.
         r: pairs to merge.
         prefix: rows at the start that stay as they are.
-
-    Returns:
-        [B, n - r, C], their sizes [B, n - r] and the rows that they were [B, n - r]; prefix tokens first and in order.
     """
     metric = F.normalize(metric, dim=2)
     patches = metric[:, prefix:]
@@ -89,10 +144,8 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
     second_size = second_size.scatter_add(1, target, first_size.gather(1, source))
     merged_size = torch.cat([first_size.gather(1, rest), second_size], 1)
     merged = torch.cat([stay, second], 1) / merged_size[..., None].to(x.dtype)
-    place = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    stayed = place[:, prefix::2].gather(1, rest)
-    kept = torch.cat([place[:, :prefix], stayed, place[:, prefix + 1 :: 2]], 1)
-    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1), kept
+    whole, sizes = torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1)
+    return Merged(whole, sizes, source, rest, target)
 
 
 def tome_at(model: nn.Module, macs: float, agents: int) -> ToMe:

@@ -74,7 +74,7 @@ class Ablate(OnImages):
                 for name, results in found.items()
             ]
             write_csv(rows, self.output / "ablations.csv")  # keep what is measured, whatever happens later
-        show_rows(rows, {"ablation": "without", **ratio_headings()})
+        show_rows(rows, {"ablation": "without", **ratio_headings(rows[0])})
         return rows
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:

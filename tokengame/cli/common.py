@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from tokengame.config import TrainConfig, require
+from tokengame.config import KeepWhat, TrainConfig, require
 from tokengame.errors import TokenGameError, first_line
 from tokengame.ranges import Range, check_fields, hints_of
 from tokengame.report.console import console, progress
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokengame.data.datasets import ImageSource
     from tokengame.data.hub import HuggingFaceStream
     from tokengame.distributed import Processes
-    from tokengame.measure.evaluate import Scores
+    from tokengame.measure.kinds import Kind
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedViT
 
@@ -170,48 +170,84 @@ class OnImages(Common):
 
     def load_to_learn(self) -> tuple[nn.Module, ImageSource | HuggingFaceStream]:
         """Model and images or stream, labelled; mistakes that are cheap to find are found first."""
-        from tokengame.backbones import load_model, wrap
-        from tokengame.backbones.classes import require_classes
+        from tokengame.backbones import load_model
         from tokengame.data.datasets import open_images
 
         source = open_images(self.images, self.split, progress)
         model = self.place(load_model(self.backbone, self.weights))
-        require_classes(wrap(model))
+        self.require_output(model)
         self.prepare(source, model)
         return model, source
+
+    def require_output(self, model: nn.Module) -> None:
+        """Raise TokenGameError where the model does not give what this command compares: here predicted classes."""
+        from tokengame.backbones import wrap
+        from tokengame.backbones.classes import require_classes
+
+        require_classes(wrap(model))
 
     def prepare(self, source: ImageSource | HuggingFaceStream, model: nn.Module) -> None:
         """Label images with the model's classes, say how, and refuse them where too many cannot be read."""
         from tokengame.backbones import wrap
+        from tokengame.backbones.classes import classes_of
         from tokengame.data.batches import require_readable
         from tokengame.data.datasets import label_images
 
-        how = label_images(source, self.class_map, wrap(model).classes)
+        how = label_images(source, self.class_map, classes_of(wrap(model)))
         if self.processes.main:
             console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
 
     def measure(
         self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],
-        reference: nn.Module | None = None,
-    ) -> Scores:  # fmt: skip
+        reference: nn.Module | None = None, kind: Kind | None = None,
+    ) -> Any:  # fmt: skip
         """Native beside pruned on all images of `source`, each process on its part."""
         from tokengame.data.batches import BadImages, checked, plain_views
-        from tokengame.measure.evaluate import Scores, evaluate, keep_freed_memory
+        from tokengame.measure.evaluate import evaluate, keep_freed_memory
 
         own = range(self.processes.rank, len(source.names), self.processes.size)
         tally, views = BadImages(len(source.names)), plain_views(source, preprocessing, own)
         keep_freed_memory()
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
-        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference)
+        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference, kind)
         if self.processes.size > 1:
             scores.positions = []  # large, and not needed then
         parts = self.processes.gather((scores, list(tally.reasons.items())))
         for _, bad in parts[1:]:
             tally.add(bad)
         report_bad(tally)
-        return Scores.joined([part for part, _ in parts])
+        return scores.joined([part for part, _ in parts])
+
+
+@dataclass(kw_only=True)
+class OnAnyOutput(OnImages):
+    """Flags of commands that compare whatever a model gives."""
+
+    keep_what: KeepWhat | None = None
+    """what is compared: class logits; an embedding; or features of every patch on the full grid. None: what the policy
+    was made for if that is features, else logits or an embedding, whichever the model gives"""
+    bank: str | None = None
+    """.safetensors of one tensor [n, width]: embeddings of classes or texts, by which zero-shot answers are compared"""
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Also the bank."""
+        return super().inputs | {"--bank": self.bank}
+
+    def require_output(self, model: nn.Module) -> None:
+        """Raise TokenGameError where the model does not give what is to be compared, or the bank does not fit it."""
+        self.kind_of(model)
+
+    def kind_of(self, model: nn.Module, policy: Policy | None = None) -> Kind:
+        """What is compared of `model`, pruned by `policy`."""
+        from tokengame.backbones import wrap
+        from tokengame.measure.kinds import kind_of, read_bank
+
+        on_grid: KeepWhat | None = "features" if policy is not None and policy.keeps == "features" else None
+        bank = None if self.bank is None else read_bank(self.bank)
+        return kind_of(wrap(model), self.keep_what or on_grid, bank=bank)
 
 
 def flag(name: str) -> str:
@@ -243,9 +279,10 @@ def report_bad(tally: BadImages) -> None:
         console.print(f"{skipped}, the first is {name}: {reason}", markup=False, soft_wrap=True)
 
 
-def ratio_headings() -> dict[str, str]:
-    """Columns of what is lost at each compute ratio."""
+def ratio_headings(row: dict[str, Any]) -> dict[str, str]:
+    """Columns of what is lost at each compute ratio, of those that `row` has."""
     from tokengame.measure.evaluate import RATIOS
 
-    labels = {"agreement": "agree", "kl": "KL"}
-    return {f"{name}_{ratio}": f"{label}\nat {ratio}" for ratio in RATIOS for name, label in labels.items()}
+    labels = {"agreement": "agree", "kl": "KL", "same_neighbour": "same\nneighbour", "distance": "1 - cosine"}
+    columns = {f"{name}_{ratio}": f"{label}\nat {ratio}" for ratio in RATIOS for name, label in labels.items()}
+    return {name: label for name, label in columns.items() if name in row}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, PART, SHARE, OnImages, ratio_headings, report_bad, tuned_weights
+from tokengame.cli.common import BATCH, PART, SHARE, OnAnyOutput, ratio_headings, report_bad, tuned_weights
 from tokengame.config import require
 from tokengame.files import require_writable, write_csv, write_whole, writing
 from tokengame.ranges import Range
@@ -27,13 +27,17 @@ COMPARE_HEADINGS = {
     "agreement": "agree-\nment",
     "kl": "KL",
     "drop_pp": "points\nlost",
+    "cosine": "cosine",
+    "feature_cosine": "cosine",
+    "same_neighbour": "same\nneighbour",
+    "distance": "1 - cosine",
     "speedup": "speed-\nup",
 }
 FILES = ("compare.csv", "table.csv", "table.md", "qualities.csv", "frontier.png", "speeds.csv")
 
 
 @dataclass(kw_only=True)
-class Compare(OnImages):
+class Compare(OnAnyOutput):
     """Every method over its range of settings: same native model, images, number format, kernels and timing."""
 
     name: ClassVar[str] = "compare"
@@ -108,7 +112,7 @@ class Compare(OnImages):
         def keep(rows: list[dict[str, Any]]) -> None:
             write_csv([row | circumstances for row in rows], self.output / "compare.csv")
 
-        rows = compare(model, entries, checked(loader, tally), len(loader), progress, keep)
+        rows = compare(model, entries, checked(loader, tally), len(loader), progress, keep, self.kind_of(model))
         report_bad(tally)
         self._write([row | circumstances for row in rows])
         return rows
@@ -148,9 +152,9 @@ class Compare(OnImages):
         write_csv(quality, self.output / "qualities.csv")
         figure = frontier_figure(rows, [Path(path).stem for path in self.policies])
         write_whole(self.output / "frontier.png", figure)
-        blank = dict.fromkeys(COMPARE_HEADINGS, "")
-        show_rows([blank | row for row in rows], COMPARE_HEADINGS)
-        show_rows(quality, {"method": "method", **ratio_headings()})
+        headings = {k: v for k, v in COMPARE_HEADINGS.items() if any(k in row for row in rows)}
+        show_rows([dict.fromkeys(headings, "") | row for row in rows], headings)
+        show_rows(quality, {"method": "method", **ratio_headings(quality[0])})
         files = list(FILES[:-1])
         with writing(self.output / "speeds.csv"):
             (self.output / "speeds.csv").unlink(missing_ok=True)  # of another run

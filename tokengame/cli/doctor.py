@@ -100,13 +100,13 @@ def supported(name: str) -> dict[str, Any]:
         TokenGameError: timm knows no such model.
     """
     from tokengame.backbones import wrap
-    from tokengame.backbones.classes import require_classes
+    from tokengame.backbones.classes import output_of
     from tokengame.policies.policy import SHIPPED, Policy
 
     model = blank(name)
     try:
         backbone = wrap(model)
-        require_classes(backbone)
+        output = output_of(backbone)
     except TokenGameError as error:
         return {"name": name, "supported": False, "reason": str(error)}
     shape, policies = backbone.shape(), []
@@ -114,7 +114,7 @@ def supported(name: str) -> dict[str, Any]:
         wanted = Policy.load(path).card["backbone"]["shape"]
         if all(wanted[key] == value for key, value in shape.items() if key != "input_size"):  # they take any size
             policies.append(path.stem)
-    return {"name": name, "supported": True, "reason": None, **shape, "shipped_policies": policies}
+    return {"name": name, "supported": True, "reason": None, "output": output, **shape, "shipped_policies": policies}
 
 
 def blank(name: str) -> nn.Module:
@@ -130,7 +130,7 @@ def blank(name: str) -> nn.Module:
             model = untrained(name).to_empty(device="cpu")
         bias = getattr(getattr(model, "head", None), "bias", None)
         if bias is not None:
-            torch.nn.init.zeros_(bias)  # by it `require_classes` tells an embedding
+            torch.nn.init.zeros_(bias)  # by it `output_of` tells an embedding
         return model
     except Exception:  # not every model can be built without numbers
         return untrained(name)

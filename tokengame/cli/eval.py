@@ -5,21 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnImages, tuned_weights
+from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnAnyOutput, tuned_weights
 from tokengame.config import require
 from tokengame.ranges import Range
 from tokengame.report.console import console, show_table
 
 
 @dataclass(kw_only=True)
-class Eval(OnImages):
+class Eval(OnAnyOutput):
     """Measure the pruned model beside the native one on the same images."""
 
     name: ClassVar[str] = "eval"
-    first: ClassVar[tuple[str, ...]] = ("weights", "class_map", "dial", "gmacs_ratio", "max_drop")
+    first: ClassVar[tuple[str, ...]] = ("weights", "class_map", "dial", "gmacs_ratio", "max_drop", "keep_what")
     examples: ClassVar[str] = (
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
-        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1"
+        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1\n"
+        "tokengame eval --backbone vit_small_patch14_dinov2 --images photos/ --policy dinov2.safetensors "
+        "--keep-what features"
     )
 
     distributed = True
@@ -32,6 +34,9 @@ class Eval(OnImages):
     max_drop: Annotated[float | None, Range(0, 100)] = None
     """operating point: the hardest at which calibration guarantees, with 95 % confidence, to lose at most so many
     points of top-1"""
+    max_distance: Annotated[float | None, SHARE] = None
+    """operating point, of embeddings and features: the hardest at which calibration guarantees, with 95 % confidence, a
+    mean 1 - cosine of at most so much"""
     batch_size: Annotated[int, BATCH] = 32
     """images a batch, in the timing too"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -42,8 +47,9 @@ class Eval(OnImages):
     def check(self) -> None:
         """Also: there is one operating point."""
         super().check()
-        points = (self.dial, self.gmacs_ratio, self.max_drop)
-        require(sum(point is not None for point in points) <= 1, "give one of --dial, --gmacs-ratio and --max-drop")
+        points = (self.dial, self.gmacs_ratio, self.max_drop, self.max_distance)
+        one = "give one of --dial, --gmacs-ratio, --max-drop and --max-distance"
+        require(sum(point is not None for point in points) <= 1, one)
 
     def run(self) -> dict[str, Any]:
         """Measure both models on all images."""
@@ -57,14 +63,16 @@ class Eval(OnImages):
         from tokengame.report.html import table, verdict
         from tokengame.runtime import prune
 
-        targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop}
+        targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop, "max_distance": self.max_distance}
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
         path, model = find_policy(self.policy), model.to(getattr(torch, self.dtype))
         policy = Policy.load(path)
         fast = prune(tuned_weights(policy, path, model, self.backbone), policy, self.dial, **targets)
-        result = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model).summary()
+        kind = self.kind_of(model, policy)
+        scores = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model, kind=kind)
+        result = scores.summary()
         result |= {"dial": fast.dial, "dtype": self.dtype} | conditions(fast.game.backbone.dtype, self.torch_device)
         show_table(f"{self.backbone}, dial {fast.dial:.3f}", table(result))
         console.print(verdict(result))

@@ -209,7 +209,7 @@ class Finetune(OnImages):
         names = {"fingerprint": fingerprint(wrap(tuned)), "weights": self._weights.name}
         backbone = policy.card["backbone"] | names
         finetuning = {"config": asdict(self.config), "seed": self.seed, "gmacs_ratio": compute}
-        policy = replace(policy, card=policy.card | {"backbone": backbone, "finetuning": finetuning})
+        policy = replace(policy, card=policy.card | {"backbone": backbone, "finetuning": finetuning, "keeps": "logits"})
         fast = prune(tuned, policy)
         fast.game.attention = deterministic_attention  # the card's figures must not depend on the machine's speed
         batches = calibration_batches(held, preprocessing_of(native), self.seed, self.workers, progress)

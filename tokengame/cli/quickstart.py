@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokengame.data.datasets import ImageSource
     from tokengame.data.scenes import FashionScenes
     from tokengame.learning.run import TrainingRun
-    from tokengame.measure.evaluate import Scores
+    from tokengame.measure.scores import Scores
     from tokengame.runtime import PrunedViT
 
 

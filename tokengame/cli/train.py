@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tokengame.data.datasets import ImageSet
     from tokengame.learning.run import TrainingRun
+    from tokengame.measure.kinds import Kind
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class Train(OnImages):
 
     name: ClassVar[str] = "train"
     first: ClassVar[tuple[str, ...]] = (
-        "output", "weights", "class_map", "gmacs_ratio", "target_drop", "updates", "resume", "preset",
+        "output", "weights", "class_map", "gmacs_ratio", "target_drop", "keep_what", "updates", "resume", "preset",
     )  # fmt: skip
     takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
@@ -36,6 +37,7 @@ class Train(OnImages):
         "tokengame train --backbone vit_tiny_patch16_224 --weights vit.safetensors --images images.tar "
         "--class-map classes.txt --gmacs-ratio 0.68\n"
         "tokengame train --backbone vit_small_patch16_224 --images train/ --target-drop 0.5\n"
+        "tokengame train --backbone vit_small_patch14_dinov2 --images photos/ --keep-what features\n"
         "tokengame train --preset rl4evit --backbone deit_base_patch16_224 --images train/"
     )
 
@@ -91,13 +93,24 @@ class Train(OnImages):
             report_bad(training.loop.tally)
         self.processes.wait()
         fast = prune(model, Policy.load(self.output))
-        scores = self.measure(fast, validate, 32, training.preprocessing)
+        scores = self.measure(fast, validate, 32, training.preprocessing, kind=self.kept(model))
         result = {**training.result(), **scores.summary(), "dial": fast.dial}
         show_table(f"{self.backbone} on {len(validate.names)} held-back images", table(result))
         console.print(verdict(result))
         command = next_command(self, self.output, self.images, **held_back(self, source))
         console.print(f"policy: {self.output}\nnext: {command}", highlight=False, markup=False, soft_wrap=True)
         return result
+
+    def require_output(self, model: nn.Module) -> None:
+        """Raise TokenGameError where the model does not give what is to be kept."""
+        self.kept(model)
+
+    def kept(self, model: nn.Module) -> Kind:
+        """What is to be kept of `model`."""
+        from tokengame.backbones import wrap
+        from tokengame.measure.kinds import kind_of
+
+        return kind_of(wrap(model), self.config.keep_what)
 
     def _training(
         self, model: nn.Module, learn: ImageSet, config: TrainConfig, output: Path, resume: bool = False

@@ -158,7 +158,12 @@ class Loop:
 
     def _described(self, what: str) -> str:
         """For the progress bar: what is being done, and what the last update measured."""
-        shown = {"kl": "KL {:.3f}", "gmacs_ratio": "compute {:.2f}", "images_per_second": "{:.0f} images/s"}
+        shown = {
+            "kl": "KL {:.3f}",
+            "loss": "loss {:.3f}",
+            "gmacs_ratio": "compute {:.2f}",
+            "images_per_second": "{:.0f} images/s",
+        }
         found = {name.rpartition("/")[2]: value for name, value in self.metrics.items()}
         return "  ".join([what, *(text.format(found[name]) for name, text in shown.items() if name in found)])
 

@@ -3,10 +3,10 @@
 `share` is RL4EViT's: the kept tokens of a correctly classified image share alpha equally and each pays beta, so that in
 equilibrium about alpha * p(correct) / beta are kept. `target` adds to the share a penalty around keep targets, after
 the authors' published code. `fidelity` (this project's) needs no labels. When an agent's episode ends, it is charged
-KL(native || pruned) of the whole game, less what other games on the same image were charged (leave-one-out, Kool et al.
-2019). At each stage that keeps it, it is charged the compute that its own row causes until the next. The compute part
-is a difference reward (Wolpert & Tumer 2001), free of the other agents' noise; it counts blocks and leaves out that
-attention is quadratic.
+the loss of the whole game, KL(native || pruned) or that of another kind (`measure.kinds`), less what other games on the
+same image were charged (leave-one-out, Kool et al. 2019). At each stage that keeps it, it is charged the compute that
+its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001), free of the other
+agents' noise; it counts blocks and leaves out that attention is quadratic.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Outcome:
     """[T, B, N] bool, alive after it"""
     correct: Tensor | None
     """[B] bool, final prediction right; None without labels"""
-    kl: Tensor
-    """[B] KL(native || pruned) in nats, at the reward's temperature"""
+    loss: Tensor
+    """[B] what the game lost: KL(native || pruned) in nats at the reward's temperature, or the scaled loss of another
+    `measure.kinds.Kind`"""
     segment: Tensor
     """[T] share of the native compute that one row causes from this decision to the next"""
     rollouts: int = 1
@@ -79,8 +80,8 @@ def _shares(outcome: Outcome, alpha: float) -> Tensor:
 
 
 def fidelity(outcome: Outcome, config: RewardConfig, kl_weight: float) -> Tensor:
-    """[T, B, N] own compute at each stage that keeps the agent; the game's KL (leave-one-out) when its episode ends."""
-    price = kl_weight * outcome.kl.clamp(max=config.kl_clamp)
+    """[T, B, N] own compute at each stage that keeps one; the game's loss (leave-one-out) when its episode ends."""
+    price = kl_weight * outcome.loss.clamp(max=config.kl_clamp)
     reward = -torch.where(outcome.alive, outcome.segment.view(-1, 1, 1), 0.0)
     if config.credit == "team":
         price, reward = price - reward.sum((0, 2)), torch.zeros_like(reward)

@@ -12,6 +12,7 @@ from tokengame.distributed import Processes
 from tokengame.game import Observation, State, TokenGame
 from tokengame.learning.ppo import log_prob
 from tokengame.policies.networks import ContextActor
+from tokengame.runtime.features import Grid
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Rollout:
         return [obs.image * agents + obs.agent for obs in self.observations]
 
 
-def sample_games(game: TokenGame, state: State, actor: nn.Module, noise: Tensor) -> Rollout:
+def sample_games(game: TokenGame, state: State, actor: nn.Module, noise: Tensor, grid: Grid | None = None) -> Rollout:
     """Play from the first decision to the end, actions sampled from the actor's Bernoulli distributions.
 
     Args:
@@ -43,6 +44,7 @@ def sample_games(game: TokenGame, state: State, actor: nn.Module, noise: Tensor)
         state: before the first decision.
         actor: observation -> keep logits.
         noise: [T, B, N] uniform in [0, 1): an agent is kept where its probability exceeds it.
+        grid: where given, follows the games, so that it can be filled in at their end.
     """
     shape = (state.layout.images, state.total)
     observations, actions, log_probs, alive = [], [], [], [torch.ones(shape, dtype=torch.bool)]
@@ -51,7 +53,9 @@ def sample_games(game: TokenGame, state: State, actor: nn.Module, noise: Tensor)
         obs = game.observe(state)
         logits = actor(obs)
         action = noise[stage, obs.image, obs.agent] < logits.sigmoid()
-        state = game.step(state, action, logits)
+        before, state = state, game.step(state, action, logits)
+        if grid is not None:
+            grid.follow(before, state)
         observations.append(obs)
         actions.append(action)
         log_probs.append(log_prob(logits, action))

@@ -26,6 +26,7 @@ from tokengame.learning.loop import Loop, names_hash
 from tokengame.learning.trainer import Trainer
 from tokengame.measure.conditions import conditions
 from tokengame.measure.evaluate import calibrate
+from tokengame.measure.kinds import kind_of
 from tokengame.packed.attention import deterministic_attention
 from tokengame.policies.policy import FORMAT, Policy, dial_for, fingerprint
 from tokengame.runtime import PrunedViT, prune
@@ -132,9 +133,15 @@ class TrainingRun:
                 "backbone": {"name": self.name, "shape": backbone.shape(), "fingerprint": fingerprint(backbone)},
                 "game": asdict(replace(self.config.game, stages=self.trainer.game.stages)),
                 "actor": config["actor"],
+                "keeps": self.trainer.kind.name,
                 "agents": backbone.patches,
                 "preprocessing": self.preprocessing,
-                "training": {"config": config, "seed": self.seed, "images_seen": self.trainer.images_seen},
+                "training": {
+                    "config": config,
+                    "seed": self.seed,
+                    "images_seen": self.trainer.images_seen,
+                    "scale": self.trainer.scale,
+                },
                 "calibration": calibration,
                 "dial": dial,
                 "licence": "Apache-2.0",
@@ -153,7 +160,7 @@ class TrainingRun:
         batches = calibration_batches(held, self.preprocessing, self.seed, self.workers, progress, calibration_images)
         fast = prune(self.model, self.policy([]))
         fast.game.attention = deterministic_attention  # the card's figures must not depend on the machine's speed
-        rows = calibrate(fast, batches)
+        rows = calibrate(fast, batches, kind=kind_of(fast.game.backbone, self.trainer.kind.name))
         policy = self.policy(rows)
         policy.save(self.output)  # before a target that calibration may not reach
         if gmacs_ratio is not None:

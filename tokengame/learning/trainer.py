@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from tokengame import kernels
 from tokengame.backbones import wrap
-from tokengame.backbones.classes import require_classes
-from tokengame.config import TrainConfig
+from tokengame.config import TYPICAL_LOSS, TrainConfig, check_without_classes
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
 from tokengame.game import Observation, State, TokenGame
@@ -23,8 +22,9 @@ from tokengame.learning.learner import check_labels, fitting, load_optimizer
 from tokengame.learning.ppo import Experience, gae, normalise, update
 from tokengame.learning.rewards import Outcome, PriceController, fidelity, share, target
 from tokengame.learning.rollout import Rollout, initialise_biases, sample_games, thresholds_for
-from tokengame.measure.fidelity import fidelity_loss
+from tokengame.measure.kinds import kind_of
 from tokengame.policies.networks import ContextActor, Critic, actor_shape, build_actor
+from tokengame.runtime.features import grid_of
 from tokengame.runtime.macs import native_macs, pruned_macs
 from tokengame.timing import now
 
@@ -53,7 +53,8 @@ class Trainer:
         processes: those that train together; each takes its part of every batch.
 
     Raises:
-        TokenGameError: unsupported model, one without classes, or stages outside it.
+        TokenGameError: unsupported model, one that does not give what is to be kept, settings that need classes of one
+            without, or stages outside it.
     """
 
     def __init__(
@@ -69,9 +70,13 @@ class Trainer:
         kernels.announce(self.dtype, self.device.type)
         frozen = copy.deepcopy(model).to(self.device, self.dtype).eval().requires_grad_(False)
         self.backbone = wrap(frozen)
-        require_classes(self.backbone)
+        self.kind = kind_of(self.backbone, config.keep_what)
+        if self.kind.scaled:
+            check_without_classes(config, self.kind.name)
+        self.scale = config.reward.scale if self.kind.scaled else 1.0
+        """what a loss is divided by; None before the first update has measured it"""
         context = config.actor.observation == "context"
-        self.game = TokenGame(self.backbone, config.game, features=context)
+        self.game = TokenGame(self.backbone, config.game, features=context, keep_patches=self.kind.on_grid)
         self.shape = actor_shape(self.backbone, config.game)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -83,6 +88,7 @@ class Trainer:
         groups = [{"params": list(network.parameters()), "initial_lr": lr} for network, lr in steps]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5)
         self.controller = PriceController.of(config.reward)
+        self.controller.weight *= self.kind.price
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = self.images_seen = 0
         self.learned: Tensor | None = None
@@ -106,6 +112,7 @@ class Trainer:
             TokenGameError: labels that are no classes of the model; the backbone or the reward is not finite, says
                 where.
         """
+        labels = None if self.kind.scaled else labels  # which only predicted classes are compared with
         check_labels(labels, len(images), self.backbone.classes)
         start, images = now(self.device), images.to(self.device, self.dtype)
         if self.learned is not None:
@@ -163,7 +170,7 @@ class Trainer:
     def _steered(self, metrics: dict[str, float]) -> float:
         """The metric that the controller steers."""
         if self.config.reward.target_drop is None:
-            return metrics["game/kl_clamped"]
+            return metrics[f"game/{self.kind.figure}_clamped"]
         if "game/drop_pp" not in metrics:
             raise TokenGameError("reward.target_drop needs labelled images; without labels use reward.target_kl")
         return metrics["game/drop_pp"]
@@ -173,15 +180,15 @@ class Trainer:
         """Play `rollouts` games on each image; the part before the first decision is computed once."""
         rollouts = self.config.rollouts
         start = now(self.device)
-        native = self.backbone.model(images).float()
+        native = self.kind.native(self.backbone, images).float()
         native_time = now(self.device) - start
         self._require_finite(native, "the native model's prediction")
         state = self.game.reset(images).repeat(rollouts)
-        rollout = sample_games(self.game, state, self.actor, self._noise(state))
-        pruned = self.game.predict(rollout.final).float()
-        aim = native.repeat_interleave(rollouts, 0)
-        kl, charged = (fidelity_loss(aim, pruned, t) for t in (1.0, self.config.reward.temperature))
-        self._require_finite(kl, "KL(native || pruned)")
+        grid = grid_of(self.game, state) if self.kind.on_grid else None
+        rollout = sample_games(self.game, state, self.actor, self._noise(state), grid)
+        pruned = (self.game.predict(rollout.final) if grid is None else grid.filled(rollout.final)).float()
+        loss = self._loss(native, pruned)
+        charged = self.kind.charge(native, pruned, loss, self.config.reward.temperature)
         correct, lost = None, {}
         if labels is not None:
             wanted = labels.to(self.device)
@@ -191,20 +198,28 @@ class Trainer:
         outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, charged, self._segments(rollout), rollouts)
         kept = torch.stack(rollout.final.kept).cpu()
         macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
-        agree = (pruned.argmax(1) == aim.argmax(1)).float().mean()
         return (
             rollout,
             outcome,
             {
-                "game/kl": float(kl.mean()),
-                "game/kl_clamped": float(kl.clamp(max=self.config.reward.kl_clamp).mean()),
-                "game/agreement": float(agree),
+                f"game/{self.kind.figure}": float(loss.mean()),
+                f"game/{self.kind.figure}_clamped": float(loss.clamp(max=self.config.reward.kl_clamp).mean()),
+                **self.kind.metrics(native, pruned),
                 "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
                 **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
                 **lost,
                 "time/native_images_per_second": len(images) * self.processes.size / native_time,
             },
         )
+
+    def _loss(self, native: Tensor, pruned: Tensor) -> Tensor:
+        """[G] losses of games by the kind, scaled; the first games set the scale where none is given."""
+        loss = self.kind.loss(native, pruned)
+        self._require_finite(loss, f"the loss ({self.kind.figure})")
+        if self.scale is None:
+            mean = self.processes.mean({"loss": float(loss.mean())})["loss"]
+            self.scale = max(mean, 1e-9) / TYPICAL_LOSS
+        return loss / self.scale
 
     def _noise(self, state: State) -> Tensor:
         """[T, B, N] this process's part of the noise for all games, the same whichever process plays one."""
@@ -275,6 +290,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "controller": [self.controller.weight, self.controller.mean],
+            "scale": self.scale,
             "updates": self.updates,
             "images_seen": self.images_seen,
             "learned": self.learned,
@@ -292,6 +308,7 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             self.generator.set_state(state["generator"])
             self.controller.weight, self.controller.mean = map(float, state["controller"])
+            self.scale = None if state["scale"] is None else float(state["scale"])
             self.updates, self.images_seen = int(state["updates"]), int(state["images_seen"])
             learned = state["learned"]
             self.learned = None if learned is None else learned.to(self.device).view_as(self._biases)

@@ -13,7 +13,8 @@ from torch import nn
 from tokengame.baselines.heuristics import AtBudgets, Random, Score, attention
 from tokengame.config import TrainConfig, with_overrides
 from tokengame.data.batches import Batch
-from tokengame.measure.evaluate import Scores, at_ratios, calibrate, score
+from tokengame.measure.evaluate import at_ratios, calibrate
+from tokengame.measure.scores import Scores
 from tokengame.policies import Policy
 from tokengame.runtime import PrunedViT, prune
 
@@ -58,7 +59,7 @@ def by_rules(
             fast.dial, scores, at_budgets = dial, Scores(), AtBudgets(fast, rule())
             for batch in batches():
                 images = batch.images.to(weight.device, weight.dtype)
-                score(scores, at_budgets, batch, fast.model(images).float(), at_budgets.predict(images))
+                scores.add(at_budgets, batch, fast.model(images).float(), at_budgets.predict(images))
             rows.append(scores.summary())
         found[name] = at_ratios(rows)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tokengame import kernels
-from tokengame.backbones import unfused
+from tokengame.backbones import unfused, wrap
 from tokengame.baselines import BASELINES
 from tokengame.baselines.dynamicvit import DynamicViT
 from tokengame.baselines.dynamicvit import settings as dynamicvit_settings
 from tokengame.baselines.heuristics import AtBudgets, Random, attention
 from tokengame.data.batches import Batch
 from tokengame.files import Progress, silent
-from tokengame.measure.evaluate import Scores, at_ratios, score, timed
+from tokengame.measure.evaluate import at_ratios, timed
+from tokengame.measure.kinds import Kind, kind_of
+from tokengame.measure.scores import Measured, Scores
 from tokengame.policies import Policy
 from tokengame.runtime import prune
 from tokengame.runtime.method import Method
@@ -29,6 +32,8 @@ CASCADE_MARGIN = 0.15
 """margin with which a policy without a cascade is also shown with one (chosen in docs/LOG.md)"""
 LEVELS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97)
 """agreements at which speed is compared"""
+COSINE_LEVELS = (0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+"""cosines, likewise"""
 TIMED_BATCHES = 3
 """batches on whose images speed is measured"""
 WARM_UP = 3
@@ -45,7 +50,7 @@ class Entry:
     published: bool = True
     """from a paper, so that the fastest of these is the one to compare with"""
     is_timed: bool = True
-    scores: Scores = field(default_factory=Scores)
+    scores: Measured = field(default_factory=Scores)
 
 
 def baseline_entries(model: nn.Module) -> list[Entry]:
@@ -68,9 +73,10 @@ def policy_entries(model: nn.Module, name: str, policy: Policy, dials: Sequence[
     without, cascaded = with_margin(policy, 0.0), with_margin(policy, CASCADE_MARGIN)
     other = (f"{name}, no cascade", without) if policy.game.cascade_margin else (f"{name}, cascade", cascaded)
     entries = []
+    shown = [(name, policy), other] if policy.keeps == "logits" else [(name, policy)]
     for dial in dials:
         setting = f"dial {dial:g}"
-        for method, which in ((name, policy), other):
+        for method, which in shown:
             entries.append(Entry(method, setting, prune(model, which, dial), False))
         if budgets:
             single = prune(model, without, dial)
@@ -87,7 +93,7 @@ def with_margin(policy: Policy, margin: float) -> Policy:
 
 def compare(
     model: nn.Module, entries: list[Entry], batches: Iterable[Batch], number: int, progress: Progress = silent,
-    keep: Callable[[list[dict[str, Any]]], None] | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None, kind: Kind | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run all entries on all batches, natively too; then time one entry after the other on the first batches.
 
@@ -98,17 +104,22 @@ def compare(
         number: how many those are.
         progress: shows a step for every entry on every batch, then for every entry that is timed.
         keep: is given the rows without their speed before anything is timed, lest they are lost then.
+        kind: what is compared; by default what the model gives. Methods that do not give it are left out.
 
     Returns:
         One row an entry: method, setting, published and the keys of `eval`. Native's speed is that of the faster of
         fused and unfused attention.
     """
-    images = _score(model, entries, batches, number, progress)
+    kind = kind or kind_of(wrap(model))
+    entries = [entry for entry in entries if kind.measures(entry.model)]
+    for entry in entries:
+        entry.model, entry.scores = kind.method(entry.model), kind.scores()
+    images = _score(model, entries, batches, number, progress, kind)
     if keep is not None:
         keep(_rows(entries))
     timed_ones = [entry for entry in entries if entry.is_timed]
     for entry in progress(timed_ones, "timing", len(timed_ones)) if timed_ones else ():
-        entry.scores.seconds, entry.scores.seconds_pytorch = time_method(model, entry.model, images)
+        entry.scores.seconds, entry.scores.seconds_pytorch = time_method(model, entry.model, images, kind=kind)
     return _rows(entries)
 
 
@@ -121,10 +132,10 @@ def _rows(entries: list[Entry]) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _score(
-    model: nn.Module, entries: list[Entry], batches: Iterable[Batch], number: int, progress: Progress
+    model: nn.Module, entries: list[Entry], batches: Iterable[Batch], number: int, progress: Progress, kind: Kind
 ) -> list[Tensor]:
     """Score all entries on all batches; returns the images of the first batches."""
-    weight = next(model.parameters())
+    weight, backbone = next(model.parameters()), wrap(model)
     first: list[Tensor] = []
 
     def steps() -> Iterator[tuple[Batch, Tensor, Tensor, Entry]]:
@@ -132,18 +143,18 @@ def _score(
             images = batch.images.to(weight.device, weight.dtype)
             if len(first) < TIMED_BATCHES:
                 first.append(images)
-            native = model(images).float()
+            native = kind.native(backbone, images).float()
             for entry in entries:
                 yield batch, images, native, entry
 
     for batch, images, native, entry in progress(steps(), "comparing", number * len(entries)):
-        score(entry.scores, entry.model, batch, native, entry.model.predict(images))
+        entry.scores.add(entry.model, batch, native, entry.model.predict(images))
     return first
 
 
 @torch.inference_mode()
 def time_method(
-    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 5
+    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 5, kind: Kind | None = None
 ) -> tuple[list[tuple[int, float, float]], list[float]]:
     """Time a method beside the native model, call by call in turn.
 
@@ -156,7 +167,11 @@ def time_method(
         size, native seconds and the method's seconds of each call, native being the faster of its two forms; and where
         compiled kernels run, the method's seconds on PyTorch's.
     """
-    calls: dict[str, Callable[[Tensor], Any]] = {"fused": model, "unfused": unfused(model), "method": method.predict}
+    native_of = (kind or kind_of(wrap(model))).native
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "fused": partial(native_of, wrap(model)), "unfused": partial(native_of, wrap(unfused(model))),
+        "method": method.predict,
+    }  # fmt: skip
     if kernels.usable(batches[0]):
         calls["on PyTorch's"] = lambda images: _on_pytorch(method, images)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -181,33 +196,39 @@ def _on_pytorch(method: Method, images: Tensor) -> Any:
 
 
 def qualities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each method agreement and KL at the same compute."""
+    """For each method what is lost at the same compute."""
     methods = dict.fromkeys(row["method"] for row in rows)
     return [{"method": m} | at_ratios([row for row in rows if row["method"] == m]) for m in methods]
 
 
-def speed_at(rows: list[dict[str, Any]], agreement: float, key: str = "speedup") -> float | None:
-    """Speed-up of one method at a wanted agreement, linear between its neighbouring settings; None if out of reach."""
+def likeness(row: dict[str, Any]) -> str:
+    """The figure of a row that says how like native a method is, so that speeds are compared where it is equal."""
+    return next(name for name in ("agreement", "cosine", "feature_cosine") if name in row)
+
+
+def speed_at(rows: list[dict[str, Any]], level: float, key: str = "speedup") -> float | None:
+    """Speed-up of one method at a wanted likeness, linear between its neighbouring settings; None if out of reach."""
     rows = sorted((row for row in rows if row.get(key)), key=lambda row: -row["gmacs_ratio"])
-    found = [row[key] for row in rows if row["agreement"] >= agreement]
+    figure = likeness(rows[0]) if rows else ""
+    found = [row[key] for row in rows if row[figure] >= level]
     for one, other in pairwise(rows):
-        ends = sorted((r["agreement"], r[key]) for r in (one, other))
-        if ends[0][0] <= agreement <= ends[1][0]:
-            found.append(float(np.interp(agreement, [e[0] for e in ends], [e[1] for e in ends])))
+        ends = sorted((r[figure], r[key]) for r in (one, other))
+        if ends[0][0] <= level <= ends[1][0]:
+            found.append(float(np.interp(level, [e[0] for e in ends], [e[1] for e in ends])))
     return max(found, default=None)
 
 
-def speeds(rows: list[dict[str, Any]], levels: Sequence[float] = LEVELS) -> list[dict[str, Any]]:
-    """The speed-up of every timed method at each of `levels` of agreement (None: out of reach).
+def speeds(rows: list[dict[str, Any]], levels: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """The speed-up of every timed method at each of `levels` of agreement, or of cosine (None: out of reach).
 
     Each row also names the fastest published method.
 
     Where all run on the compiled kernels, also the fastest one of a paper on PyTorch's.
     """
     published = {row["method"]: row["published"] for row in rows if row.get("speedup")}
-    table = []
-    for level in levels:
-        line: dict[str, Any] = {"agreement": level}
+    table, figure = [], likeness(rows[0])
+    for level in levels or (LEVELS if figure == "agreement" else COSINE_LEVELS):
+        line: dict[str, Any] = {figure: level}
         for key, mark in (("speedup", ""), ("speedup_pytorch", "_pytorch")):
             speed = {m: speed_at([row for row in rows if row["method"] == m], level, key) for m in published}
             peers = {m: s for m, s in speed.items() if published[m] and s is not None}

@@ -1,4 +1,6 @@
-"""Risk control: bounds of the points of top-1 lost, from a sample of images, exact for any sample size.
+"""Risk control: bounds of what is lost over all images, from a sample of them, valid for any sample size.
+
+`upper_bound` and `interval` are of the points of top-1 lost, `mean_bound` of the mean of any loss between 0 and 1.
 
 An image is lost (native right, pruned wrong), gained, or neither. With p the probabilities of these, a guarantee of at
 most `bound` fails where p(lost) - p(gained) > bound. `p_value` tests that hypothesis exactly: as a test of paired
@@ -15,6 +17,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import beta
 
+MOST_AT_STAKE = 0.9
+"""share of the capital that `mean_bound` stakes on one image at most"""
 LEVEL = 0.05
 """probability that a guarantee fails, and that an interval misses"""
 CONFINED = 0.001
@@ -90,3 +94,26 @@ def _limit(lost: int, gained: int, images: int) -> float:
     if far > 1 or excess(far) > 0:
         far = 1.0
     return brentq(excess, measured, far, xtol=1e-6) if excess(far) < 0 else 1.0
+
+
+def mean_bound(losses: np.ndarray) -> float:
+    """The mean loss over all images that is not exceeded at 95 % confidence, from independent losses between 0 and 1.
+
+    A gambler who stakes, image after image, on the loss being less than a mean m can hardly multiply the capital by 20
+    if the mean is m or more (Ville's inequality): the bound is the least m at which that happens. It is one side of the
+    hedged capital process of Waudby-Smith & Ramdas (2024), with their predictable plug-in stakes, which depend on the
+    losses before. The order is shuffled, since images may come sorted.
+    """
+    losses = np.random.default_rng(0).permutation(np.asarray(losses, np.float64))
+    count = np.arange(1, len(losses) + 1)
+    mean = (0.5 + losses.cumsum()) / (count + 1)
+    variance = (0.25 + ((losses - mean) ** 2).cumsum()) / (count + 1)
+    before = np.concatenate([[0.25], variance[:-1]])
+    stakes = np.sqrt(2 * np.log(1 / LEVEL) / (len(losses) * before))
+
+    def excess(bound: float) -> float:
+        """How far the logarithm of the capital comes above what refutes the mean `bound`."""
+        most = MOST_AT_STAKE / max(1 - bound, 1e-12)
+        return np.log1p(np.minimum(stakes, most) * (bound - losses)).cumsum().max() + np.log(LEVEL)
+
+    return 1.0 if excess(1.0) < 0 else float(brentq(excess, 0.0, 1.0, xtol=1e-7))

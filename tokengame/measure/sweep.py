@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tokengame.measure.evaluate import Scores
+from tokengame.measure.scores import Scores
 
 EQUILIBRIUM = (0.9, 1.1)
 """earnings of a kept token, relative to its cost, at which no token gains by acting otherwise"""

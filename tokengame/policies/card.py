@@ -14,9 +14,9 @@ import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
-from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, with_overrides
+from tokengame.config import GAME_VERSION, ActorConfig, GameConfig, KeepWhat, with_overrides
 from tokengame.errors import TokenGameError
 from tokengame.ranges import Range, check_fields, hints_of, require, require_in, shown
 
@@ -50,6 +50,12 @@ def file_name(value: Any, place: str) -> None:
     """A file beside the policy: no path, so that a policy never leads to a file elsewhere."""
     plain = isinstance(value, str) and re.fullmatch(r"\w[\w. -]{0,200}\.safetensors", value)
     require(bool(plain), f"{place} must be the plain name of a .safetensors file, not {shown(value)}")
+
+
+def one_of(choices: tuple[str, ...]) -> Check:
+    """One of some words."""
+    wanted = " or ".join(map(repr, choices))
+    return lambda value, place: require(value in choices, f"{place} must be {wanted}, not {shown(value)}")
 
 
 def optional(check: Check) -> Check:
@@ -132,18 +138,23 @@ SHAPE = {
     "prefix_tokens": number(0, 10_000, whole=True),
     "input_size": items(SIZE, 2, 2),
 }
-ROW = {
+ANY_ROW = {
     "dial": number(0, 1),
     "gmacs": number(0, 1e9),
     "gmacs_ratio": number(0, 10, above=True),
     "keep": number(0, 1),
+    "images": number(1, 1e12, whole=True),
+}
+ROW = ANY_ROW | {
     "agreement": number(0, 1),
     "kl": number(-1, 1e9),
     "drop_pp": optional(POINT),
     "drop_pp_ci95": optional(items(number(-1e4, 1e4), 2, 2)),  # a normal interval, of earlier versions, may be wide
     "drop_pp_bound95": optional(number(0, 100)),
-    "images": number(1, 1e12, whole=True),
 }
+"""of a calibration of class predictions"""
+DISTANCE_ROW = ANY_ROW | {"distance": number(0, 1), "distance_bound95": number(0, 1)}
+"""of one of embeddings or features"""
 SCHEMA = {
     "format": number(FORMAT, FORMAT, whole=True),
     "game_version": number(GAME_VERSION, GAME_VERSION, whole=True),
@@ -151,10 +162,11 @@ SCHEMA = {
     "game": settings(GameConfig, "stages", "transition"),
     "actor": settings(ActorConfig, "observation", "hidden"),
     "agents": SIZE,
+    "keeps?": one_of(get_args(KeepWhat)),
     "preprocessing?": table({}, strict=False),
     "training": table({}, strict=False),
     "finetuning?": table({}, strict=False),
-    "calibration": items(table(ROW, strict=False), 0, 10_000),
+    "calibration": items(table({}, strict=False), 0, 10_000),
     "dial": number(0, 1),
     "licence?": text,
 }
@@ -169,7 +181,17 @@ def check_card(card: Any) -> None:
     information(card)
     table(SCHEMA, strict=False)(card, "")
     _check_game(card)
-    _check_calibration(card["calibration"])
+    _check_calibration(card)
+
+
+def keeps(card: dict[str, Any]) -> str:
+    """What a policy was made to keep: "logits", "embedding" or "features"; cards of earlier versions do not say."""
+    return card.get("keeps", "logits")
+
+
+def row_of(card: dict[str, Any]) -> dict[str, Check]:
+    """The fields of a calibrated dial."""
+    return ROW if keeps(card) == "logits" else DISTANCE_ROW
 
 
 def _check_game(card: dict[str, Any]) -> None:
@@ -179,13 +201,22 @@ def _check_game(card: dict[str, Any]) -> None:
     least = most = 1
     for pixels, patch in zip(shape["input_size"], shape["patch"], strict=True):
         least, most = least * (pixels // patch), most * -(-pixels // patch)  # cut off, or padded
+    cascade = f"game.cascade_margin must be 0 where {keeps(card)} is kept, which has no probabilities"
+    require(keeps(card) == "logits" or not card["game"].get("cascade_margin"), cascade)
     whole = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     require(least <= card["agents"] <= most, f"agents must be {whole}, as input_size and patch have it")
 
 
-def _check_calibration(rows: list[dict[str, Any]]) -> None:
+def _check_calibration(card: dict[str, Any]) -> None:
+    rows = card["calibration"]
+    items(table(row_of(card), strict=False), 0, 10_000)(rows, "calibration")
     for gentler, harder in pairwise(rows):
         require(gentler["dial"] < harder["dial"], "calibration must be sorted by dial, each dial once")
+    if keeps(card) != "logits":
+        for number, row in enumerate(rows):
+            bounded = row["distance"] <= row["distance_bound95"] + 1e-6
+            require(bounded, f"calibration[{number}].distance_bound95 must not be less than distance")
+        return
     for number, row in enumerate(rows):
         place, labels = f"calibration[{number}]", rows[0]["drop_pp_bound95"] is not None
         known = {row[name] is not None for name in ("drop_pp", "drop_pp_ci95", "drop_pp_bound95")}

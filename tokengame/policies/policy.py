@@ -20,11 +20,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tokengame.backbones.base import Backbone
+from tokengame.backbones.classes import output_of
 from tokengame.config import MOST_WEIGHTS, SHARE, ActorConfig, GameConfig, with_overrides
-from tokengame.errors import TokenGameError, first_line
+from tokengame.errors import TokenGameError, first_line, warn
 from tokengame.files import require_file, write_whole
 from tokengame.policies.card import FORMAT as FORMAT
-from tokengame.policies.card import ROW, check_card, read_card
+from tokengame.policies.card import check_card, keeps, read_card, row_of
 from tokengame.policies.networks import Actor, ContextActor, build_actor, weight_shapes
 from tokengame.ranges import Range, require, require_in, shown
 
@@ -42,8 +43,8 @@ class Policy:
     """An actor and all that is needed to use it.
 
     The card is a JSON document: `format`, `game_version`, `backbone` (name, shape, fingerprint), `game`, `actor`,
-    `agents`, `preprocessing`, `training`, `calibration` (rows: dial -> compute, agreement, drop), `dial` (recommended),
-    `licence`; `policies.card` has its schema.
+    `agents`, `keeps`, `preprocessing`, `training`, `calibration` (rows: dial -> compute, agreement, drop, or distance),
+    `dial` (recommended), `licence`; `policies.card` has its schema.
     """
 
     actor: Actor
@@ -52,6 +53,11 @@ class Policy:
     @property
     def game(self) -> GameConfig:
         return with_overrides(GameConfig(), self.card["game"])
+
+    @property
+    def keeps(self) -> str:
+        """What it was made to keep: "logits", "embedding" or "features"."""
+        return keeps(self.card)
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all.
@@ -182,10 +188,16 @@ class Target(NamedTuple):
 
 TARGETS = {
     "max_drop": Target("--max-drop", "points of top-1 that may be lost", Range(0, 100)),
+    "max_distance": Target("--max-distance", "mean 1 - cosine", Range(0, 1)),
     "gmacs_ratio": Target("--gmacs-ratio", "pruned / native compute", Range(0, 2, above=True)),
     "gmacs": Target("gmacs", "GMACs an image", Range(0, 1e6, above=True)),
     "keep": Target("keep", "share of tokens kept", SHARE),
 }
+
+
+BOUNDS = {"max_drop": "drop_pp_bound95", "max_distance": "distance_bound95"}
+"""targets that are guaranteed, and the figure of the card that does so"""
+BEST = {"max_drop": "a drop of {:.2f} points", "max_distance": "a mean 1 - cosine of {:.4f}"}
 
 
 def check_target(name: str, value: Any) -> None:
@@ -199,10 +211,10 @@ def dial_for(card: dict[str, Any], **target: float | None) -> float:
 
     Args:
         card: of a policy.
-        target: one of max_drop, gmacs_ratio, gmacs, keep. max_drop is points of top-1 that may be lost: the hardest
-            dial for which this is guaranteed at 95 % confidence, and for all gentler ones (see `measure.risk`). Where
-            it is for none, 0, with a warning: the native prediction. The others are interpolated between the calibrated
-            dials.
+        target: one of max_drop, max_distance, gmacs_ratio, gmacs, keep. max_drop is points of top-1 that may be lost,
+            max_distance the mean 1 - cosine of embeddings or features: the hardest dial for which this is guaranteed at
+            95 % confidence, and for all gentler ones (see `measure.risk`). Where it is for none, 0, with a warning: the
+            native prediction. The others are interpolated between the calibrated dials.
 
     Raises:
         TokenGameError: not exactly one target, one that is no such number, no calibration, or the target lies outside
@@ -212,13 +224,29 @@ def dial_for(card: dict[str, Any], **target: float | None) -> float:
     require(len(targets) == 1, f"give one of {', '.join(TARGETS)}")
     ((name, value),) = targets.items()
     check_target(name, value)
-    figure = "drop_pp_bound95" if name == "max_drop" else name
+    _check_kept(card, name)
+    figure = BOUNDS.get(name, name)
     for number, row in enumerate(card["calibration"]):
         for key in ("dial", figure):
-            ROW[key](row.get(key), f"calibration[{number}].{key}")
+            row_of(card)[key](row.get(key), f"calibration[{number}].{key}")
     rows = sorted(card["calibration"], key=lambda row: row["dial"])
     require(bool(rows), "the policy's card holds no calibration; choose the operating point with --dial")
-    return _guaranteed(rows, value) if name == "max_drop" else _interpolated(rows, name, value)
+    return _guaranteed(rows, name, value) if name in BOUNDS else _interpolated(rows, name, value)
+
+
+def _check_kept(card: dict[str, Any], name: str) -> None:
+    """Raise TokenGameError where a guarantee `name` is of another measure than the policy keeps."""
+    classes = keeps(card) == "logits"
+    if name == "max_drop" and not classes:
+        raise TokenGameError(
+            f"--max-drop is points of top-1, and this policy keeps {keeps(card)}, which has no classes: use "
+            "--max-distance, the mean 1 - cosine that may be lost"
+        )
+    if name == "max_distance" and classes:
+        raise TokenGameError(
+            "--max-distance is of embeddings and features, and this policy was made for class logits: use --max-drop, "
+            "or train one with --keep-what embedding"
+        )
 
 
 def _interpolated(rows: list[dict[str, Any]], name: str, value: float) -> float:
@@ -230,32 +258,32 @@ def _interpolated(rows: list[dict[str, Any]], name: str, value: float) -> float:
     return float(np.interp(-value, -falling, [row["dial"] for row in rows]))
 
 
-def _guaranteed(rows: list[dict[str, Any]], max_drop: float) -> float:
-    bounds = [row["drop_pp_bound95"] for row in rows]
+def _guaranteed(rows: list[dict[str, Any]], name: str, wanted: float) -> float:
+    bounds = [row[BOUNDS[name]] for row in rows]
     if None in bounds:
         raise TokenGameError(
             "the policy was calibrated without labels and guarantees no drop: run `tokengame calibrate` on labelled "
             "images, or use --dial or --gmacs-ratio"
         )
-    number = certified(bounds, max_drop)
+    number = certified(bounds, wanted, name)
     if number:
         return rows[number - 1]["dial"]
     images = rows[0].get("images", "so few")
     warnings.warn(
-        f"{images} calibration images can guarantee a drop of {bounds[0]:.2f} points at best, not "
-        f"{max_drop:g}: all tokens are kept; calibrate on more images (see `tokengame calibrate --help`)",
+        f"{images} calibration images can guarantee {BEST[name].format(bounds[0])} at best, not {wanted:g}: all tokens "
+        "are kept; calibrate on more images (see `tokengame calibrate --help`)",
         stacklevel=3,
     )
     return 0.0
 
 
-def certified(bounds: Sequence[float], wanted: float) -> int:
+def certified(bounds: Sequence[float], wanted: float, name: str = "max_drop") -> int:
     """How many dials, from the gentlest, are guaranteed to lose at most `wanted`, given each one's bound in that order.
 
     Walking from the gentlest and stopping at the first that fails costs no confidence: fixed-sequence testing.
     """
-    allowed = TARGETS["max_drop"].allowed
-    require_in(allowed, _plain(wanted), "--max-drop")
+    allowed = TARGETS[name].allowed
+    require_in(allowed, _plain(wanted), TARGETS[name].name)
     for number, bound in enumerate(bounds):
         if _plain(bound) not in allowed or bound > wanted:  # what is no bound guarantees nothing
             return number
@@ -293,3 +321,22 @@ def check_fits(policy: Policy, backbone: Backbone) -> str | None:
             "run `tokengame eval` before relying on it"
         )
     return None
+
+
+def check_keeps(policy: Policy, backbone: Backbone, max_drop: float | None) -> None:
+    """Warn where a policy made for class logits prunes a model that embeds.
+
+    Raises:
+        TokenGameError: such a model is to lose at most so many points of top-1.
+    """
+    if policy.keeps != "logits" or backbone.classes == 1 or output_of(backbone) == "logits":
+        return
+    if max_drop is not None:
+        raise TokenGameError(
+            "--max-drop is points of top-1, and the model's output is an embedding, which has none: use --max-distance "
+            "with a policy trained for it"
+        )
+    warn(
+        "this policy was made for class logits, and the model's output is an embedding: measure it with `tokengame "
+        "eval`, or train one for it"
+    )

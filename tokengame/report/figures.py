@@ -131,8 +131,19 @@ def _small_png(figure) -> bytes:
     return png(Image.open(buffer).quantize(64))
 
 
+UPWARD = {
+    "agreement": "same top-1 as the native model",
+    "kl": "KL(native || pruned), nats",
+    "drop_pp": "points of top-1 lost",
+    "same_neighbour": "same nearest image as the native model",
+    "distance": "mean 1 - cosine",
+}
+"""what methods are drawn by, of what was measured"""
+LOGARITHMIC = ("kl", "distance")
+
+
 def frontier_figure(rows: list[dict[str, Any]], policies: Sequence[str] = ()) -> bytes:
-    """PNG: agreement, KL and points lost over compute and, where that was timed, over measured speed; a line a method.
+    """PNG: what is lost (`UPWARD`) over compute and, where that was timed, over measured speed; a line a method.
 
     Methods of a paper are dashed, those whose names begin with one of `policies` thick.
     """
@@ -142,8 +153,7 @@ def frontier_figure(rows: list[dict[str, Any]], policies: Sequence[str] = ()) ->
     across = {"gmacs_ratio": "compute, pruned / native"}
     if any(row.get("speedup") for row in rows):
         across["speedup"] = "images a second, pruned / native, measured"
-    upward = {"agreement": "same top-1 as the native model", "kl": "KL(native || pruned), nats",
-              "drop_pp": "points of top-1 lost"}  # fmt: skip
+    upward = {name: label for name, label in UPWARD.items() if name in rows[0]}
     figure = Figure(figsize=(14, 1 + 3.6 * len(across)), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(across), len(upward), squeeze=False)
@@ -159,7 +169,7 @@ def _frontier(axes: Any, rows: list[dict[str, Any]], x: str, y: str, policies: S
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = [row for row in rows if row["method"] == method]
         points = sorted((row[x], row[y]) for row in own if row.get(x) and row[y] is not None)
-        points = [(a, max(b, 1e-5) if y == "kl" else b) for a, b in points]
+        points = [(a, max(b, 1e-5) if y in LOGARITHMIC else b) for a, b in points]
         thick = method.startswith(tuple(policies))
         style = {"ls": "--" if own[0]["published"] else "-", "marker": "os^Dv"[number // 10], "ms": 4}
         if points:
@@ -167,7 +177,7 @@ def _frontier(axes: Any, rows: list[dict[str, Any]], x: str, y: str, policies: S
                 *zip(*points, strict=True), label=method, color=f"C{number % 10}", lw=3 if thick else 1.2, **style
             )
     axes.set_visible(bool(axes.lines))
-    axes.set_yscale("log" if y == "kl" else "linear")
+    axes.set_yscale("log" if y in LOGARITHMIC else "linear")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -17,6 +17,17 @@ ROWS = [
     ("drop_pp", "drop, points", "{:+.2f}"),
     ("agreement", "same prediction as native", "{:.1%}"),
     ("kl", "KL(native || pruned), nats", "{:.4f}"),
+    ("cosine", "cosine with the native embedding", "{:.5f}"),
+    ("feature_cosine", "cosine with the native features, mean over places", "{:.5f}"),
+    ("feature_cosine_q05", "its 5 % quantile over places", "{:.5f}"),
+    ("distance", "mean 1 - cosine", "{:.5f}"),
+    ("same_neighbour", "same nearest image as native", "{:.1%}"),
+    ("same_neighbour_native_gallery", "the same, pruned queries among native embeddings", "{:.1%}"),
+    ("recall_at_1", "native's nearest image is the pruned model's first", "{:.1%}"),
+    ("recall_at_5", "among its first 5", "{:.1%}"),
+    ("recall_at_10", "among its first 10", "{:.1%}"),
+    ("zero_shot_agreement", "same nearest embedding of the bank", "{:.1%}"),
+    ("decoded_distance", "relative distance of what the decoder makes of it", "{:.4f}"),
     ("gmacs_native", "GMACs an image, native", "{:.3f}"),
     ("gmacs_pruned", "GMACs an image, pruned, policy included", "{:.3f}"),
     ("gmacs_ratio", "compute, pruned / native", "{:.3f}"),
@@ -53,10 +64,7 @@ def verdict(result: dict[str, Any]) -> str:
     """The result in one sentence, "slower" when slower."""
     speed = result["speedup"]
     pace = f"{speed:.2f} times as fast" if speed >= 1 else f"slower ({speed:.2f} times the native speed)"
-    drop = result.get("drop_pp")
-    price = f"{result['agreement']:.1%} of the predictions unchanged"
-    if drop is not None:
-        price = f"{abs(drop):.2f} points of top-1 {'lost' if drop >= 0 else 'gained'}, {price}"
+    price = _price(result)
     found = f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
     if result.get("fallback_share", 0) > OFTEN:
         found += (
@@ -66,12 +74,25 @@ def verdict(result: dict[str, Any]) -> str:
     return found
 
 
+def _price(result: dict[str, Any]) -> str:
+    """What is lost, in a few words."""
+    if "feature_cosine" in result:
+        return f"features at a cosine of {result['feature_cosine']:.4f} with the native ones"
+    if "cosine" in result:
+        price, same = f"embeddings at a cosine of {result['cosine']:.4f} with the native ones", result["same_neighbour"]
+        return price if same is None else f"{price}, {same:.1%} of the nearest images unchanged"
+    price, drop = f"{result['agreement']:.1%} of the predictions unchanged", result.get("drop_pp")
+    if drop is None:
+        return price
+    return f"{abs(drop):.2f} points of top-1 {'lost' if drop >= 0 else 'gained'}, {price}"
+
+
 PAPER_HEADINGS = ("Method", "Top-1 (%)", "Change", "GMACs", "Images/s", "Change (%)")
 
 
 def paper_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Results of `compare` in the layout of the paper's tables, native first; blank where nothing was measured."""
-    labelled = [row for row in rows if row["top1_native"] is not None]
+    labelled = [row for row in rows if row.get("top1_native") is not None]
     timed = [row for row in rows if "speedup" in row]
     top1 = f"{100 * labelled[0]['top1_native']:.2f}" if labelled else ""
     gmacs, speed = f"{rows[0]['gmacs_native']:.3f}", ""
@@ -82,7 +103,7 @@ def paper_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     for row in rows:
         name = ", ".join(part for part in (row["method"], row["setting"]) if part)
         top1 = change = speed = faster = ""
-        if row["top1_pruned"] is not None:
+        if row.get("top1_pruned") is not None:
             top1, change = f"{100 * row['top1_pruned']:.2f}", f"{-row['drop_pp']:+.2f}"
         if "speedup" in row:
             speed, faster = f"{row['images_per_second_pruned']:.1f}", f"{100 * (row['speedup'] - 1):+.1f}"

@@ -16,6 +16,8 @@ from tokengame.game import Decide, State, TokenGame
 from tokengame.packed.attention import fastest_attention
 from tokengame.packed.heads import CachedKeysValues, ObservationRequest
 from tokengame.packed.layout import RaggedLayout
+from tokengame.runtime.cascade import PrunedOutput
+from tokengame.runtime.macs import native_macs, pruned_macs
 
 Fill = Literal["exit", "absorber", "zero"]
 """What stands where a token was pruned: its own last features before it was pruned; those of the token that absorbed it
@@ -84,6 +86,17 @@ class Grid:
         filled = self.latest[self.owner.to(x.device)] if self.fill == "absorber" else self.latest
         return filled.view(*self.shape, -1)
 
+    def filled(self, final: State) -> Tensor:
+        """All positions at the end of the games, [B, R, C]."""
+        return self.write(final, final.x)
+
+    def follow(self, before: State, after: State) -> None:
+        """Take over a decision, between the state before it and the one after the blocks that came next."""
+        if self.fill == "exit":
+            self.write(before, before.x)
+        if after.absorber is not None:
+            self.absorb(before, after.absorber)
+
     def absorb(self, state: State, absorber: Tensor) -> None:
         """From now on agent `absorber` [A] stands for each agent of `state`, and for all it stood for."""
         rows = self.place(state)[state.agent_rows].cpu()
@@ -132,6 +145,49 @@ class Intermediates(NamedTuple):
         return found if final is None else found | {"image_features": final}
 
 
+class GridMethod:
+    """A pruned model as a `Method` that gives its features on the full grid instead of its prediction.
+
+    Pruned positions have the features of their absorber, or in a drop game those that they had last.
+
+    Args:
+        fast: `PrunedViT`, whose dial is followed.
+    """
+
+    def __init__(self, fast: Any):
+        self.fast = fast
+
+    @property
+    def game(self) -> TokenGame:
+        """The game of `fast`, with patches computed to the last block."""
+        game = self.fast.game
+        return TokenGame(game.backbone, game.config, game.features, game.attention, keep_patches=True)
+
+    def predict(self, images: Tensor) -> PrunedOutput:
+        """Of [B, channels, height, width] images; `logits` are the features [B, prefix + N, C], normed."""
+        game = self.game
+        state = game.reset(images)
+        grid = grid_of(game, state)
+        while state.stage < len(game.stages):
+            logits, keep = game.decisions(state, self.fast.actor, self.fast.threshold)
+            before, state = state, game.step(state, keep, logits)
+            grid.follow(before, state)
+        fallback = torch.zeros(0, dtype=torch.long, device=images.device)
+        return PrunedOutput(grid.filled(state), state.kept, state.alive, fallback)
+
+    def macs(self, output: PrunedOutput) -> tuple[float, Tensor]:
+        """Multiply-accumulates of an image natively, and of each image [B] of an output, policy included."""
+        game = self.game
+        macs = pruned_macs(game, self.fast.actor, torch.stack(output.decided).cpu(), output.total)
+        return native_macs(game.backbone, output.total), macs
+
+
+def grid_of(game: TokenGame, state: State) -> Grid:
+    """An empty grid for the games that begin with `state`, filled by absorbers where tokens are merged."""
+    fill: Fill = "absorber" if game.merge else "exit"
+    return Grid(state.layout.images, game.backbone.prefix, state.total, fill, game.backbone.final_norm)
+
+
 def grid_features(
     game: TokenGame, decide: Decide, threshold: float, images: Tensor, blocks: list[int], fill: Fill, norm: bool
 ) -> tuple[list[Tensor], Tensor]:
@@ -166,9 +222,7 @@ def grid_features(
         found.update({block: grid.write(state, x) for block, x in backend.recorded.items()})
         backend.recorded.clear()
         if stage < len(game.stages):
-            grid.write(state, state.x)
             logits, keep = game.decisions(state, decide, threshold)
             before, state = state, game.step(state, keep, logits)
-            if state.absorber is not None:
-                grid.absorb(before, state.absorber)
+            grid.follow(before, state)
     return [found[block] for block in blocks], game.predict(state)

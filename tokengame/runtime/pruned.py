@@ -25,7 +25,7 @@ from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError, warn
 from tokengame.game import Decide, TokenGame
 from tokengame.packed.attention import fastest_attention
-from tokengame.policies.policy import Policy, check_fits, dial_for, find_policy, threshold
+from tokengame.policies.policy import Policy, check_fits, check_keeps, dial_for, find_policy, threshold
 from tokengame.runtime.calls import check_call
 from tokengame.runtime.cascade import PrunedOutput
 from tokengame.runtime.features import Fill, Intermediates, grid_features
@@ -349,6 +349,7 @@ def prune(
     dial: float | None = None,
     *,
     max_drop: float | None = None,
+    max_distance: float | None = None,
     gmacs: float | None = None,
     gmacs_ratio: float | None = None,
     keep: float | None = None,
@@ -359,9 +360,9 @@ def prune(
         model: of a supported family (see `tokengame.backbones`); it is wrapped, never changed.
         policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224").
         dial: how hard to prune, between 0 and 1; default is the card's recommendation.
-        max_drop, gmacs, gmacs_ratio, keep: instead of a dial, a target that it meets by the card's calibration: points
-            of top-1 that may be lost (guaranteed at 95 % confidence), GMACs an image, these relative to native, share
-            of the tokens left at the end.
+        max_drop, max_distance, gmacs, gmacs_ratio, keep: instead of a dial, a target that it meets by the card's
+            calibration: points of top-1 that may be lost, or the mean 1 - cosine of embeddings or features (guaranteed
+            at 95 % confidence), GMACs an image, these relative to native, share of the tokens left at the end.
 
     Returns:
         A module with the model's call and output. Warns where the policy was trained for other weights.
@@ -378,7 +379,14 @@ def prune(
     warning = check_fits(policy, backbone)
     if warning:
         warn(warning)
-    targets = {"max_drop": max_drop, "gmacs": gmacs, "gmacs_ratio": gmacs_ratio, "keep": keep}
+    check_keeps(policy, backbone, max_drop)
+    targets = {
+        "max_drop": max_drop,
+        "max_distance": max_distance,
+        "gmacs": gmacs,
+        "gmacs_ratio": gmacs_ratio,
+        "keep": keep,
+    }
     if any(target is not None for target in targets.values()):
         if dial is not None:
             raise TokenGameError("give a dial or a target for it, not both")
