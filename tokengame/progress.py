@@ -47,14 +47,17 @@ def steps(description: str, total: int) -> Iterator[Callable[[str, float], None]
 
 
 def progress(iterable: Iterable, description: Description, total: int) -> Iterable:
-    """`iterable` behind a progress bar with count and ETA; where there is no terminal, a line at every tenth."""
+    """`iterable` behind a progress bar with count and ETA; where there is no terminal, a line at every tenth.
+
+    A total of 0 is one that is not known.
+    """
     shown = _in_bar if console.is_interactive or console.is_jupyter else _in_lines
     return shown(iterable, description if callable(description) else lambda: description, total)
 
 
 def _in_bar(iterable: Iterable, description: Callable[[], str], total: int) -> Iterable:
     with _bar() as bar:
-        task = bar.add_task(description(), total=total)
+        task = bar.add_task(description(), total=total or None)
         for item in iterable:
             yield item
             bar.update(task, advance=1, description=description())
@@ -64,8 +67,10 @@ def _in_lines(iterable: Iterable, description: Callable[[], str], total: int) ->
     start, tenths = time.perf_counter(), 0
     for number, item in enumerate(iterable, 1):
         yield item
-        if 10 * number // max(total, 1) > tenths:
-            tenths = 10 * number // max(total, 1)
+        if not total and number & (number - 1) == 0:  # powers of two
+            console.print(f"{description()}: {number}", highlight=False, markup=False, soft_wrap=True)
+        elif total and 10 * number // total > tenths:
+            tenths = 10 * number // total
             left = timedelta(seconds=round((time.perf_counter() - start) / number * max(0, total - number)))
             text = f"{description()}: {number} of {total}, {left} left"
             console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -235,6 +235,24 @@ def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn
     return load_model(name, str(path.parent / beside)).to(first.device, first.dtype).requires_grad_(False)
 
 
+def prune_by_name(
+    model: nn.Module, backbone: str, policy: str, dial: float | None = None, *, gmacs_ratio: float | None = None,
+    max_drop: float | None = None,
+) -> PrunedViT:  # fmt: skip
+    """`model`, the backbone of that name, pruned by a policy file, a shipped policy, or "rule", the starting rule."""
+    from tokengame.policies import Policy
+    from tokengame.policies.policy import find_policy
+    from tokengame.runtime import prune
+    from tokengame.runtime.rule import RULE
+
+    if policy == RULE:
+        return prune(model, dial=dial, gmacs_ratio=gmacs_ratio, max_drop=max_drop)
+    path = find_policy(policy)
+    found = Policy.load(path)
+    own = tuned_weights(found, path, model, backbone)
+    return prune(own, found, dial, gmacs_ratio=gmacs_ratio, max_drop=max_drop)
+
+
 def report_bad(tally: BadImages) -> None:
     """Say which images were skipped."""
     if tally.reasons:

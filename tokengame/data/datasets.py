@@ -238,9 +238,7 @@ def label_images(source: ImageSet, class_map: str | None, classes: int) -> str:
 @overload
 def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[ImageSource, ImageSource]: ...
 @overload
-def split_images(
-    source: ImageSource | Stream, holdout: float, seed: int
-) -> tuple[ImageSet, ImageSource]: ...
+def split_images(source: ImageSource | Stream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]: ...
 
 
 def split_images(source: ImageSource | Stream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]:

@@ -226,7 +226,7 @@ def _parts(item: Any) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_KEYS if key in item), None)
         if image is None:
-            raise ValueError(f"a dictionary needs {' or '.join(IMAGE_KEYS)}, and this one has {', '.join(map(str, item))}")
+            raise ValueError(f"a dictionary needs {' or '.join(IMAGE_KEYS)}, and has {', '.join(map(str, item))}")
         return image, next((item[key] for key in LABEL_KEYS if key in item), None)
     if isinstance(item, (list, tuple)):
         if not item:

@@ -372,7 +372,7 @@ def prune(
     if policy is None:
         policy, aimed = _rule(model, images, progress, targets), False
     elif images is not None:
-        raise TokenGameError("images= sets thresholds of the starting rule; a policy has its own: leave out one of them")
+        raise TokenGameError("images= sets thresholds of the starting rule, a policy has its own: leave out one")
     warning = check_fits(policy, backbone)
     if warning:
         warn(warning)
