@@ -20,7 +20,7 @@ from tokengame.ranges import Range, check_fields, hints_of
 from tokengame.report.console import console, progress
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tokengame.data.batches import BadImages
     from tokengame.data.datasets import ImageSource
@@ -190,6 +190,16 @@ class OnImages(Common):
         if self.processes.main:
             console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
+
+    def for_thresholds(self, model: nn.Module, source: ImageSource) -> list[Tensor]:
+        """Batches of some images of `source`, on which thresholds of the starting rule are set."""
+        from tokengame.backbones import wrap
+        from tokengame.data.given import some_of
+        from tokengame.runtime.rule import most_images
+
+        backbone = wrap(model)
+        batches, _ = some_of(source, backbone.preprocessing(), most_images(backbone), self.seed)
+        return [batch.images for batch in batches]
 
     def measure(
         self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokengame.baselines.heuristics import AtBudgets, Random, Score, attention
-from tokengame.config import TrainConfig, with_overrides
+from tokengame.baselines.rule import thresholds
+from tokengame.config import GameConfig, TrainConfig, with_overrides
 from tokengame.data.batches import Batch
 from tokengame.measure.evaluate import Scores, at_ratios, calibrate, score
 from tokengame.policies import Policy
@@ -62,6 +63,21 @@ def by_rules(
             rows.append(scores.summary())
         found[name] = at_ratios(rows)
     return found
+
+
+@torch.inference_mode()
+def by_starting_rule(
+    model: nn.Module, game: GameConfig, images: Sequence[Tensor], batches: Callable[[], Iterable[Batch]]
+) -> dict[str, float]:
+    """As `quality`, of the starting rule with thresholds that are set on batches of `images`, which measure nothing."""
+    weight, rows = next(model.parameters()), []
+    for _, method in thresholds(model, images, game):
+        scores = Scores()
+        for batch in batches():
+            own = batch.images.to(weight.device, weight.dtype)
+            score(scores, method, batch, model(own).float(), method.predict(own))
+        rows.append(scores.summary())
+    return at_ratios(rows)
 
 
 def across_seeds(results: list[dict[str, float]]) -> dict[str, float]:

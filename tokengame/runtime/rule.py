@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError, warn
 from tokengame.files import Progress, silent
 from tokengame.game import State, TokenGame
+from tokengame.game.transition import remove
 from tokengame.policies.networks import actor_shape, budget, build_actor
 from tokengame.policies.policy import FORMAT, TARGETS, Policy, check_target, fingerprint
 from tokengame.ranges import require
@@ -38,6 +40,8 @@ MEMORY = 2**30
 """bytes that games before their first decision may take while thresholds are set"""
 ROUNDS = 2
 """of setting thresholds: the second corrects the compute by what the first one measures"""
+CLOSE = 0.002
+"""to the compute that is wanted, on the images on which thresholds are set"""
 LEAST = 1e-6
 """smallest share of the tokens"""
 
@@ -100,11 +104,14 @@ class Rule:
             thresholds, kept = thresholds_for(self.game, actor, states, shares)
             actor.weight.data[:, -1] -= thresholds
             policies.append(self._policy(actor, ActorConfig("context", (32,)), {"images": images}))
-            if wanted is not None and goal is not None:
-                found = float(pruned_macs(self.game, actor, kept, states[0].total).mean())
-                goal += wanted - found / native_macs(self.backbone, states[0].total)
-                goal = min(max(goal, self.ratio(self._shares(LEAST))), self.ratio(self._shares(1.0)))
             yield
+            if wanted is None or goal is None:
+                break
+            found = float(pruned_macs(self.game, actor, kept, states[0].total).mean())
+            off = wanted - found / native_macs(self.backbone, states[0].total)
+            if abs(off) < CLOSE:
+                break
+            goal = max(goal + off, self.least)
 
     def ratio_for(self, **target: float | None) -> float | None:
         """The pruned / native compute that a target means; None where it is the tokens kept.
@@ -138,13 +145,18 @@ class Rule:
         if wanted is None:
             keep = target["keep"] or 0.0
             return self._shares(max(keep, LEAST) ** (1 / (len(self.game.stages) - 0.5)))
-        least = self.ratio(self._shares(LEAST))
-        reachable = (
+        least = self.least
+        reach = (
             f"{TARGETS['gmacs_ratio'].name} {wanted:.3g} is out of reach of the starting rule: with one token left "
             f"after block {self.game.stages[0]} this model takes {least:.3g}"
         )
-        require(wanted >= least - 1e-9, reachable)
+        require(wanted >= least, reach)
         return self._shares(nearest(lambda k: self.ratio(self._shares(k)), wanted))
+
+    @property
+    def least(self) -> float:
+        """The least pruned / native compute that it can reach, with one token left after the first stage."""
+        return self.ratio(self._shares(LEAST))
 
     def ratio(self, shares: Sequence[float]) -> float:
         """Pruned / native compute of an image of the model's input size."""
@@ -207,11 +219,13 @@ def thresholds_for(
         [T] thresholds; [T, B] agents of this process's images that are left after each decision.
     """
     found: list[Tensor] = []
-    for share in shares:
+    for stage, share in enumerate(shares):
         logits = [actor(game.observe(state)) for state in states]
         gathered = torch.cat((processes or Processes()).gather(torch.cat(logits).cpu()))
         found.append(gathered.quantile(1 - share).to(logits[0]))
-        states = [game.step(s, own > found[-1], own - found[-1]) for s, own in zip(states, logits, strict=True)]
+        last = stage == len(shares) - 1  # after which no block needs to run
+        step = partial(remove, merge=game.merge) if last else game.step
+        states = [step(s, own > found[-1], own - found[-1]) for s, own in zip(states, logits, strict=True)]
     return torch.stack(found), torch.cat([torch.stack(state.kept) for state in states], 1).cpu()
 
 
