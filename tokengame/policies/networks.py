@@ -163,11 +163,6 @@ SMALLEST = 1e-6
 """keep logit of a token that is within its image's budget by a tie"""
 
 
-def budget(count: Tensor, share: Tensor | float) -> Tensor:
-    """[...] how many of `count` [...] tokens a share is: the nearest whole number, one at least."""
-    return (count.float() * share).round().clamp(min=1).long()
-
-
 class BudgetActor(ContextActor):
     """The starting rule with a budget: of each image the same share of tokens stays, those with the best logits.
 
@@ -188,7 +183,8 @@ class BudgetActor(ContextActor):
         layout, share = obs.layout, torch.tensor(self.shares, device=obs.stage.device)[obs.stage]  # [B]
         assert layout is not None
         logits = self.by_rows(obs).float()
-        padded, number = layout.pad(logits, float("-inf")), budget(layout.count, share)[:, None]  # [B, longest]
+        padded = layout.pad(logits, float("-inf"))  # [B, longest]
+        number = (layout.count * share).round().clamp(min=1).long()[:, None]
         ranked = padded.sort(dim=1, descending=True, stable=True)
         numbers = torch.arange(layout.longest, device=padded.device).expand_as(padded)
         rank = torch.empty_like(ranked.indices).scatter_(1, ranked.indices, numbers)

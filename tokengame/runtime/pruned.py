@@ -359,7 +359,7 @@ def prune(
         TokenGameError: model not supported, policy damaged or of another architecture, dial out of range, more than
             one target, or one that calibration does not cover; images for a policy that is not the rule.
     """
-    targets = {"max_drop": max_drop, "gmacs": gmacs, "gmacs_ratio": gmacs_ratio, "keep": keep}
+    targets: dict[str, Any] = {"max_drop": max_drop, "gmacs": gmacs, "gmacs_ratio": gmacs_ratio, "keep": keep}
     aimed = any(target is not None for target in targets.values())
     policy = None if policy == RULE else policy
     if isinstance(policy, (str, Path)):
@@ -382,7 +382,7 @@ def prune(
     return PrunedViT(model, Policy(actor, policy.card), policy.card["dial"] if dial is None else dial)
 
 
-def _rule(model: nn.Module, images: Any, progress: bool, targets: dict[str, float | None]) -> Policy:
+def _rule(model: nn.Module, images: Any, progress: bool, targets: dict[str, Any]) -> Policy:
     """The starting rule for `model`, with budgets, or with thresholds that are set on `images`."""
     rule = Rule(wrap(model))
     policy = rule.with_budgets(rule.shares_for(**targets))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tokengame.errors import TokenGameError, warn
 from tokengame.files import Progress, silent
 from tokengame.game import State, TokenGame
 from tokengame.game.transition import remove
-from tokengame.policies.networks import actor_shape, budget, build_actor
+from tokengame.policies.networks import actor_shape, build_actor
 from tokengame.policies.policy import FORMAT, TARGETS, Policy, check_target, fingerprint
 from tokengame.ranges import require
 from tokengame.runtime.calls import check_size
@@ -99,7 +100,7 @@ class Rule:
             warn(f"thresholds are set on {images} images, so that others may take another compute; give {FEWEST}")
         wanted = goal = self.ratio_for(**target)
         for _ in range(ROUNDS):
-            shares = self.shares_for(**(target if goal is None else {"gmacs_ratio": goal}))
+            shares = self.shares_for(whole=False, **(target if goal is None else {"gmacs_ratio": goal}))
             actor: Any = build_actor(ActorConfig("context", (32,)), self._shape).eval().to(self.backbone.device)
             thresholds, kept = thresholds_for(self.game, actor, states, shares)
             actor.weight.data[:, -1] -= thresholds
@@ -132,10 +133,11 @@ class Rule:
             return None
         return value if name == "gmacs_ratio" else 1e9 * value / native_macs(self.backbone, self.backbone.patches)
 
-    def shares_for(self, **target: float | None) -> tuple[float, ...]:
+    def shares_for(self, *, whole: bool = True, **target: float | None) -> tuple[float, ...]:
         """The shares that stay at each stage so that a target is met, at the model's input size.
 
         Args:
+            whole: whether they are of whole tokens, for budgets; otherwise of the mean over many images.
             target: one of gmacs_ratio (without one, `RATIO`), gmacs, keep.
 
         Raises:
@@ -144,31 +146,32 @@ class Rule:
         wanted = self.ratio_for(**target)
         if wanted is None:
             keep = target["keep"] or 0.0
-            return self._shares(max(keep, LEAST) ** (1 / (len(self.game.stages) - 0.5)))
+            return self._shares(max(keep, LEAST) ** (1 / (len(self.game.stages) - 0.5)), whole)
         least = self.least
         reach = (
             f"{TARGETS['gmacs_ratio'].name} {wanted:.3g} is out of reach of the starting rule: with one token left "
             f"after block {self.game.stages[0]} this model takes {least:.3g}"
         )
         require(wanted >= least, reach)
-        return self._shares(nearest(lambda k: self.ratio(self._shares(k)), wanted))
+        return self._shares(nearest(lambda k: self.ratio(self._shares(k, whole)), wanted), whole)
 
     @property
     def least(self) -> float:
         """The least pruned / native compute that it can reach, with one token left after the first stage."""
-        return self.ratio(self._shares(LEAST))
+        return self.ratio(self._shares(LEAST, whole=True))
 
     def ratio(self, shares: Sequence[float]) -> float:
         """Pruned / native compute of an image of the model's input size."""
-        count, kept = torch.tensor([self.backbone.patches]), []
-        for share in shares:
-            count = budget(count, share)
-            kept.append(count)
-        macs = pruned_macs(self.game, self._actor(shares), torch.stack(kept), self.backbone.patches)
-        return float(macs) / native_macs(self.backbone, self.backbone.patches)
+        total = self.backbone.patches
+        kept = total * torch.tensor(shares, dtype=torch.double).cumprod(0)[:, None]
+        return float(pruned_macs(self.game, self._actor(shares), kept, total)) / native_macs(self.backbone, total)
 
-    def _shares(self, k: float) -> tuple[float, ...]:
-        return (k**0.5, *[k] * (len(self.game.stages) - 1))
+    def _shares(self, k: float, whole: bool) -> tuple[float, ...]:
+        """The root of k at the first stage and k at the others, or the nearest shares of whole tokens."""
+        shares, counts = (k**0.5, *[k] * (len(self.game.stages) - 1)), [self.backbone.patches]
+        for share in shares:
+            counts.append(max(1, round(counts[-1] * share)))
+        return tuple(after / before for before, after in pairwise(counts)) if whole else shares
 
     @property
     def _shape(self) -> dict[str, Any]:
