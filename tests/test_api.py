@@ -100,7 +100,9 @@ def test_every_form_is_learned_from_and_goes_on_where_it_stopped(images, tensors
         assert torch.equal(one.images, other.images)
     assert all((batch.labels is not None) == labelled for batch in whole)
     if tensors:
-        order = torch.tensor([Epochs(40, 80, 0)[i] for i in range(80)] if isinstance(source, Samples) else list(range(40)) * 2)
+        order = torch.tensor(
+            [Epochs(40, 80, 0)[i] for i in range(80)] if isinstance(source, Samples) else list(range(40)) * 2
+        )
         assert torch.equal(torch.cat([batch.images for batch in whole]), IMAGES[order]), "as they are"
 
 
@@ -148,7 +150,7 @@ def test_of_a_stream_the_first_images_are_held_back_from_every_pass():
         (IMAGES.numpy(), "images= must be .*, not a ndarray|images= must be .*, not an ndarray"),
         ([IMAGES[0].numpy()], "the first of images= is no image .*not an? ndarray"),
         (DataLoader([np.zeros(3)] * 3), "images must be a float tensor"),
-        (DataLoader(["a", "b"]), "the first of images= is no image .a tensor is wanted, not a list"),
+        (DataLoader(["a", "b"]), "the first of images= is no image .a tensor is wanted, not a str"),
         ([{"pixels": IMAGES[0]}], "a dictionary needs image or pixel_values, and has pixels"),
         ([], "images= is empty"),
         (IMAGES[:0], "images= is empty"),

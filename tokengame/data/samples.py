@@ -155,7 +155,7 @@ def given_images(images: Any) -> Any:
     Raises:
         TokenGameError: it is none of the forms that are taken.
     """
-    if isinstance(images, (str, Path)) or (hasattr(images, "names") and hasattr(images, "open")):
+    if isinstance(images, (str, Path, Stream)) or (hasattr(images, "names") and hasattr(images, "open")):
         return images
     if isinstance(images, Image.Image):
         return Samples([images])
@@ -167,13 +167,12 @@ def given_images(images: Any) -> Any:
         return BatchStream(DataLoader(images, batch_size=32))
     if isinstance(images, (list, tuple)) and images and _is_batch(images[0]):
         return BatchStream(images)
-    indexed = hasattr(images, "__getitem__") and hasattr(images, "__len__")
-    if isinstance(images, Dataset) or (indexed and not isinstance(images, (Mapping, bytes)) and not _is_array(images)):
-        require(hasattr(images, "__len__"), f"images= is a {type(images).__name__} without a length; give it one")
+    other = isinstance(images, (Mapping, bytes)) or _is_array(images)  # has a length, and no images by index
+    if not other and hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         return Samples(images)
-    if isinstance(images, Iterable) and not isinstance(images, (Mapping, bytes)) and not _is_array(images):
-        return BatchStream(images)
-    raise TokenGameError(f"images= must be {FORMS}, not {_described(images)}")
+    require(not isinstance(images, Dataset), f"images= is {_described(images)} without a length; define __len__")
+    require(not other and isinstance(images, Iterable), f"images= must be {FORMS}, not {_described(images)}")
+    return BatchStream(images)
 
 
 def _of_loader(loader: DataLoader) -> Samples | BatchStream:
