@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Three policies, each with a seed and held-back images of its own, without and with the cascade, against every baseline on
+# Three policies, each with a seed and held-back images of its own, without and with the cascade, against every baseline and
+# the starting rule (budgets, and thresholds set on the images not held back: what learning adds is the difference) on
 # those images; the mean over the three. A quarter of an hour on two cores with AMX, eighty minutes
 # on one core without bfloat16; "--dtype float32" there (options are those of compare).
 set -euo pipefail

@@ -75,7 +75,12 @@ def test_the_command_measures_all_and_trains_nothing_twice(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     names = [row["ablation"] for row in rows]
     assert {"processor", "kernels", "threads", "commit", "command"} <= set(rows[0])
-    assert set(names) == {*ABLATIONS, "attention at its budgets", "random at its budgets"}
+    assert set(names) == {
+        *ABLATIONS,
+        "attention at its budgets",
+        "random at its budgets",
+        "nothing learned: the starting rule",
+    }
     assert [row["ablation"] for row in csv.DictReader((tmp_path / "ablations.csv").read_text().splitlines())] == names
     timings = {path: path.read_text() for path in tmp_path.glob("*_log/timings.jsonl")}
     assert len(timings) == len(ABLATIONS)

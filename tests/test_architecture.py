@@ -16,6 +16,7 @@ ORDER = [
     {"errors"},
     {"modules", "ranges"},
     {"config", "distributed", "files", "timing"},
+    {"progress"},
     {"data"},
     {"packed"},
     {"kernels"},
@@ -28,6 +29,7 @@ ORDER = [
     {"measure"},
     {"learning"},
     {"report"},
+    {"api"},
     {"cli"},
 ]
 """packages and modules; each imports only those before it"""

@@ -1,6 +1,8 @@
 """tokengame makes a trained Vision Transformer faster: it removes tokens, and a small learned policy says which.
 
-fast = tokengame.prune(model, "policy.safetensors")
+fast = tokengame.prune(model)
+policy = tokengame.train(model, images)
+fast = tokengame.prune(model, policy, gmacs_ratio=0.6)
 fast.dial = 0.3
 logits = fast(images)
 model = fast.restore()
@@ -12,13 +14,20 @@ from tokengame.errors import TokenGameError
 
 if TYPE_CHECKING:
     from tokengame import kernels
+    from tokengame.api import calibrate, evaluate, train
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
 __version__ = "0.12.0"
-__all__ = ["Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "kernels", "prune"]
+__all__ = [
+    "Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "calibrate", "evaluate", "kernels", "prune", "train",
+]  # fmt: skip
 
-_HOMES = {"Policy": "tokengame.policies"} | dict.fromkeys(("PrunedOutput", "PrunedViT", "prune"), "tokengame.runtime")
+_HOMES = {
+    "Policy": "tokengame.policies",
+    **dict.fromkeys(("PrunedOutput", "PrunedViT", "prune"), "tokengame.runtime"),
+    **dict.fromkeys(("calibrate", "evaluate", "train"), "tokengame.api"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -94,6 +94,9 @@ class ActorConfig:
     """share of the tokens kept at each stage when training starts, its square root at the first stage. When training
     ends, biases are calibrated so that thresholds keep as many tokens as sampling did. Context only.
     None: biases start at 0"""
+    shares: Annotated[tuple[float, ...] | None, Range(0, 1, above=True), tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """of the starting rule without thresholds, never of what is learned: share of each image's tokens that stays at
+    each stage, of those before it (see `runtime.rule`)"""
 
     def __post_init__(self) -> None:
         check_settings(self, "actor.")
@@ -104,6 +107,8 @@ class ActorConfig:
         )
         token_id = "--actor.keep is for observation context; with token_id leave it out (--actor.keep None)"
         require(self.keep is None or self.observation == "context", token_id)
+        budgets = "--actor.shares is for observation context without --actor.keep"
+        require(self.shares is None or (self.observation == "context" and self.keep is None), budgets)
 
 
 TYPICAL_LOSS = 0.06
@@ -202,6 +207,7 @@ class TrainConfig:
         check_settings(self)
         if self.keep_what in ("embedding", "features"):
             check_without_classes(self, self.keep_what)
+        require(self.actor.shares is None, "--actor.shares is of the starting rule, which is not trained; leave it out")
 
     @staticmethod
     def from_preset(name: str) -> TrainConfig:

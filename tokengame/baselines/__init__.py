@@ -5,10 +5,12 @@ They run on the game's backends and skip what is exact to skip, as the game does
 
 from __future__ import annotations
 
-from tokengame.baselines import ats, evit, heuristics, tome
+from tokengame.baselines import ats, evit, heuristics, rule, tome
 from tokengame.baselines.reducer import Baseline
 
-BASELINES: tuple[Baseline, ...] = (*heuristics.BASELINES, *evit.BASELINES, *tome.BASELINES, *ats.BASELINES)
+BASELINES: tuple[Baseline, ...] = (
+    *heuristics.BASELINES, *evit.BASELINES, *tome.BASELINES, *ats.BASELINES, *rule.BASELINES,
+)  # fmt: skip
 """the methods that need no training, in the order in which tables show them"""
 
 __all__ = ["BASELINES", "Baseline"]

@@ -53,14 +53,16 @@ class Ablate(OnImages):
         import torch
 
         from tokengame.data.datasets import split_images
-        from tokengame.measure.ablate import across_seeds, by_rules, quality, variants
+        from tokengame.measure.ablate import across_seeds, by_rules, by_starting_rule, quality, variants
         from tokengame.measure.conditions import conditions
         from tokengame.runtime import prune
 
         require_writable(self.output / "ablations.csv")
         model, source = self.load()
         learn, held = split_images(source, self.holdout, self.seed)
-        found: dict[str, list[dict[str, float]]] = {}
+        start = "nothing learned: the starting rule"
+        measured = partial(self._batches, model, held, start)
+        found = {start: [by_starting_rule(model, self.config.game, self.for_thresholds(model, learn), measured)]}
         for number, (name, config) in enumerate(variants(self.config).items()):
             for seed in range(self.seed, self.seed + self.seeds):
                 policy = self._policy(model, config, learn, f"{number}_seed{seed}", seed)

@@ -40,8 +40,10 @@ class Bench(Common):
     """timm model name, or "fashion"; weights are random unless --weights is given"""
     weights: str | None = None
     """local checkpoint"""
+    policy: Literal["rule"] | None = None
+    """rule: the starting rule decides and keeps the shares --keep of every image; otherwise decisions are synthetic"""
     keep: Annotated[tuple[float, ...], COMPUTE] = (0.7, 0.49, 0.34)
-    """share of tokens left after each stage, spread over images (synthetic decisions)"""
+    """share of tokens left after each stage, spread over images where decisions are synthetic"""
     stages: Annotated[tuple[int, ...], Range(0, 1_000, whole=True)] = ()
     """blocks at which tokens are pruned; empty: evenly spaced"""
     transition: Literal["drop", "merge"] = "drop"
@@ -78,7 +80,7 @@ class Bench(Common):
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome, keep_freed_memory(),
+            self.tome, keep_freed_memory(), self.policy,
         )  # fmt: skip
         model = self.place(model)
         backbone = wrap(model)

@@ -26,6 +26,9 @@ CALIBRATION_HEADINGS = {
     "distance_bound95": "at most\n(95 %)",
 }
 
+RULE_SHARE = 0.25
+"""of the images, on which thresholds of the starting rule are set where --holdout does not say more"""
+
 
 @dataclass(kw_only=True)
 class Calibrate(OnAnyOutput):
@@ -44,11 +47,13 @@ class Calibrate(OnAnyOutput):
         "tokengame calibrate --backbone vit_tiny_patch16_224 --images val.tar --class-map classes.txt "
         "--policy vit_tiny_patch16_224 --output mine.safetensors\n"
         "tokengame calibrate --backbone vit_small_patch14_dinov2 --images photos/ --policy dinov2.safetensors "
-        "--output calibrated.safetensors"
+        "--output calibrated.safetensors\n"
+        "tokengame calibrate --backbone vit_small_patch16_224 --images val/ --policy rule --output rule.safetensors"
     )
 
     policy: str
-    """policy file, or the name of a shipped one"""
+    """policy file, the name of a shipped one, or "rule": the starting rule with thresholds for 0.7 of the compute,
+    which are set on the images not held back (without --holdout on a quarter of them) and calibrated on the others"""
     output: Path
     """the policy file to write; may be the same"""
     batch_size: Annotated[int, BATCH] = 32
@@ -65,7 +70,7 @@ class Calibrate(OnAnyOutput):
 
     def run(self) -> list[dict[str, Any]]:
         """Measure every dial and write the policy file; one row per dial."""
-        from tokengame.backbones import preprocessing_of
+        from tokengame.backbones import preprocessing_of, wrap
         from tokengame.data.batches import BadImages, checked, plain_views
         from tokengame.data.datasets import split_images
         from tokengame.measure.evaluate import calibrate
@@ -73,17 +78,23 @@ class Calibrate(OnAnyOutput):
         from tokengame.policies import Policy
         from tokengame.policies.policy import find_policy, fingerprint
         from tokengame.runtime import prune
+        from tokengame.runtime.rule import RULE, Rule
 
         require_writable(self.output)
         model, source = self.load()
-        if self.holdout is not None:
-            source = split_images(source, self.holdout, self.seed)[1]
-        path = find_policy(self.policy)
-        policy = Policy.load(path)
+        by_rule, others, path = self.policy == RULE, source, self.output
+        if self.holdout is not None or by_rule:
+            others, source = split_images(source, self.holdout or 1 - RULE_SHARE, self.seed)
+        if by_rule:
+            tensors = self.for_thresholds(model, others)
+            policy = Rule(wrap(model), self.keep_what).with_thresholds(tensors, len(tensors), progress)
+        else:
+            path = find_policy(self.policy)
+            policy = Policy.load(path)
         if self.cascade_margin is not None:
             policy.card["game"] |= {"cascade_margin": self.cascade_margin}
         fast = prune(tuned_weights(policy, path, model, self.backbone), policy)
-        kind = self.kind_of(model, policy)
+        kind = self.kind_of(model, policy.card)
         fast.game.attention = deterministic_attention  # the card's figures must not depend on the machine's speed
         tally = BadImages(len(source.names))
         views = plain_views(source, preprocessing_of(model))

@@ -20,7 +20,7 @@ from tokengame.ranges import Range, check_fields, hints_of
 from tokengame.report.console import console, progress
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tokengame.data.batches import BadImages
     from tokengame.data.datasets import ImageSource
@@ -198,6 +198,16 @@ class OnImages(Common):
             console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
 
+    def for_thresholds(self, model: nn.Module, source: ImageSource) -> list[Tensor]:
+        """Batches of some images of `source`, on which thresholds of the starting rule are set."""
+        from tokengame.backbones import wrap
+        from tokengame.data.given import some_of
+        from tokengame.runtime.rule import most_images
+
+        backbone = wrap(model)
+        batches, _ = some_of(source, backbone.preprocessing(), most_images(backbone), self.seed)
+        return [batch.images for batch in batches]
+
     def measure(
         self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],
         reference: nn.Module | None = None, kind: Kind | None = None,
@@ -240,12 +250,12 @@ class OnAnyOutput(OnImages):
         """Raise TokenGameError where the model does not give what is to be compared, or the bank does not fit it."""
         self.kind_of(model)
 
-    def kind_of(self, model: nn.Module, policy: Policy | None = None) -> Kind:
-        """What is compared of `model`, pruned by `policy`."""
+    def kind_of(self, model: nn.Module, card: dict[str, Any] | None = None) -> Kind:
+        """What is compared of `model`, pruned by the policy with this card."""
         from tokengame.backbones import wrap
         from tokengame.measure.kinds import kind_of, read_bank
 
-        on_grid: KeepWhat | None = "features" if policy is not None and policy.keeps == "features" else None
+        on_grid: KeepWhat | None = "features" if (card or {}).get("keeps") == "features" else None
         bank = None if self.bank is None else read_bank(self.bank)
         return kind_of(wrap(model), self.keep_what or on_grid, bank=bank)
 
@@ -269,6 +279,24 @@ def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn
         return model
     first = next(model.parameters())
     return load_model(name, str(path.parent / beside)).to(first.device, first.dtype).requires_grad_(False)
+
+
+def prune_by_name(
+    model: nn.Module, backbone: str, policy: str, dial: float | None = None, *, keep_what: KeepWhat | None = None,
+    **targets: Any,
+) -> PrunedViT:  # fmt: skip
+    """`model`, the backbone of that name, pruned by a policy file, a shipped policy, or "rule", the starting rule."""
+    from tokengame.policies import Policy
+    from tokengame.policies.policy import find_policy
+    from tokengame.runtime import prune
+    from tokengame.runtime.rule import RULE
+
+    if policy == RULE:
+        return prune(model, dial=dial, keep_what=keep_what, **targets)
+    path = find_policy(policy)
+    found = Policy.load(path)
+    own = tuned_weights(found, path, model, backbone)
+    return prune(own, found, dial, **targets)
 
 
 def report_bad(tally: BadImages) -> None:

@@ -50,7 +50,8 @@ class Compare(OnAnyOutput):
 
     policies: tuple[str, ...] = ()
     """policy files or names of shipped ones; each is run over its dials, one made by `finetune` on the tuned weights
-    beside it"""
+    beside it. "rule", the starting rule, is a row of every table: with a budget for each image, and with --holdout also
+    with thresholds that are set on the images not held back"""
     dials: Annotated[tuple[float, ...], SHARE] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
     """of the policies"""
     budgets: bool = False
@@ -81,17 +82,23 @@ class Compare(OnAnyOutput):
 
         from tokengame.data.batches import BadImages, checked
         from tokengame.data.datasets import split_images
-        from tokengame.measure.compare import baseline_entries, compare, dynamicvit_entries, policy_entries
+        from tokengame.measure.compare import (
+            baseline_entries,
+            compare,
+            dynamicvit_entries,
+            policy_entries,
+            rule_entries,
+        )  # fmt: skip
         from tokengame.measure.conditions import conditions
         from tokengame.measure.evaluate import keep_freed_memory
         from tokengame.policies import Policy
         from tokengame.policies.policy import find_policy
+        from tokengame.runtime.rule import RULE
 
         require_writable(*(self.output / name for name in FILES))
-        policies = [Policy.load(find_policy(path)) for path in self.policies]
-        names = [
-            Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(self.policies, policies, strict=True)
-        ]
+        paths = [path for path in self.policies if path != RULE]  # which is measured anyway
+        policies = [Policy.load(find_policy(path)) for path in paths]
+        names = [Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(paths, policies, strict=True)]
         require(len(set(names)) == len(names), f"policies are told apart by file name, and these are not: {names}")
         model, source = self.load()
         learn, held = (source, source) if self.holdout is None else split_images(source, self.holdout, self.seed)
@@ -99,7 +106,9 @@ class Compare(OnAnyOutput):
         dynamic = self._train(model, learn) if self.dynamicvit_updates else None
         model.to(getattr(torch, self.dtype))
         entries = baseline_entries(model) + (dynamicvit_entries(model, dynamic) if dynamic is not None else [])
-        for name, policy, path in zip(names, policies, self.policies, strict=True):
+        if self.holdout is not None:
+            entries += rule_entries(model, self.for_thresholds(model, learn), progress)
+        for name, policy, path in zip(names, policies, paths, strict=True):
             own = tuned_weights(policy, Path(path), model, self.backbone)
             entries += policy_entries(own, name, policy, self.dials, self.budgets)
         for entry in entries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnAnyOutput, tuned_weights
+from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnAnyOutput, prune_by_name
 from tokengame.config import require
 from tokengame.ranges import Range
 from tokengame.report.console import console, show_table
@@ -19,6 +19,7 @@ class Eval(OnAnyOutput):
     first: ClassVar[tuple[str, ...]] = ("weights", "class_map", "dial", "gmacs_ratio", "max_drop", "keep_what")
     examples: ClassVar[str] = (
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
+        "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy rule --gmacs-ratio 0.6\n"
         "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1\n"
         "tokengame eval --backbone vit_small_patch14_dinov2 --images photos/ --policy dinov2.safetensors "
         "--keep-what features"
@@ -26,11 +27,11 @@ class Eval(OnAnyOutput):
 
     distributed = True
     policy: str
-    """policy file, or the name of a shipped one"""
+    """policy file, the name of a shipped one, or "rule": the starting rule, of which nothing is learned"""
     dial: Annotated[float | None, SHARE] = None
     """operating point: 0 keeps all tokens, 0.5 is the policy's own choice, 1 prunes most"""
     gmacs_ratio: Annotated[float | None, COMPUTE] = None
-    """operating point: pruned / native compute, by the policy's calibration"""
+    """operating point: pruned / native compute, by the policy's calibration; the rule needs none (0.7)"""
     max_drop: Annotated[float | None, Range(0, 100)] = None
     """operating point: the hardest at which calibration guarantees, with 95 % confidence, to lose at most so many
     points of top-1"""
@@ -58,19 +59,15 @@ class Eval(OnAnyOutput):
         from tokengame.backbones import preprocessing_of
         from tokengame.data.datasets import split_images
         from tokengame.measure.conditions import conditions
-        from tokengame.policies import Policy
-        from tokengame.policies.policy import find_policy
         from tokengame.report.html import table, verdict
-        from tokengame.runtime import prune
 
         targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop, "max_distance": self.max_distance}
         model, source = self.load()
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
-        path, model = find_policy(self.policy), model.to(getattr(torch, self.dtype))
-        policy = Policy.load(path)
-        fast = prune(tuned_weights(policy, path, model, self.backbone), policy, self.dial, **targets)
-        kind = self.kind_of(model, policy)
+        model = model.to(getattr(torch, self.dtype))
+        fast = prune_by_name(model, self.backbone, self.policy, self.dial, keep_what=self.keep_what, **targets)
+        kind = self.kind_of(model, fast.card)
         scores = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model, kind=kind)
         result = scores.summary()
         result |= {"dial": fast.dial, "dtype": self.dtype} | conditions(fast.game.backbone.dtype, self.torch_device)

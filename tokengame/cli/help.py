@@ -109,6 +109,8 @@ def _walk(kind: Any, default: Any, prefix: str, group: str) -> Iterator[Flag]:
     texts, hints = _texts(kind), get_type_hints(kind, include_extras=True)
     for one in fields(kind):
         hint, *extras = get_args(hints[one.name]) if get_origin(hints[one.name]) is Annotated else (hints[one.name],)
+        if tyro.conf.Suppress in extras:
+            continue
         value = _default(one) if default is None else getattr(default, one.name)
         if is_dataclass(hint):  # nested settings, whose names have no prefix where the field has none
             flat = any(getattr(extra, "name", None) == "" for extra in extras)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import SHARE, OnImages, report_bad, tuned_weights
+from tokengame.cli.common import SHARE, OnImages, prune_by_name, report_bad
 from tokengame.config import require
 from tokengame.errors import TokenGameError
 from tokengame.files import require_writable, write_whole
@@ -34,7 +34,7 @@ class Show(OnImages):
     )
 
     policy: str
-    """policy file, or the name of a shipped one"""
+    """policy file, the name of a shipped one, or "rule": the starting rule, of which nothing is learned"""
     output: Path = Path("tokens.png")
     """PNG of one strip per image; or .html: a gallery with counts and predictions before and after"""
     count: Annotated[int, Range(1, 1_000, whole=True)] = 8
@@ -60,18 +60,13 @@ class Show(OnImages):
 
         from tokengame.backbones import preprocessing_of
         from tokengame.data.datasets import Subset
-        from tokengame.policies import Policy
-        from tokengame.policies.policy import find_policy
         from tokengame.report.figures import png, stack
         from tokengame.report.gallery import together, write_gallery
-        from tokengame.runtime import prune
 
         require_writable(self.output)
         model, source = self.load()
-        path, preprocessing = find_policy(self.policy), preprocessing_of(model)
-        policy = Policy.load(path)
-        fast = prune(tuned_weights(policy, path, model, self.backbone), policy, self.dial)
-        picked = self._picked(fast, source, preprocessing)
+        fast = prune_by_name(model, self.backbone, self.policy, self.dial)
+        picked = self._picked(fast, source, preprocessing_of(model))
         methods = {"tokengame": self._draw(fast, Subset(source, picked))}
         if self.dynamicvit_updates:
             others = sorted(set(range(len(source.names))) - set(picked))

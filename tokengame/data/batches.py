@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokengame.data.datasets import ImageSet, ImageSource
 from tokengame.data.decode import decoded, viewed
-from tokengame.data.hub import HuggingFaceStream
+from tokengame.data.stream import Stream
 from tokengame.data.transforms import seeded, transform_for
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError
@@ -205,8 +205,8 @@ def require_readable(images: ImageSet) -> None:
     Raises:
         TokenGameError: so many cannot be read that chance does not explain it in a set with up to 5 % of them.
     """
-    streamed = isinstance(images, HuggingFaceStream)
-    source = images.first if isinstance(images, HuggingFaceStream) else cast(ImageSource, images)
+    streamed = isinstance(images, Stream)
+    source = images.first if isinstance(images, Stream) else cast(ImageSource, images)
     count = len(source.names)
     chosen = np.random.default_rng(0).permutation(count)[:SAMPLE].tolist()
     found = [(source.names[i], decoded(partial(source.open, i))) for i in chosen]

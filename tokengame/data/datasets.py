@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -24,7 +25,9 @@ from tokengame.data.decode import EXTENSIONS, counted, is_image, printable
 from tokengame.data.folders import FolderImages, fitting, images_below
 from tokengame.data.hub import HuggingFaceImages, HuggingFaceStream, missing
 from tokengame.data.labels import label_by_folder, label_by_own, label_stream
+from tokengame.data.samples import Samples
 from tokengame.data.scenes import CLASSES, FashionScenes, load_photos
+from tokengame.data.stream import Stream
 from tokengame.errors import TokenGameError, first_line
 from tokengame.files import Progress, silent
 
@@ -233,24 +236,23 @@ def label_images(source: ImageSet, class_map: str | None, classes: int) -> str:
 
 
 @overload
-def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[Subset, Subset]: ...
+def split_images(source: ImageSource, holdout: float, seed: int) -> tuple[ImageSource, ImageSource]: ...
 @overload
-def split_images(
-    source: ImageSource | HuggingFaceStream, holdout: float, seed: int
-) -> tuple[ImageSet, ImageSource]: ...
+def split_images(source: ImageSource | Stream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]: ...
 
 
-def split_images(source: ImageSource | HuggingFaceStream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]:
+def split_images(source: ImageSource | Stream, holdout: float, seed: int) -> tuple[ImageSet, ImageSource]:
     """Seeded random parts for training and validation, `holdout` (a share) held back; at least one image in each.
 
     Of a stream its first images are held back, whatever `holdout` says.
     """
-    if isinstance(source, HuggingFaceStream):
-        return source.split()
+    if isinstance(source, Stream):
+        return source.split(holdout)
     if not 0 < holdout < 1:
         raise TokenGameError(f"--holdout is a share between 0 and 1, not {holdout}")
     order = np.random.default_rng(seed).permutation(len(source.names)).tolist()
     held = min(max(1, round(holdout * len(order))), len(order) - 1)
     if held < 1:
         raise TokenGameError("one image cannot be both trained on and held back; give more images")
-    return Subset(source, sorted(order[held:])), Subset(source, sorted(order[:held]))
+    part = source.part if isinstance(source, Samples) else partial(Subset, source)
+    return part(sorted(order[held:])), part(sorted(order[:held]))

@@ -73,12 +73,17 @@ def open_image(content: bytes | str | Path) -> Image.Image:
 
 def decoded(open_image: Callable[[], Image.Image]) -> Image.Image | str:
     """The image in RGB, or why it cannot be read."""
-    return _attempt(lambda: _rgb(open_image))
+    return _attempt(lambda: _rgb(open_image()))
 
 
-def viewed(open_image: Callable[[], Image.Image], transform: Callable[[Image.Image], Tensor]) -> Tensor | str:
-    """The image in RGB, transformed, or why it cannot be read."""
-    return _attempt(lambda: transform(_rgb(open_image)))
+def viewed(open_image: Callable[[], Image.Image | Tensor], transform: Callable[[Image.Image], Tensor]) -> Tensor | str:
+    """The image in RGB, transformed, or why it cannot be read; a tensor, which is transformed already, as it is."""
+
+    def view() -> Tensor:
+        image = open_image()
+        return image if isinstance(image, Tensor) else transform(_rgb(image))
+
+    return _attempt(view)
 
 
 def _attempt(read: Callable[[], Result]) -> Result | str:
@@ -90,8 +95,8 @@ def _attempt(read: Callable[[], Result]) -> Result | str:
         return first_line(error)
 
 
-def _rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
-    with open_image() as image:
+def _rgb(opened: Image.Image) -> Image.Image:
+    with opened as image:
         _require_bounded(image)
         return to_rgb(image)
 

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tokengame.data.decode import MAX_BYTES, open_image
+from tokengame.data.stream import HeldRows, Stream
 from tokengame.errors import TokenGameError, first_line
 
 HELD = 1024
@@ -149,19 +150,7 @@ class Row:
         return _opened(self.content)
 
 
-class HeldRows:
-    """Rows of a stream that are kept in memory, encoded as they came: a source like any other."""
-
-    def __init__(self, rows: list[Row]):
-        self.rows, self.names = rows, [row.name for row in rows]
-        labels = [row.label for row in rows if row.label is not None]
-        self.labels: list[int] | None = labels if len(labels) == len(rows) else None
-
-    def open(self, index: int) -> Image.Image:
-        return self.rows[index].open()
-
-
-class HuggingFaceStream:
+class HuggingFaceStream(Stream):
     """A data set that is learned from while it arrives. It never lies on disk and has no random access.
 
     Every pass is in another order: that of the stream, each image drawn from the next `BUFFER` ones, repeatable with
@@ -171,9 +160,7 @@ class HuggingFaceStream:
     def __init__(self, name: str, split: str):
         self.name, self.rows = name, _load(name, split, streaming=True)
         self.names = [f"{name} ({split})"]
-        """of the stream: its images are not known yet"""
         self.labels: list[int] | None = [] if "label" in self.rows.column_names else None
-        """empty: each row brings its own; None where they do not"""
         self.class_names = _class_names(self.rows)
         self.read_label: Callable[[Any, str], int | None] = lambda label, _name: label
         """from what a row has as its label, and its name, to the model's class index"""
@@ -181,7 +168,7 @@ class HuggingFaceStream:
         if not self.first.rows:
             raise TokenGameError(f"no image in {name}, split {split}")
 
-    def split(self) -> tuple[HuggingFaceStream, HeldRows]:
+    def split(self, _holdout: float = 0.0) -> tuple[HuggingFaceStream, HeldRows]:
         """All but the first `HELD` images, to learn from, and these, in memory.
 
         Raises:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokengame.data.batches import Batch, Epochs, Share, Views, loader_of
 from tokengame.data.datasets import ImageSet, ImageSource
 from tokengame.data.decode import viewed
-from tokengame.data.hub import HuggingFaceStream, Row
+from tokengame.data.stream import Row, Stream
 from tokengame.data.transforms import seeded
 from tokengame.distributed import Processes
 
@@ -47,12 +47,12 @@ class TrainingLoader:
     @property
     def total(self) -> int:
         """The number of images, of which at most 5 % may be unreadable."""
-        return self.batch_size * self.updates if isinstance(self.images, HuggingFaceStream) else len(self.images.names)
+        return self.batch_size * self.updates if isinstance(self.images, Stream) else len(self.images.names)
 
     def loader(self, start: int = 0, workers: int = 0) -> DataLoader:
         """This process's part of the batches from update `start` on; decoding in `workers` processes."""
         own = self.processes.local_batch(self.batch_size)
-        if isinstance(self.images, HuggingFaceStream):
+        if isinstance(self.images, Stream):
             views = StreamViews(self.transform, self.seed)
             return loader_of(views, workers, views.collate, batch_sampler=self._streamed(self.images, start))
         source = cast(ImageSource, self.images)  # all but streams open any image
@@ -60,7 +60,7 @@ class TrainingLoader:
         positions = Share(len(order), self.batch_size, start * self.batch_size, self.processes)
         return Views(source, order, self.transform, self.seed, positions).loader(own, workers)
 
-    def _streamed(self, stream: HuggingFaceStream, start: int) -> Iterator[list[tuple[int, Row]]]:
+    def _streamed(self, stream: Stream, start: int) -> Iterator[list[tuple[int, Row]]]:
         """Undecoded batches. The main process reads them once and passes the bytes to workers."""
         own = self.processes.local_batch(self.batch_size)
         rows = stream.shuffled(self.seed, start * self.batch_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from tokengame.game import Observation, State, TokenGame
 from tokengame.learning.ppo import log_prob
 from tokengame.policies.networks import ContextActor
 from tokengame.runtime.features import Grid
+from tokengame.runtime.rule import thresholds_for
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,4 @@ def initialise_biases(game: TokenGame, actor: ContextActor, images: Tensor, keep
         processes: those that train together.
     """
     shares = [keep**0.5] + [keep] * (len(game.stages) - 1)
-    actor.weight.data[:, -1] -= thresholds_for(game, actor, images, shares, processes)
-
-
-def thresholds_for(
-    game: TokenGame, actor: ContextActor, images: Tensor, shares: Sequence[float], processes: Processes
-) -> Tensor:
-    """[T] keep logits above which these shares of the agents are kept, with those of earlier stages in force.
-
-    Args:
-        game: the rules.
-        actor: observation -> keep logits.
-        images: [B, channels, height, width] this process's part of a batch.
-        shares: [T] of the agents before each decision, of all images and processes together.
-        processes: those that train together.
-    """
-    found: list[Tensor] = []
-
-    def decide(obs: Observation) -> Tensor:
-        logits = actor(obs)
-        gathered = torch.cat(processes.gather(logits.cpu()))
-        found.append(gathered.quantile(1 - shares[len(found)]).to(logits))
-        return logits - found[-1]
-
-    game.play(images, decide)
-    return torch.stack(found)
+    actor.weight.data[:, -1] -= thresholds_for(game, actor, [game.reset(images)], shares, processes)[0]

@@ -21,11 +21,12 @@ from tokengame.game import Observation, State, TokenGame
 from tokengame.learning.learner import check_labels, fitting, load_optimizer
 from tokengame.learning.ppo import Experience, gae, normalise, update
 from tokengame.learning.rewards import Outcome, PriceController, fidelity, share, target
-from tokengame.learning.rollout import Rollout, initialise_biases, sample_games, thresholds_for
+from tokengame.learning.rollout import Rollout, initialise_biases, sample_games
 from tokengame.measure.kinds import kind_of
 from tokengame.policies.networks import ContextActor, Critic, actor_shape, build_actor
 from tokengame.runtime.features import grid_of
 from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.runtime.rule import thresholds_for
 from tokengame.timing import now
 
 
@@ -162,7 +163,7 @@ class Trainer:
             kept = torch.stack(sample_games(self.game, state, self.actor, self._noise(state)).final.kept)
             number = self.processes.mean({f"{t:03}": float(n.float().mean()) for t, n in enumerate(kept)})
             shares = [after / before for before, after in pairwise([state.total, *number.values()])]
-            found.append(thresholds_for(self.game, self.actor, images, shares, self.processes))
+            found.append(thresholds_for(self.game, self.actor, [self.game.reset(images)], shares, self.processes)[0])
         self.generator.set_state(noise)  # learning may go on as if this had not been
         self.learned = self._biases.clone()
         self._biases.sub_(torch.stack(found).mean(0))

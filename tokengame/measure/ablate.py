@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tokengame.backbones import wrap
 from tokengame.baselines.heuristics import AtBudgets, Random, Score, attention
-from tokengame.config import TrainConfig, with_overrides
+from tokengame.baselines.rule import thresholds
+from tokengame.config import GameConfig, TrainConfig, with_overrides
 from tokengame.data.batches import Batch
 from tokengame.measure.evaluate import at_ratios, calibrate
 from tokengame.measure.scores import Scores
@@ -59,10 +61,25 @@ def by_rules(
             fast.dial, scores, at_budgets = dial, Scores(), AtBudgets(fast, rule())
             for batch in batches():
                 images = batch.images.to(weight.device, weight.dtype)
-                scores.add(at_budgets, batch, fast.model(images).float(), at_budgets.predict(images))
+                scores.add(at_budgets, batch, fast.game.backbone.native(images).float(), at_budgets.predict(images))
             rows.append(scores.summary())
         found[name] = at_ratios(rows)
     return found
+
+
+@torch.inference_mode()
+def by_starting_rule(
+    model: nn.Module, game: GameConfig, images: Sequence[Tensor], batches: Callable[[], Iterable[Batch]]
+) -> dict[str, float]:
+    """As `quality`, of the starting rule with thresholds that are set on batches of `images`, which measure nothing."""
+    weight, rows = next(model.parameters()), []
+    for _, method in thresholds(model, images, game):
+        scores = Scores()
+        for batch in batches():
+            own = batch.images.to(weight.device, weight.dtype)
+            scores.add(method, batch, wrap(model).native(own).float(), method.predict(own))
+        rows.append(scores.summary())
+    return at_ratios(rows)
 
 
 def across_seeds(results: list[dict[str, float]]) -> dict[str, float]:

@@ -10,22 +10,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengame.backbones import unfused
+from tokengame.backbones import unfused, wrap
 from tokengame.baselines.tome import ToMe, tome_at
 from tokengame.config import GameConfig
 from tokengame.errors import first_line
 from tokengame.measure.conditions import conditions
 from tokengame.measure.profile import peak_memory, time_shares
-from tokengame.measure.synthetic import SyntheticDecisions, synthetic_model
+from tokengame.measure.synthetic import SyntheticDecisions, require_shares, synthetic_model
 from tokengame.packed.attention import padded_attention
-from tokengame.runtime import PrunedViT
+from tokengame.runtime import PrunedViT, prune
 from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.runtime.rule import RULE, Rule
 from tokengame.timing import now
 
 WARM_UP = 2
@@ -50,6 +52,8 @@ class Plan:
     """also time ToMe at equal GMACs"""
     keeps_memory: bool = False
     """that `keep_freed_memory` was called, for the file's name"""
+    policy: str | None = None
+    """rule: the starting rule decides; None: `SyntheticDecisions` do"""
 
 
 def bench(
@@ -69,7 +73,7 @@ def bench(
     for dtype, batch_size in itertools.product(plan.dtypes, plan.batch_sizes):
         which = f"{str(dtype).removeprefix('torch.')}, batch {batch_size}"
         report(which, 0.0)
-        fast = synthetic_model(copy.deepcopy(model).to(dtype), plan.game, plan.keep, plan.seed)
+        fast = pruned_by_plan(copy.deepcopy(model).to(dtype), plan)
         settings = {
             "backbone": name,
             "dtype": str(dtype).removeprefix("torch."),
@@ -81,14 +85,30 @@ def bench(
         yield settings | row | conditions(dtype, fast.game.backbone.device)
 
 
+def pruned_by_plan(model: nn.Module, plan: Plan) -> PrunedViT:
+    """`model` with the decisions of a plan, by the starting rule or synthetic, at the shares `plan.keep`.
+
+    Raises:
+        TokenGameError: not one share for each stage.
+    """
+    if plan.policy != RULE:
+        return synthetic_model(model, plan.game, plan.keep, plan.seed)
+    rule = Rule(wrap(model), game=plan.game)
+    require_shares(plan.keep, len(rule.game.stages))
+    return prune(model, rule.with_budgets([after / before for before, after in pairwise((1.0, *plan.keep))]))
+
+
 @torch.inference_mode()
 def _row(fast: PrunedViT, batch_size: int, plan: Plan, tick: Callable[[float], Any]) -> dict[str, Any]:
     backbone = fast.game.backbone
     generator = torch.Generator().manual_seed(plan.seed)
     x = torch.randn(batch_size, 3, *backbone.input_size, generator=generator)
     x = x.to(backbone.device, backbone.dtype)
-    decisions = cast(SyntheticDecisions, fast.actor)
-    kept, total = decisions.fit(fast, x, DRAWS), fast.game.reset(x[:1]).total
+    decisions, total = fast.actor, fast.game.reset(x[:1]).total
+    if isinstance(decisions, SyntheticDecisions):
+        kept = decisions.fit(fast, x, DRAWS)
+    else:
+        kept = torch.stack(fast.predict(x).kept).cpu()
     macs, native_cost = float(pruned_macs(fast.game, decisions, kept, total).mean()), native_macs(backbone, total)
     tome = tome_at(backbone.model, macs, total) if plan.tome else None
     variants = _variants(fast, x, plan, tome)
@@ -174,11 +194,12 @@ def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None) -> Vari
 
 
 def _drawing(fast: PrunedViT, call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """Calls with other counts every time."""
-    decisions, numbers = cast(SyntheticDecisions, fast.actor), itertools.count()
+    """Calls with other counts every time, where decisions are synthetic."""
+    decisions, numbers = fast.actor, itertools.count()
 
     def drawn() -> Tensor:
-        decisions.draw(next(numbers))
+        if isinstance(decisions, SyntheticDecisions):
+            decisions.draw(next(numbers))
         return call(x)
 
     return drawn
@@ -228,6 +249,11 @@ def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...],
     }
     machine = f"cpu-{torch.get_num_threads()}threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     parts = [name, plan.game.transition, *(f"{key}{'-'.join(map(str, values))}" for key, values in lists.items())]
-    marks = {"tome": plan.tome, "eager": not plan.compiled, "keeps-memory": plan.keeps_memory}
+    marks = {
+        "rule": plan.policy == RULE,
+        "tome": plan.tome,
+        "eager": not plan.compiled,
+        "keeps-memory": plan.keeps_memory,
+    }
     parts += [*(mark for mark, holds in marks.items() if holds), machine]
     return Path(folder) / ("_".join(["bench", *parts]).replace(" ", "-").replace("/", "-") + ".csv")

@@ -19,6 +19,7 @@ from tokengame.baselines import BASELINES
 from tokengame.baselines.dynamicvit import DynamicViT
 from tokengame.baselines.dynamicvit import settings as dynamicvit_settings
 from tokengame.baselines.heuristics import AtBudgets, Random, attention
+from tokengame.baselines.rule import thresholds
 from tokengame.data.batches import Batch
 from tokengame.files import Progress, silent
 from tokengame.measure.evaluate import at_ratios, timed
@@ -60,6 +61,12 @@ def baseline_entries(model: nn.Module) -> list[Entry]:
         for baseline in BASELINES
         for setting, method in baseline.settings(model)
     ]
+
+
+def rule_entries(model: nn.Module, images: Sequence[Tensor], progress: Progress = silent) -> list[Entry]:
+    """The starting rule with thresholds that are set on batches of `images`; none of them may be measured on."""
+    settings = thresholds(model, images, progress=progress)
+    return [Entry("rule, thresholds", setting, method, False) for setting, method in settings]
 
 
 def dynamicvit_entries(model: nn.Module, dynamic: DynamicViT) -> list[Entry]:

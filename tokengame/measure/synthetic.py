@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,8 +33,7 @@ class SyntheticDecisions(nn.Module):
 
     def __init__(self, actor: Actor, keep: tuple[float, ...], seed: int = 0):
         super().__init__()
-        if any(not 0 < k <= 1 for k in keep) or list(keep) != sorted(keep, reverse=True):
-            raise TokenGameError(f"--keep wants shares between 0 and 1 that do not grow, not {list(keep)}")
+        require_shares(keep, len(keep))
         self.actor, self.keep, self.seed, self.total = actor, keep, seed, 0
         self.found: list[Tensor] = []
         self.rows, self.table = torch.empty(0), torch.empty(0)
@@ -99,6 +100,14 @@ class SyntheticDecisions(nn.Module):
         return self.actor.macs_per_agent()
 
 
+def require_shares(keep: Sequence[float], stages: int) -> None:
+    """Raise TokenGameError unless there is a share to keep for each stage, and none is greater than those before it."""
+    if len(keep) != stages:
+        raise TokenGameError(f"{len(keep)} shares to keep for {stages} stages: give one for each")
+    if any(not 0 < k <= 1 for k in keep) or list(keep) != sorted(keep, reverse=True):
+        raise TokenGameError(f"--keep wants shares between 0 and 1 that do not grow, not {list(keep)}")
+
+
 def synthetic_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...], seed: int = 0) -> PrunedViT:
     """`model` under an untrained policy whose decisions keep the shares `keep`; speed does not depend on weights.
 
@@ -107,8 +116,7 @@ def synthetic_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...],
     """
     fast = prune_by(model, game, nn.Identity())
     backbone, stages = fast.game.backbone, len(fast.game.stages)
-    if stages != len(keep):
-        raise TokenGameError(f"{len(keep)} shares to keep for {stages} stages: give one for each")
+    require_shares(keep, stages)
     actor = build_actor(ActorConfig("context", (32,)), actor_shape(backbone, game)).eval().to(backbone.device)
     fast.actor = SyntheticDecisions(actor, keep, seed)  # type: ignore[assignment]
     return fast

@@ -40,7 +40,8 @@ SCALES = {
 START = {"drop": {"attention": 1.5, "dither": 0.5}, "merge": {"attention": 1.5, "leader": -1.0, "dither": 0.25}}
 """Weights of the context actor before it has learned, by transition; the others are 0 (docs/LOG.md). Centred log
 attention is an adaptive threshold, and a token with a similar, more attended neighbour can be merged. Training starts
-by initialising the biases (`learning.rollout.initialise_biases`)."""
+by initialising the biases (`learning.rollout.initialise_biases`); without learning this is the starting rule
+(`runtime.rule`)."""
 
 
 def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -141,8 +142,12 @@ class ContextActor(nn.Module):
         if obs.at_stage is not None:
             weight = torch.mv(self.fold, self.weight[obs.at_stage])
             return torch.addmv(weight[-1:].expand(len(features)), features, weight[:-1])
+        return self.by_rows(obs)
+
+    def by_rows(self, obs: Observation) -> Tensor:
+        """[A] keep logits, each computed on its own: bitwise the same whatever else is in the batch."""
         weights = self.linear.weights.index_select(0, obs.stage).index_select(0, obs.image)  # [A, F]
-        return (features * weights[:, :-1]).sum(1) + weights[:, -1]
+        return (obs.features.to(weights.dtype) * weights[:, :-1]).sum(1) + weights[:, -1]
 
     @property
     def linear(self) -> LinearDecision:
@@ -152,6 +157,40 @@ class ContextActor(nn.Module):
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""
         return self.weight.shape[1]
+
+
+SMALLEST = 1e-6
+"""keep logit of a token that is within its image's budget by a tie"""
+
+
+class BudgetActor(ContextActor):
+    """The starting rule with a budget: of each image the same share of tokens stays, those with the best logits.
+
+    A keep logit is relative to that of the last token within the budget, so that the threshold 0 keeps the budget and
+    others shift it. Computed row by row: the same observations give an image the same decisions in any batch, bitwise.
+
+    Args:
+        heads, stages, start: as in `ContextActor`.
+        shares: of each image's tokens that stay at each stage, of those before it.
+    """
+
+    def __init__(self, heads: int, stages: int, start: dict[str, float], shares: tuple[float, ...]):
+        super().__init__(heads, stages, start)
+        self.shares = shares
+
+    def forward(self, obs: Observation) -> Tensor:
+        """[A] keep logits."""
+        layout, share = obs.layout, torch.tensor(self.shares, device=obs.stage.device)[obs.stage]  # [B]
+        assert layout is not None
+        logits = self.by_rows(obs).float()
+        padded = layout.pad(logits, float("-inf"))  # [B, longest]
+        number = (layout.count * share).round().clamp(min=1).long()[:, None]
+        ranked = padded.sort(dim=1, descending=True, stable=True)
+        numbers = torch.arange(layout.longest, device=padded.device).expand_as(padded)
+        rank = torch.empty_like(ranked.indices).scatter_(1, ranked.indices, numbers)
+        relative = padded - ranked.values.gather(1, number - 1)
+        within = relative.clamp(min=SMALLEST)
+        return layout.unpad(torch.where(rank < number, within, relative.clamp(max=0.0)))
 
 
 Actor = TokenActor | ContextActor
@@ -223,4 +262,8 @@ def weight_shapes(config: ActorConfig, shape: dict[str, Any]) -> dict[str, tuple
 def _actor(config: ActorConfig, shape: dict[str, Any]) -> Actor:
     if config.observation == "token_id":
         return TokenActor(shape["dim"], shape["agents"], config.hidden)
-    return ContextActor(shape["heads"], shape["stages"], START[shape["transition"]])
+    start, stages = START[shape["transition"]], shape["stages"]
+    if config.shares is None:
+        return ContextActor(shape["heads"], stages, start)
+    require(len(config.shares) == stages, f"actor.shares must have {stages} entries, one a stage")
+    return BudgetActor(shape["heads"], stages, start, config.shares)

@@ -315,6 +315,8 @@ def check_fits(policy: Policy, backbone: Backbone) -> str | None:
         raise TokenGameError(
             f"this policy belongs to {policy.card['backbone']['name']} and does not fit: its {differences}"
         )
+    if policy.card["actor"].get("shares") is not None:
+        return None  # budgets of the starting rule, of which nothing was learned, hold for any weights
     if policy.card["backbone"]["fingerprint"] != fingerprint(backbone):
         return (
             f"this policy was trained for other weights of {policy.card['backbone']['name']}; "

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tokengame.backbones.base import Backbone
 from tokengame.backbones.calls import not_traced
-from tokengame.errors import TokenGameError
+from tokengame.errors import TokenGameError, first_line
 
 
 def check_call(images: Any, parameter: Tensor) -> None:
@@ -34,3 +35,17 @@ def check_call(images: Any, parameter: Tensor) -> None:
         )
     if images.ndim != 4:
         raise TokenGameError(f"images must be [batch, channels, height, width], not {list(images.shape)}")
+
+
+def check_size(backbone: Backbone, images: Tensor) -> None:
+    """Refuse images [B, channels, height, width] of a size that the model does not take.
+
+    Raises:
+        TokenGameError: names both sizes.
+    """
+    try:
+        with torch.no_grad():
+            backbone.embed(images[:1].to(backbone.device, backbone.dtype))
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        sizes = (" x ".join(map(str, size)) for size in (images.shape[1:], backbone.preprocessing()["input_size"]))
+        raise TokenGameError("images are {}, and the model takes {} ({})".format(*sizes, first_line(error))) from None

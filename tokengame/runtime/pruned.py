@@ -21,16 +21,20 @@ from tokengame.backbones import unwrapped, wrap
 from tokengame.backbones.calls import check_masks, not_traced
 from tokengame.backbones.changes import check_memory
 from tokengame.backends import CompiledBlocks
-from tokengame.config import GameConfig
+from tokengame.config import GameConfig, KeepWhat
+from tokengame.data.given import some_of
 from tokengame.errors import TokenGameError, warn
+from tokengame.files import silent
 from tokengame.game import Decide, TokenGame
 from tokengame.packed.attention import fastest_attention
 from tokengame.policies.policy import Policy, check_fits, check_keeps, dial_for, find_policy, threshold
+from tokengame.progress import progress as shown
 from tokengame.runtime.calls import check_call
 from tokengame.runtime.cascade import PrunedOutput
 from tokengame.runtime.features import Fill, Intermediates, grid_features
 from tokengame.runtime.macs import fallback_macs, native_macs, pruned_macs
 from tokengame.runtime.native import native_attribute, renamed_groups
+from tokengame.runtime.rule import RULE, Rule, most_images
 from tokengame.runtime.sharing import Sharing
 from tokengame.runtime.torch_compile import CompiledGame
 
@@ -345,7 +349,7 @@ class PrunedViT(nn.Module):
 
 def prune(
     model: nn.Module,
-    policy: Policy | str | Path,
+    policy: Policy | str | Path | None = None,
     dial: float | None = None,
     *,
     max_drop: float | None = None,
@@ -353,46 +357,76 @@ def prune(
     gmacs: float | None = None,
     gmacs_ratio: float | None = None,
     keep: float | None = None,
+    images: Any = None,
+    keep_what: KeepWhat | None = None,
+    progress: bool = True,
 ) -> PrunedViT:
     """Make a trained Vision Transformer faster.
 
     Args:
         model: of a supported family (see `tokengame.backbones`); it is wrapped, never changed.
-        policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224").
+        policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224"). Without one,
+            or with "rule", tokens are pruned by the starting rule, of which nothing is learned (see `runtime.rule`).
         dial: how hard to prune, between 0 and 1; default is the card's recommendation.
         max_drop, max_distance, gmacs, gmacs_ratio, keep: instead of a dial, a target that it meets by the card's
             calibration: points of top-1 that may be lost, or the mean 1 - cosine of embeddings or features (guaranteed
-            at 95 % confidence), GMACs an image, these relative to native, share of the tokens left at the end.
+            at 95 % confidence), GMACs an image, these relative to native, share of the tokens left at the end. The rule
+            meets the last three without calibration; default is a gmacs_ratio of 0.7.
+        images: for the rule: some images without labels, on which thresholds are set, so that more tokens are kept in
+            one image and fewer in another. A tensor [images, channels, height, width], a data set or loader of
+            PyTorch, a list of PIL images, or a folder; 256 of them are used, at most.
+        keep_what: for the rule: "features" where those of every place are wanted, whose compute is then what is met.
+        progress: whether a progress bar is shown while thresholds are set.
 
     Returns:
         A module with the model's call and output. Warns where the policy was trained for other weights.
 
     Raises:
         TokenGameError: model not supported, policy damaged or of another architecture, dial out of range, more than
-            one target, or one that calibration does not cover.
+            one target, or one that calibration does not cover; images for a policy that is not the rule.
     """
-    if not isinstance(policy, Policy):
-        policy = Policy.load(find_policy(policy))
-    model = unwrapped(model)
-    backbone = wrap(model)
-    check_memory(model)
-    warning = check_fits(policy, backbone)
-    if warning:
-        warn(warning)
-    check_keeps(policy, backbone, max_drop)
-    targets = {
+    targets: dict[str, Any] = {
         "max_drop": max_drop,
         "max_distance": max_distance,
         "gmacs": gmacs,
         "gmacs_ratio": gmacs_ratio,
         "keep": keep,
     }
-    if any(target is not None for target in targets.values()):
-        if dial is not None:
-            raise TokenGameError("give a dial or a target for it, not both")
+    aimed = any(target is not None for target in targets.values())
+    policy = None if policy == RULE else policy
+    if isinstance(policy, (str, Path)):
+        policy = Policy.load(find_policy(policy))
+    model = unwrapped(model)
+    backbone = wrap(model)
+    check_memory(model)
+    if aimed and dial is not None:
+        raise TokenGameError("give a dial or a target for it, not both")
+    if policy is None:
+        policy, aimed = _rule(model, images, keep_what, progress, targets), False
+    elif images is not None or keep_what is not None:
+        given = "images=" if images is not None else "keep_what="
+        raise TokenGameError(f"{given} is for the starting rule, and a policy has its own: leave out one")
+    warning = check_fits(policy, backbone)
+    if warning:
+        warn(warning)
+    check_keeps(policy, backbone, max_drop)
+    if aimed:
         dial = dial_for(policy.card, **targets)
     actor = copy.deepcopy(policy.actor).to(backbone.device).requires_grad_(False)
     return PrunedViT(model, Policy(actor, policy.card), policy.card["dial"] if dial is None else dial)
+
+
+def _rule(model: nn.Module, images: Any, keep_what: KeepWhat | None, progress: bool, targets: dict[str, Any]) -> Policy:
+    """The starting rule for `model`, with budgets, or with thresholds that are set on `images`."""
+    rule = Rule(wrap(model), keep_what)
+    policy = rule.with_budgets(rule.shares_for(**targets))
+    if images is None:
+        return policy
+    in_evaluation_mode = PrunedViT(model, policy, dial=0.5)  # whatever mode the model is in
+    rule = Rule(in_evaluation_mode.game.backbone, keep_what)
+    batches, number = some_of(images, rule.backbone.preprocessing(), most_images(rule.backbone))
+    tensors = (batch.images for batch in batches)
+    return rule.with_thresholds(tensors, number, shown if progress else silent, **targets)
 
 
 def prune_by(model: nn.Module, game: GameConfig, decide: Decide, features: bool = True) -> PrunedViT:
