@@ -71,6 +71,7 @@ def _loaded(name: str, settings: Settings, weights: str, state: State | None) ->
         f"{weights} does not fit the configuration of {name}: {sizes} (the first is {min(differ, default='')})",
     )
     require_finite(model.state_dict(), weights)
+    model.name_or_path = model.config._name_or_path = name  # where its image processor is
     return model.eval()
 
 

@@ -165,7 +165,7 @@ class OnImages(WithModel):
     """Flags of commands that run a backbone on images."""
 
     backbone: str
-    """timm model name, e.g. vit_small_patch16_224; folder of Hugging Face transformers or of timm, with its config.json;
+    """timm model name, e.g. vit_small_patch16_224; folder of Hugging Face transformers or timm, with its config.json;
     name on the Hugging Face hub, ORG/NAME; open_clip:NAME/TAG; torchvision:NAME; or "fashion" for the embedded one"""
     images: str
     """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), one image or a
@@ -275,7 +275,7 @@ def _has_range(hint: Any) -> bool:
     return any(isinstance(extra, Range) for extra in getattr(hint, "__metadata__", ()))
 
 
-def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:
+def tuned_weights(policy: Policy, path: Path, model: nn.Module, _name: str) -> nn.Module:
     """The weights that a policy was made for: `model`, or those that `finetune` wrote beside the policy file."""
     from tokengame.backbones import wrap
     from tokengame.backbones.checkpoint import load_into, read_state
