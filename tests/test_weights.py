@@ -123,7 +123,10 @@ def test_other_kinds_of_files_are_named(state, tmp_path):
         "array.npy": (b"\x93NUMPY\x01\x00" * 9, "is a NumPy array"),
         "model.safetensors.index.json": (b'{"weight_map": {}}', "is a JSON file"),
         "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
-        "other.index.json": (b'{"weight_map": {"a": "../other.safetensors"}}', "is a JSON file, and no index of shards"),
+        "other.index.json": (
+            b'{"weight_map": {"a": "../other.safetensors"}}',
+            "is a JSON file, and no index of shards",
+        ),
         "shards.index.json": (b'{"weight_map": {"a": "gone.safetensors"}}', "no shard, which shards.index.json names,"),
         "weights.pth.gz": (b"\x1f\x8b\x08" * 9, "is a gzip archive"),
         "script.pt": ((tmp_path / "script.pt").read_bytes(), "is a TorchScript program"),
@@ -143,7 +146,11 @@ def test_other_kinds_of_files_are_named(state, tmp_path):
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
     os.mkdir(tmp_path / "folder")
-    for name, sentence in (("folder", "is a folder, not a weights file, and holds no model.safetensors"), ("nowhere", "no weights file"), ("pipe", "is a pipe")):
+    for name, sentence in (
+        ("folder", "is a folder, not a weights file, and holds no model.safetensors"),
+        ("nowhere", "no weights file"),
+        ("pipe", "is a pipe"),
+    ):
         if name == "pipe":
             os.mkfifo(tmp_path / name)
         with pytest.raises(TokenGameError, match=sentence):
@@ -236,7 +243,9 @@ def test_a_local_folder_of_timms_is_loaded(tmp_path):
     assert torch.equal(found.state_dict()["head.weight"], model.state_dict()["head.weight"])
 
 
-@pytest.mark.parametrize("name", [NAME, f"timm/{NAME}.augreg", f"hf-hub:timm/{NAME}.augreg", f"hf_hub:timm/{NAME}.augreg"])
+@pytest.mark.parametrize(
+    "name", [NAME, f"timm/{NAME}.augreg", f"hf-hub:timm/{NAME}.augreg", f"hf_hub:timm/{NAME}.augreg"]
+)
 def test_without_a_network_a_sentence_comes_without_retries(name, monkeypatch, tmp_path):
     tried = []
 

@@ -25,7 +25,7 @@ def build_embedded() -> Any:
 
 def untrained(name: str, settings: Settings) -> nn.Module:
     """The architecture with random weights."""
-    require(not settings, f"--model-kwargs is for models of timm and transformers; {name} is as it is")
+    require(not settings, f"--model-kwargs is for models of libraries; {name} is as it is")
     return build_embedded().eval()
 
 

@@ -5,6 +5,9 @@ open_clip is optional (`pip install tokengame[open_clip]`) and imported where it
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,26 +15,31 @@ from torch import nn
 from tokengame.backbones.checkpoint import load_into, read_state
 from tokengame.backbones.hub import offline_at_once, reason
 from tokengame.backbones.sources import Settings
-from tokengame.errors import TokenGameError, first_line
+from tokengame.errors import TokenGameError
 from tokengame.files import Note
 from tokengame.ranges import require
 
+PLACES = ("hf-hub:", "local-dir:")
+"""what names of models on the hub and in folders begin with, as in open_clip"""
 TOWER = "visual."
 """prefix of the image tower's weights in those of the whole model"""
 
 
 def untrained(name: str, settings: Settings) -> nn.Module:
     """The image tower with random weights."""
-    return _tower(name.partition("/")[0] if ":" not in name else name, None, settings)
+    return _tower(*_parts(name), settings, weights=False)
 
 
 def pretrained(name: str, settings: Settings, _note: Note) -> nn.Module:
     """The image tower with the weights of the tag, which open_clip downloads; of a folder or the hub with its own."""
-    named, _, tag = (name, "", "") if ":" in name else name.partition("/")
-    tags = _library(name).list_pretrained_tags_by_model(named)
-    which = f"name its weights, open_clip:{named}/TAG, where TAG is one of {', '.join(tags[:6])}"
-    require(":" in name or tag in tags or not tags, f"open_clip has no weights {tag!r} of {named}; {which}")
-    return _tower(named, tag or None, settings, weights=True)
+    named, tag = _parts(name)
+    tags = [] if named.startswith(PLACES) else _library(name).list_pretrained_tags_by_model(named)
+    which = f"name them, open_clip:{named}/TAG, where TAG is one of {', '.join(tags[:6])}, or pass --weights"
+    require(
+        tag in tags or not tags,
+        f"open_clip has {f'no weights {tag!r}' if tag else 'several weights'} of {named}; {which}",
+    )
+    return _tower(named, tag, settings, weights=True)
 
 
 def from_file(name: str, weights: str, settings: Settings, note: Note) -> nn.Module:
@@ -44,16 +52,22 @@ def from_file(name: str, weights: str, settings: Settings, note: Note) -> nn.Mod
     return load_into(untrained(name, settings), state, weights, note)
 
 
-def _tower(name: str, tag: str | None, settings: Settings, weights: bool = False) -> Any:
+def _parts(name: str) -> tuple[str, str | None]:
+    """The model, and the tag of its weights where one is named."""
+    model, _, tag = (name, "", "") if name.startswith(PLACES) else name.partition("/")
+    return model, tag or None
+
+
+def _tower(name: str, tag: str | None, settings: Settings, weights: bool) -> Any:
     library = _library(name)
-    require(not settings, f"--model-kwargs is for models of timm and transformers, not for open_clip:{name}")
-    known = library.list_models()
-    close = [model for model in known if model.startswith(name.split("-")[0])][:3]
     require(
-        ":" in name or name in known,
-        f"open_clip knows no model {name!r}" + (f"; similar: {', '.join(close)}" if close else ""),
+        not settings, f"--model-kwargs is for models of timm, torchvision and transformers, not for open_clip:{name}"
     )
-    with offline_at_once():
+    known = library.list_models()
+    close = ", ".join([model for model in known if model.startswith(name.split("-")[0])][:3])
+    similar = f"; similar: {close}" if close else ""
+    require(name.startswith(PLACES) or name in known, f"open_clip knows no model {name!r}{similar}")
+    with _quiet(), offline_at_once():
         try:
             model = library.create_model(name, pretrained=tag, load_weights=weights, require_pretrained=weights)
         except Exception as error:  # of whatever builds, fetches and reads
@@ -62,10 +76,21 @@ def _tower(name: str, tag: str | None, settings: Settings, weights: bool = False
     return model.visual.eval()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs that weights are random, which is wanted, and errors, which are raised."""
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _library(name: str) -> Any:
     try:
         import open_clip
-    except ImportError as error:
-        hint = "pip install 'tokengame[open_clip]'"
-        raise TokenGameError(f"open_clip:{name} is a model of open_clip ({first_line(error)}): {hint}") from None
+    except ImportError:
+        raise TokenGameError(f"open_clip:{name} is a model of open_clip: pip install 'tokengame[open_clip]'") from None
     return open_clip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -48,12 +49,12 @@ def reason(error: BaseException) -> str:
     """Why something could not be fetched, in a few words."""
     host = urlsplit(hub.ENDPOINT).netloc
     causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
+    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(before)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"{host} wants its terms accepted there, and then `hf auth login` here"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"{host} has none of this name, or it is private and wants `hf auth login`"
     if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes):
         return f"no connection to {host}, and no copy of it on this machine"
-    return first_line(error)
+    return textwrap.shorten(first_line(error), 200, placeholder="...")

@@ -19,11 +19,7 @@ from tokengame.ranges import require
 
 EMBEDDED = "fashion"
 """name of the embedded backbone"""
-SOURCES: dict[str, Source] = {
-    EMBEDDED: embedded,
-    "open_clip": from_open_clip,
-    "torchvision": from_torchvision,
-}
+SOURCES: dict[str, Source] = {"open_clip": from_open_clip, "torchvision": from_torchvision}
 """by the part of a name before a colon; all other names are timm's, or those of folders and of models on the hub"""
 
 
@@ -65,11 +61,15 @@ def blank(name: str, settings: Settings | None = None) -> nn.Module:
 def source_of(name: str) -> tuple[Source, str]:
     """Where a name leads, and what the model is called there."""
     prefix, _, rest = name.partition(":")
+    if name == EMBEDDED:
+        return embedded, name
     if prefix in SOURCES:
-        return SOURCES[prefix], rest or name
+        return SOURCES[prefix], rest
     if os.path.isdir(name):
         return _source_in(name, _configuration(Path(name) / "config.json"))
-    if name.startswith(("/", "./", "../", "~")):
+    weights = f"{name} is a file: --backbone names the model that it has weights of, and --weights the file"
+    require(not os.path.isfile(name), weights)
+    if name.startswith(("/", "./", "../", "~")) or (":" not in name and name.count("/") > 1):
         raise TokenGameError(f"no folder at {name}, which --backbone names")
     if "/" in name and ":" not in name:
         return _source_in(name, {"architecture": ""} if name.startswith("timm/") else _on_hub(name))
