@@ -35,19 +35,15 @@ def pretrained(name: str, settings: Settings, _note: Note) -> nn.Module:
     named, tag = _parts(name)
     tags = [] if named.startswith(PLACES) else _library(name).list_pretrained_tags_by_model(named)
     which = f"name them, open_clip:{named}/TAG, where TAG is one of {', '.join(tags[:6])}, or pass --weights"
-    require(
-        tag in tags or not tags,
-        f"open_clip has {f'no weights {tag!r}' if tag else 'several weights'} of {named}; {which}",
-    )
+    found = f"no weights {tag!r}" if tag else "several weights"
+    require(tag in tags or not tags, f"open_clip has {found} of {named}; {which}")
     return _tower(named, tag, settings, weights=True)
 
 
 def from_file(name: str, weights: str, settings: Settings, note: Note) -> nn.Module:
     """The image tower with the weights in a file, of the tower alone or of the whole model."""
     state = read_state(weights, note)
-    if any(
-        key.startswith(TOWER) for key in state
-    ):  # beside them those of the text tower, which may have the same names
+    if any(key.startswith(TOWER) for key in state):  # those of the text tower beside them may have the same names
         state = {key.removeprefix(TOWER): value for key, value in state.items() if key.startswith(TOWER)}
     return load_into(untrained(name, settings), state, weights, note)
 
@@ -60,9 +56,8 @@ def _parts(name: str) -> tuple[str, str | None]:
 
 def _tower(name: str, tag: str | None, settings: Settings, weights: bool) -> Any:
     library = _library(name)
-    require(
-        not settings, f"--model-kwargs is for models of timm, torchvision and transformers, not for open_clip:{name}"
-    )
+    others = "--model-kwargs is for models of timm, torchvision and transformers"
+    require(not settings, f"{others}, not for open_clip:{name}")
     known = library.list_models()
     close = ", ".join([model for model in known if model.startswith(name.split("-")[0])][:3])
     similar = f"; similar: {close}" if close else ""

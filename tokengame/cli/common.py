@@ -125,9 +125,8 @@ class WithModel(Common):
     """Flags of commands that take a model."""
 
     model_kwargs: tuple[str, ...] = ()
-    """KEY=VALUE pairs by which a model differs from what its name says: settings of timm.create_model (img_size=518
-    num_classes=10 in_chans=1 ...) and of its preprocessing (mean=0.5 std=0.5 crop_pct=1.0 ...), or of the configuration
-    in transformers"""
+    """KEY=VALUE settings of timm.create_model (img_size=518 num_classes=10 in_chans=1 ...) and of preprocessing
+    (mean=0.5 std=0.5 crop_pct=1 ...), or of a configuration of transformers"""
 
     @property
     def settings(self) -> Settings:
@@ -165,17 +164,15 @@ class OnImages(WithModel):
     """Flags of commands that run a backbone on images."""
 
     backbone: str
-    """timm model name, e.g. vit_small_patch16_224; folder of Hugging Face transformers or timm, with its config.json;
-    name on the Hugging Face hub, ORG/NAME; open_clip:NAME/TAG; torchvision:NAME; or "fashion" for the embedded one"""
+    """timm model name, e.g. vit_small_patch16_224; Hugging Face folder or ORG/NAME; open_clip:NAME/TAG;
+    torchvision:NAME; or "fashion" for the embedded one"""
     images: str
-    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), one image or a
-    pattern of images or folders ("photos/*.jpg"), Hugging Face data set (to learn from it while it arrives,
-    "stream:NAME"), or the embedded scenes: "fashion" (1,000), "fashion-val" (5,000 of the same photos) and, of other
-    photos, "fashion-train" (20,000); "fashion-train:FOLDER" for all photos of the Fashion-MNIST there. EXIF orientation
-    is ignored, as by timm and torchvision"""
+    """folder of images, in class folders if labelled, .tar of the same, shards ("train-{0000..0127}.tar"), one image
+    or a pattern ("photos/*.jpg"), Hugging Face data set ("stream:NAME": while it arrives), or embedded scenes:
+    "fashion" (1,000), "fashion-val" (5,000 of the same photos), "fashion-train" (20,000 of others); with ":FOLDER", of
+    all photos of the Fashion-MNIST there. EXIF orientation is ignored, as by timm and torchvision"""
     weights: str | None = None
-    """local checkpoint, as timm, Lightning, Accelerate or PyTorch write it: a file, its folder, or an index of shards;
-    the classes are the file's. Without one the library downloads its own"""
+    """local checkpoint of PyTorch, timm, Lightning or Accelerate; without one the library downloads its own"""
     class_map: str | None = None
     """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
     split: str = "validation"

@@ -19,7 +19,8 @@ class Eval(OnImages):
     first: ClassVar[tuple[str, ...]] = ("weights", "class_map", "dial", "gmacs_ratio", "max_drop")
     examples: ClassVar[str] = (
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
-        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1"
+        "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1\n"
+        "tokengame eval --backbone my_vit/ --images val/ --policy policy.safetensors"
     )
 
     distributed = True
