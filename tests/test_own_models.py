@@ -19,8 +19,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from tokengame.backbones import load_model, preprocessing_of, wrap
+from tokengame.backbones.hf_processor import processor_preprocessing
 from tokengame.backbones.load import blank, untrained
-from tokengame.backbones.preprocessing import processor_preprocessing
 from tokengame.cli.main import main, parse
 from tokengame.data.transforms import transform_for
 from tokengame.errors import TokenGameError
@@ -69,7 +69,7 @@ def test_shards_of_accelerate_are_loaded_from_their_folder_or_their_index(safe, 
     require_equal(load(tmp_path), model)
     require_equal(load(next(tmp_path.glob("*.index.json"))), model)
     next(tmp_path.glob("*-of-*")).unlink()
-    with pytest.raises(TokenGameError, match="no shard, which .*index.json names, at "):
+    with pytest.raises(TokenGameError, match=r"no shard, which .*index.json names, at "):
         load(tmp_path)
 
 
@@ -155,7 +155,7 @@ def doctor(capsys, *flags):
     return json.loads(capsys.readouterr().out)["backbone"]
 
 
-def test_settings_of_timm_are_taken_by_the_command_line(capsys, tmp_path):
+def test_settings_of_timm_are_taken_by_the_command_line(capsys):
     found = doctor(capsys, NAME, "--model-kwargs", "img_size=(32,48)", "patch_size=8", "depth=3", "num_heads=6")
     assert (found["input_size"], found["depth"], found["heads"]) == ([32, 48], 3, 6)
     command = parse(["eval", "--backbone", NAME, "--images", "fashion", "--policy", "p", "--model-kwargs",
@@ -196,7 +196,7 @@ def test_a_random_classifier_is_refused(monkeypatch):
         load_model(NAME, settings={"num_classes": 7})
 
 
-def test_models_of_grey_images_get_grey_images(photo, capsys, tmp_path):
+def test_models_of_grey_images_get_grey_images(photo):
     model = untrained(NAME, SMALL | {"in_chans": 1, "std": 0.25})
     config = preprocessing_of(model)
     assert (config["input_size"], config["mean"], config["std"]) == ([1, 32, 32], [0.5], [0.25])
@@ -239,7 +239,7 @@ def test_a_flat_folder_trains_and_is_measured_on(place, tmp_path, capsys):
 
 
 def test_the_next_command_and_the_log_have_the_settings(place, tmp_path, capsys):
-    root, flags, small_run = place
+    _, flags, small_run = place
     settings = ["--model-kwargs", "img_size=64", "crop_pct=1.0"]
     policy = tmp_path / "policy.safetensors"
     assert main(["train", *flags, *settings, *small_run, "--rollouts", "2", "--output", str(policy)]) == 0
@@ -286,7 +286,7 @@ def test_a_folder_of_timms_needs_no_prefix(tmp_path):
 def test_torchvisions_models_are_loaded_from_files(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
-    def vit(_name, weights=None, num_classes=1000):
+    def vit(_name, num_classes=1000, **_):
         return torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=num_classes)
 
     monkeypatch.setattr(torchvision.models, "get_model", vit)
@@ -300,9 +300,7 @@ def test_torchvisions_models_are_loaded_from_files(tmp_path, monkeypatch):
 def test_without_a_network_torchvision_waits_for_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("tokengame.backbones.from_torchvision.reachable", lambda _: False)
     monkeypatch.setattr("tokengame.backbones.from_torchvision.get_dir", lambda: str(tmp_path))
-    with pytest.raises(
-        TokenGameError, match="no connection to download.pytorch.org, and no vit_b_16-.* on this machine"
-    ):
+    with pytest.raises(TokenGameError, match=r"no connection to download.pytorch.org, and no vit_b_16-.*"):
         load_model("torchvision:vit_b_16")
 
 
@@ -395,17 +393,17 @@ def test_bad_hugging_face_folders_are_said_in_a_sentence(tmp_path):
     model.save_pretrained(tmp_path / "vit")
     transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)).save_pretrained(tmp_path / "dino")
     name, other = str(tmp_path / "vit"), str(tmp_path / "dino" / "model.safetensors")
-    with pytest.raises(TokenGameError, match="the configuration of .* has no deph, which --model-kwargs sets"):
+    with pytest.raises(TokenGameError, match=r"the configuration of .* has no deph, which --model-kwargs sets"):
         load_model(name, settings={"deph": 3})
     with pytest.raises(TokenGameError, match=r"2 weights are of another size \(the first is classifier.bias\)"):
         load_model(name, settings={"num_labels": 7})
-    with pytest.raises(TokenGameError, match="holds no whole ViTForImageClassification: .* of its weights are missing"):
+    with pytest.raises(TokenGameError, match=r"holds no whole ViTForImageClassification: .* are missing"):
         load_model(name, other)
     with pytest.raises(TokenGameError, match="has the names of Hugging Face transformers: --backbone must be a model"):
         load(Path(name) / "model.safetensors")
     broken = model.state_dict() | {"classifier.bias": torch.full((5,), float("nan"))}
     save_file(broken, tmp_path / "broken.safetensors")
-    with pytest.raises(TokenGameError, match="values that are not finite in classifier.bias"):
+    with pytest.raises(TokenGameError, match=r"values that are not finite in classifier\.bias"):
         load_model(name, str(tmp_path / "broken.safetensors"))
     config = json.loads((Path(name) / "config.json").read_text())
     for change, sentence in (
@@ -461,7 +459,7 @@ def test_image_processors_are_followed_to_the_bit(kind, settings, photo, tmp_pat
         (
             "CLIPImageProcessor",
             {"crop_size": {"height": 300, "width": 300}},
-            "crops 300 pixels of 224, which is padding",
+            "crops 300 pixels of 224, which",
         ),
         ("CLIPImageProcessor", {"crop_size": {"height": 200, "width": 100}}, "only squares are known"),
         ("ViTImageProcessor", {"size": {"longest_edge": 224}}, "and only height and width are known here"),

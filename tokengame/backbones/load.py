@@ -10,7 +10,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from tokengame.backbones import embedded, from_hugging_face, from_open_clip, from_timm, from_torchvision
+import tokengame.backbones.embedded as embedded
+import tokengame.backbones.from_hugging_face as from_hugging_face
+import tokengame.backbones.from_open_clip as from_open_clip
+import tokengame.backbones.from_timm as from_timm
+import tokengame.backbones.from_torchvision as from_torchvision
 from tokengame.backbones.hub import offline_at_once, reason
 from tokengame.backbones.sources import Settings, Source
 from tokengame.errors import TokenGameError

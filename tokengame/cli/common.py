@@ -170,7 +170,7 @@ class OnImages(WithModel):
     """folder of images, in class folders if labelled, .tar of the same, shards ("train-{0000..0127}.tar"), one image
     or a pattern ("photos/*.jpg"), Hugging Face data set ("stream:NAME": while it arrives), or embedded scenes:
     "fashion" (1,000), "fashion-val" (5,000 of the same photos), "fashion-train" (20,000 of others); with ":FOLDER", of
-    all photos of the Fashion-MNIST there. EXIF orientation is ignored, as by timm and torchvision"""
+    the Fashion-MNIST there. EXIF orientation is ignored, as by timm and torchvision"""
     weights: str | None = None
     """local checkpoint of PyTorch, timm, Lightning or Accelerate; without one the library downloads its own"""
     class_map: str | None = None

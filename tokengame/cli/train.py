@@ -37,7 +37,8 @@ class Train(OnImages):
         "--class-map classes.txt --gmacs-ratio 0.68\n"
         "tokengame train --backbone vit_small_patch16_224 --images train/ --target-drop 0.5\n"
         "tokengame train --preset rl4evit --backbone deit_base_patch16_224 --images train/\n"
-        "tokengame train --backbone vit_base_patch16_224 --weights last.ckpt --model-kwargs img_size=384 --images photos/"
+        "tokengame train --backbone vit_base_patch16_224 --weights last.ckpt --model-kwargs img_size=384 "
+        "--images photos/"
     )
 
     distributed = True
