@@ -191,7 +191,8 @@ def test_bad_settings_are_said_in_a_sentence(pairs, sentence, capsys):
 
 
 def test_a_random_classifier_is_refused(monkeypatch):
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: tiny_vit())  # as if its weights had been fetched
+    fetched = tiny_vit()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: fetched)
     with pytest.raises(TokenGameError, match="a classifier of 7 would be random; pass your own with --weights"):
         load_model(NAME, settings={"num_classes": 7})
 
@@ -215,40 +216,44 @@ def test_models_of_grey_images_get_grey_images(photo):
         transform_for(preprocessing_of(four), train=False)
 
 
-def test_a_flat_folder_trains_and_is_measured_on(place, tmp_path, capsys):
-    root, flags, small_run = place
-    for number, file in enumerate(sorted((root / "images").rglob("*.png"))):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        (tmp_path / "photos" / f"{number}.png").write_bytes(file.read_bytes())
-    model, policy = [*flags[:4], "--workers", "0"], ["--policy", str(tmp_path / "policy.safetensors")]
-    flat, some = ["--images", str(tmp_path / "photos")], ["--images", str(tmp_path / "photos" / "{0,3,1}*.png")]
-    assert main(["train", *model, *flat, *small_run, "--rollouts", "2", "--output", policy[1]]) == 0
-    assert "20 images in no class folder, unlabelled" in capsys.readouterr().err
-    for command, place_of, more in (
+OWN = ["--model-kwargs", "img_size=64", "patch_size=16", "embed_dim=32", "depth=6", "num_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Weights of a small model at twice the size of OWN, unlabelled photos, and the flags that name both."""
+    root = tmp_path_factory.mktemp("own")
+    torch.save(tiny_vit(img_size=128, patch_size=16, depth=6).state_dict(), root / "last.pth")
+    (root / "photos").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / f"{number}.png")
+    flags = ["--backbone", NAME, "--weights", str(root / "last.pth"), "--workers", "0", *OWN]
+    return root, flags
+
+
+def test_a_flat_folder_trains_and_is_measured_on(own, capsys):
+    root, model = own
+    flat, some = ["--images", str(root / "photos")], ["--images", str(root / "photos" / "{0,3,1}*.png")]
+    policy = ["--policy", str(root / "policy.safetensors")]
+    run = ["--updates", "2", "--batch-size", "4", "--rollouts", "2", "--output", policy[1]]
+    assert main(["train", *model, *flat, *run]) == 0
+    said = capsys.readouterr().err
+    assert "12 images in no class folder, unlabelled" in said
+    assert "position embeddings are resampled from 65 to 17 rows, for images of 64 x 64" in said
+    assert said.rstrip().endswith(" ".join(OWN)), "the next command has the settings"
+    assert json.loads((root / "policy_log" / "config.json").read_text())["model_kwargs"] == OWN[1:]
+    for command, images, more in (
         ("eval", some, ["--json"]),
-        ("calibrate", flat, ["--output", str(tmp_path / "calibrated.safetensors")]),
-        ("show", some, ["--output", str(tmp_path / "tokens.png"), "--count", "2"]),
+        ("calibrate", flat, ["--output", str(root / "calibrated.safetensors")]),
+        ("show", some, ["--output", str(root / "tokens.png"), "--count", "2"]),
     ):
-        assert main([command, *model, *place_of, *policy, *more]) == 0
-        captured = capsys.readouterr()
-        assert "in no class folder, unlabelled" in captured.err
-    assert main(["eval", *model, *flat, "--policy", str(tmp_path / "calibrated.safetensors"), "--max-drop", "1"]) == 2
+        assert main([command, *model, *images, *policy, *more]) == 0
+        assert "in no class folder, unlabelled" in capsys.readouterr().err
+    assert main(["eval", *model, *flat, "--policy", str(root / "calibrated.safetensors"), "--max-drop", "1"]) == 2
     assert "calibrated without labels" in capsys.readouterr().err
     assert main(["eval", *model, "--images", "a.png", "b.png", *policy]) == 2
     assert "quote a pattern, --images 'photos/*.jpg'" in capsys.readouterr().err
-
-
-def test_the_next_command_and_the_log_have_the_settings(place, tmp_path, capsys):
-    _, flags, small_run = place
-    settings = ["--model-kwargs", "img_size=64", "crop_pct=1.0"]
-    policy = tmp_path / "policy.safetensors"
-    assert main(["train", *flags, *settings, *small_run, "--rollouts", "2", "--output", str(policy)]) == 0
-    said = capsys.readouterr().err
-    assert "position embeddings are resampled from 197 to 17 rows, for images of 64 x 64" in said
-    assert said.rstrip().endswith("--model-kwargs img_size=64 crop_pct=1.0")
-    config = json.loads((tmp_path / "policy_log" / "config.json").read_text())
-    assert config["model_kwargs"] == settings[1:]
-    assert main(["eval", *flags, *settings, "--policy", str(policy)]) == 0
 
 
 # Names

@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,14 @@ PATCHES = "patch_embed.proj.weight"
 """a weight of nearly every Vision Transformer and of no text tower, whose prefix is that of the model in the file"""
 
 
-class _Setting(dict):
-    """Stands for any object that a training program saved beside the weights: takes everything, does nothing."""
+class _Setting:
+    """Stands for any object that a training program saved beside the weights: takes everything, and is an empty dict.
 
-    def __new__(cls, *_: Any, **__: Any) -> _Setting:
-        return super().__new__(cls)
+    PyTorch's reader fills dicts of this exact type, and calls nothing of theirs.
+    """
 
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def __setstate__(self, _: Any) -> None: ...
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
 
 
 def read_state(weights: str, note: Note = unsaid) -> State:

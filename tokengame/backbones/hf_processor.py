@@ -1,7 +1,7 @@
 """How images become the input of a model of Hugging Face transformers: what its image processor does.
 
 The form is what `tokengame.data.transforms.transform_for` reads: input_size (channels, height, width), interpolation,
-mean and std (a number for each channel), crop_pct and crop_mode as in timm, and crop_rounding, which timm does not have.
+mean and std (a number for each channel), crop_pct and crop_mode as in timm, and crop_rounding, which timm has not.
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ class OnImages(WithModel):
         from tokengame.data.datasets import label_images
 
         how = label_images(source, self.class_map, wrap(model).classes)
-        self.note(how)
+        if self.processes.main:
+            console.print(how, markup=False, soft_wrap=True)
         require_readable(source)
 
     def measure(
