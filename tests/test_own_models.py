@@ -22,7 +22,8 @@ from tokengame.backbones import load_model, preprocessing_of, wrap
 from tokengame.backbones.hf_processor import processor_preprocessing
 from tokengame.backbones.load import blank, untrained
 from tokengame.cli.main import main, parse
-from tokengame.data.transforms import transform_for
+from tokengame.data.datasets import open_images
+from tokengame.data.transforms import to_rgb, transform_for
 from tokengame.errors import TokenGameError
 
 NAME = "vit_tiny_patch16_224"
@@ -452,6 +453,17 @@ def test_image_processors_are_followed_to_the_bit(kind, settings, photo, tmp_pat
     if settings.get("resample") != 1:  # Lanczos is not torchvision's
         wanted = fast(photo, return_tensors="pt")["pixel_values"][0]
         assert (transform(photo) - wanted).abs().max() <= max(step, 0.05)
+
+
+def test_a_real_photo_becomes_what_each_image_processor_makes_of_it(real_data):
+    transformers = pytest.importorskip("transformers")
+    source = open_images(str(real_data / "imagenet_sample.tar"))
+    photos = [to_rgb(source.open(index)) for index in (0, 99)]
+    for kind in ("ViT", "DeiT", "CLIP", "Siglip", "Bit", "Beit"):
+        processor = getattr(transformers, f"{kind}ImageProcessorPil")()
+        transform = transform_for(processor_preprocessing(processor), train=False)
+        for real in photos:
+            assert torch.equal(transform(real), processor(real, return_tensors="pt")["pixel_values"][0])
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,8 @@ def processor_preprocessing(processor: Any) -> dict[str, Any]:
     plain = any(kind == name + ending for name in PLAIN for ending in ENDINGS)
     require(plain, f"images of the image processor {kind} cannot be made here: it may do more than resize and crop")
     for does in ("do_resize", "do_rescale"):
-        require(
-            bool(getattr(processor, does, True)), f"{kind} with {does}=False leaves images as they are; set it to true"
-        )
+        kept = f"{kind} has {does}=False, and images would keep their size or range; set it to true"
+        require(bool(getattr(processor, does, True)), kept)
     require(not getattr(processor, "do_pad", None), f"{kind} with do_pad pads images, which is not done here")
     number = int(processor.resample)
     require(0 <= number < len(INTERPOLATION), f"{kind} resizes by resample={number}, which Pillow does not have")
