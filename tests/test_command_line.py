@@ -378,8 +378,7 @@ def test_doctor_knows_what_is_not_installed(capsys, monkeypatch):
 def test_a_blank_model_takes_no_time_for_weights():
     """It is built without numbers, and is what `wrap` sees of the real one."""
     from tokengame.backbones import wrap
-    from tokengame.backbones.load import untrained
-    from tokengame.cli.doctor import blank
+    from tokengame.backbones.load import blank, untrained
 
     name = "vit_tiny_patch16_224"
     assert wrap(blank(name)).shape() == wrap(untrained(name)).shape()

@@ -103,7 +103,7 @@ def test_embedding_models_are_refused_by_the_commands(tmp_path, capsys, monkeypa
     import timm
 
     monkeypatch.setattr(
-        "tokengame.backbones.load.build_embedded",
+        "tokengame.backbones.embedded.build_embedded",
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=112, patch_size=8, num_classes=0, depth=1),
     )
     weights = tmp_path / "weights.pt"

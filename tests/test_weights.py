@@ -123,6 +123,11 @@ def test_other_kinds_of_files_are_named(state, tmp_path):
         "array.npy": (b"\x93NUMPY\x01\x00" * 9, "is a NumPy array"),
         "model.safetensors.index.json": (b'{"weight_map": {}}', "is a JSON file"),
         "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
+        "other.index.json": (
+            b'{"weight_map": {"a": "../other.safetensors"}}',
+            "is a JSON file, and no index of shards",
+        ),
+        "shards.index.json": (b'{"weight_map": {"a": "gone.safetensors"}}', "no shard, which shards.index.json names,"),
         "weights.pth.gz": (b"\x1f\x8b\x08" * 9, "is a gzip archive"),
         "script.pt": ((tmp_path / "script.pt").read_bytes(), "is a TorchScript program"),
         "images.zip": ((tmp_path / "images.zip").read_bytes(), "is a zip archive"),
@@ -140,7 +145,12 @@ def test_other_kinds_of_files_are_named(state, tmp_path):
             read_state(str(tmp_path / name))
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
-    for name, sentence in (("", "is a folder"), ("nowhere", "no weights file"), ("pipe", "is a pipe")):
+    os.mkdir(tmp_path / "folder")
+    for name, sentence in (
+        ("folder", "is a folder, not a weights file, and holds no model.safetensors"),
+        ("nowhere", "no weights file"),
+        ("pipe", "is a pipe"),
+    ):
         if name == "pipe":
             os.mkfifo(tmp_path / name)
         with pytest.raises(TokenGameError, match=sentence):
@@ -172,12 +182,15 @@ CONTENTS = {
     "has no classifier (head.weight, head.bias), and the model one of 5 classes": lambda s: {
         name: tensor for name, tensor in s.items() if not name.startswith("head")},
     "has 7 classes and the model 5": lambda s: s | {"head.weight": torch.zeros(7, 32), "head.bias": torch.zeros(7)},
-    "of another input size, 48 x 48 where the model's is 32 x 32: pos_embed is [1, 37, 32]": lambda s: s | {
-        "pos_embed": torch.zeros(1, 37, 32)},
+    "of another input size: pos_embed is [1, 38, 32] in the file": lambda s: s | {"pos_embed": torch.zeros(1, 38, 32)},
+    "of images with 1 channels and the model of 3: patch_embed.proj.weight is [32, 1, 8, 8]": lambda s: s | {
+        "patch_embed.proj.weight": torch.zeros(32, 1, 8, 8)},
+    "another architecture: patch_embed.proj.weight is [32, 3, 16, 16]": lambda s: s | {
+        "patch_embed.proj.weight": torch.zeros(32, 3, 16, 16)},
     "another architecture: cls_token is [1, 1, 64] in the file and [1, 1, 32]": lambda s: s | {
         "cls_token": torch.zeros(1, 1, 64)},
-    "another architecture; 1 of its weights are not the model's (mask_token)": lambda s: s | {
-        "mask_token": torch.zeros(1)},
+    "another architecture; 1 of its weights are not the model's (extra.weight)": lambda s: s | {
+        "extra.weight": torch.zeros(1)},
     "48 of the model's weights are missing in it (blocks.0.norm1.weight, blocks.0.norm1.bias, "
     "blocks.0.attn.qkv.weight, ...)": lambda s: {k: v for k, v in s.items() if not k.startswith("blocks")},
 }  # fmt: skip
@@ -214,7 +227,6 @@ def test_the_classes_are_those_of_the_file_behind_any_prefix(tmp_path):
 
 def test_names_are_timms(tmp_path):
     for name, reason in (
-        ("timm/vit_tiny_patch16_224", "Use 'hf-hub:timm/vit_tiny_patch16_224'"),
         ("magic:vit", "valid sources: hf-hub, local-dir"),
         ("vit_colossal", "similar: "),
         (f"local-dir:{tmp_path}", "config.json"),
@@ -231,7 +243,7 @@ def test_a_local_folder_of_timms_is_loaded(tmp_path):
     assert torch.equal(found.state_dict()["head.weight"], model.state_dict()["head.weight"])
 
 
-@pytest.mark.parametrize("name", [NAME, f"hf-hub:timm/{NAME}.augreg", f"hf_hub:timm/{NAME}.augreg"])
+@pytest.mark.parametrize("name", [NAME, f"timm/{NAME}.augreg", f"hf-hub:timm/{NAME}.augreg", "org/name"])
 def test_without_a_network_a_sentence_comes_without_retries(name, monkeypatch, tmp_path):
     tried = []
 
@@ -242,8 +254,8 @@ def test_without_a_network_a_sentence_comes_without_retries(name, monkeypatch, t
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("tokengame.backbones.load.getproxies", dict)
-    with pytest.raises(TokenGameError, match=r"no connection to huggingface.co.*--weights"):
+    monkeypatch.setattr("tokengame.backbones.hub.getproxies", dict)
+    with pytest.raises(TokenGameError, match=r"no connection to huggingface.co, and no copy"):
         load_model(name)
     assert len(tried) == 1
     assert constants.HF_HUB_OFFLINE is False

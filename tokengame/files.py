@@ -21,6 +21,8 @@ Description = str | Callable[[], str]
 """what a progress bar says; a function is called again at every step"""
 Progress = Callable[[Iterable, Description, int], Iterable]
 """Wraps an iterable, with a description and its length, in a progress bar."""
+Note = Callable[[str], None]
+"""Takes a sentence for the user: what was found, and what was made of it."""
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 HIDDEN = re.compile(r"I/O error|\(os error \d+\)|inline_container|PytorchStreamWriter|iostream error")
 """in the text of other exceptions that safetensors and PyTorch raise where writing fails"""
@@ -29,6 +31,10 @@ HIDDEN = re.compile(r"I/O error|\(os error \d+\)|inline_container|PytorchStreamW
 def silent(iterable: Iterable, _description: Description, _total: int) -> Iterable:
     """A `Progress` that shows nothing."""
     return iterable
+
+
+def unsaid(_sentence: str) -> None:
+    """A `Note` that says nothing."""
 
 
 @contextmanager

@@ -7,10 +7,8 @@ exact type, so that an unknown block never runs approximately.
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import (
@@ -39,6 +37,7 @@ from tokengame.backbones.parts import (
     masked_pool,
     norm_weights,
 )  # fmt: skip
+from tokengame.backbones.preprocessing import timm_preprocessing
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
 from tokengame.packed.layout import RaggedLayout
@@ -235,13 +234,7 @@ class TimmViT(Backbone):
     # The model as a whole
 
     def preprocessing(self) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = timm.data.resolve_data_config({}, model=self.model)
-        size = self.model.patch_embed.img_size
-        if size is not None:
-            config["input_size"] = (config["input_size"][0], *size)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+        return timm_preprocessing(self.model)
 
     def unfused(self) -> nn.Module:
         twin = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})

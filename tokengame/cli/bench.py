@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, COMPUTE, Common
+from tokengame.cli.common import BATCH, COMPUTE, WithModel
 from tokengame.config import GameConfig, require
 from tokengame.files import require_writable, write_csv
 from tokengame.ranges import Range
@@ -26,7 +26,7 @@ BENCH_HEADINGS = {
 
 
 @dataclass(kw_only=True)
-class Bench(Common):
+class Bench(WithModel):
     """Speed of the native and the pruned model, interleaved in one run; random weights will do."""
 
     name: ClassVar[str] = "bench"
@@ -37,7 +37,7 @@ class Bench(Common):
     )
 
     backbone: str
-    """timm model name, or "fashion"; weights are random unless --weights is given"""
+    """a model's name or folder, as for train; weights are random unless --weights is given"""
     weights: str | None = None
     """local checkpoint"""
     policy: Literal["rule"] | None = None
@@ -76,7 +76,8 @@ class Bench(Common):
         from tokengame.measure.evaluate import keep_freed_memory
 
         embedded = self.weights is not None or self.backbone == EMBEDDED
-        model = load_model(self.backbone, self.weights) if embedded else untrained(self.backbone)
+        given = (self.backbone, self.weights, self.settings, self.note)
+        model = load_model(*given) if embedded else untrained(self.backbone, self.settings)
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,

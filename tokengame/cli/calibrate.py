@@ -93,7 +93,7 @@ class Calibrate(OnAnyOutput):
             policy = Policy.load(path)
         if self.cascade_margin is not None:
             policy.card["game"] |= {"cascade_margin": self.cascade_margin}
-        fast = prune(tuned_weights(policy, path, model, self.backbone), policy)
+        fast = prune(tuned_weights(policy, path, model), policy)
         kind = self.kind_of(model, policy.card)
         fast.game.attention = deterministic_attention  # the card's figures must not depend on the machine's speed
         tally = BadImages(len(source.names))

@@ -5,6 +5,8 @@ PyTorch takes seconds to import and `--help` needs none of it: whatever needs it
 
 from __future__ import annotations
 
+import ast
+import copy
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from tokengame.report.console import console, progress
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tokengame.backbones.sources import Settings
     from tokengame.data.batches import BadImages
     from tokengame.data.datasets import ImageSource
     from tokengame.data.hub import HuggingFaceStream
@@ -118,19 +121,58 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class OnImages(Common):
+class WithModel(Common):
+    """Flags of commands that take a model."""
+
+    model_kwargs: tuple[str, ...] = ()
+    """KEY=VALUE settings of timm.create_model (img_size=518 num_classes=10 in_chans=1 ...) and of preprocessing
+    (mean=0.5 std=0.5 crop_pct=1 ...), or of a configuration of transformers"""
+
+    @property
+    def settings(self) -> Settings:
+        """What --model-kwargs sets.
+
+        Raises:
+            TokenGameError: one is no KEY=VALUE, is there twice, or is a number that no model has.
+        """
+        found: dict[str, Any] = {}
+        for pair in self.model_kwargs:
+            key, equals, value = pair.partition("=")
+            form = f"--model-kwargs takes KEY=VALUE pairs, e.g. img_size=518 num_classes=0, not {pair!r}"
+            require(bool(equals) and key.isidentifier() and value != "", form)
+            require(key not in found, f"--model-kwargs sets {key} twice")
+            found[key] = _value(value)
+            numbers = found[key] if isinstance(found[key], tuple | list) else (found[key],)
+            for number in (number for number in numbers if isinstance(number, int | float)):
+                large = f"--model-kwargs {key} is {number}, and no model is that large"
+                require(abs(number) <= 2**20, large)  # NaN neither
+        return found
+
+    def check(self) -> None:
+        """Also: --model-kwargs can be read."""
+        super().check()
+        assert isinstance(self.settings, dict)
+
+    def note(self, sentence: str) -> None:
+        """Say what was found in the user's files."""
+        if self.processes.main:
+            console.print(sentence, markup=False, soft_wrap=True)
+
+
+@dataclass(kw_only=True)
+class OnImages(WithModel):
     """Flags of commands that run a backbone on images."""
 
     backbone: str
-    """timm model name, e.g. vit_small_patch16_224, or "fashion" for the embedded one"""
+    """timm model name, e.g. vit_small_patch16_224; Hugging Face folder or ORG/NAME; open_clip:NAME/TAG;
+    torchvision:NAME; or "fashion" for the embedded one"""
     images: str
-    """folder of class folders, .tar of the same, tar shards ("train-{0000..0127}.tar", "shards/*.tar"), one image or a
-    pattern of images or folders ("photos/*.jpg"), Hugging Face data set (to learn from it while it arrives,
-    "stream:NAME"), or the embedded scenes: "fashion" (1,000), "fashion-val" (5,000 of the same photos) and, of other
-    photos, "fashion-train" (20,000); "fashion-train:FOLDER" for all photos of the Fashion-MNIST there. EXIF orientation
-    is ignored, as by timm and torchvision"""
+    """folder of images, in class folders if labelled, .tar of the same, shards ("train-{0000..0127}.tar"), one image
+    or a pattern ("photos/*.jpg"), Hugging Face data set ("stream:NAME": while it arrives), or embedded scenes:
+    "fashion" (1,000), "fashion-val" (5,000 of the same photos), "fashion-train" (20,000 of others); with ":FOLDER", of
+    the Fashion-MNIST there. EXIF orientation is ignored, as by timm and torchvision"""
     weights: str | None = None
-    """local checkpoint; without one timm downloads its own"""
+    """local checkpoint of PyTorch, timm, Lightning or Accelerate; without one the library downloads its own"""
     class_map: str | None = None
     """text file, one class name a line in the model's order, for folders that hold only some of the classes"""
     split: str = "validation"
@@ -174,7 +216,7 @@ class OnImages(Common):
         from tokengame.data.datasets import open_images
 
         source = open_images(self.images, self.split, progress)
-        model = self.place(load_model(self.backbone, self.weights))
+        model = self.place(load_model(self.backbone, self.weights, self.settings, self.note))
         self.require_output(model)
         self.prepare(source, model)
         return model, source
@@ -265,27 +307,36 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _value(text: str) -> Any:
+    """A value as Python writes it, e.g. 518, True, (224, 160), None; any other text is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+
+
 def _has_range(hint: Any) -> bool:
     return any(isinstance(extra, Range) for extra in getattr(hint, "__metadata__", ()))
 
 
-def tuned_weights(policy: Policy, path: Path, model: nn.Module, name: str) -> nn.Module:
+def tuned_weights(policy: Policy, path: Path, model: nn.Module) -> nn.Module:
     """The weights that a policy was made for: `model`, or those that `finetune` wrote beside the policy file."""
-    from tokengame.backbones import load_model, wrap
+    from tokengame.backbones import wrap
+    from tokengame.backbones.checkpoint import load_into, read_state
     from tokengame.policies.policy import fingerprint
 
     beside = policy.card["backbone"].get("weights")
     if beside is None or policy.card["backbone"]["fingerprint"] == fingerprint(wrap(model)):
         return model
-    first = next(model.parameters())
-    return load_model(name, str(path.parent / beside)).to(first.device, first.dtype).requires_grad_(False)
+    weights = str(path.parent / beside)
+    return load_into(copy.deepcopy(model), read_state(weights), weights).requires_grad_(False)
 
 
 def prune_by_name(
-    model: nn.Module, backbone: str, policy: str, dial: float | None = None, *, keep_what: KeepWhat | None = None,
+    model: nn.Module, policy: str, dial: float | None = None, *, keep_what: KeepWhat | None = None,
     **targets: Any,
 ) -> PrunedViT:  # fmt: skip
-    """`model`, the backbone of that name, pruned by a policy file, a shipped policy, or "rule", the starting rule."""
+    """`model` pruned by a policy file, a shipped policy, or "rule", the starting rule."""
     from tokengame.policies import Policy
     from tokengame.policies.policy import find_policy
     from tokengame.runtime import prune
@@ -295,7 +346,7 @@ def prune_by_name(
         return prune(model, dial=dial, keep_what=keep_what, **targets)
     path = find_policy(policy)
     found = Policy.load(path)
-    own = tuned_weights(found, path, model, backbone)
+    own = tuned_weights(found, path, model)
     return prune(own, found, dial, **targets)
 
 

@@ -109,7 +109,7 @@ class Compare(OnAnyOutput):
         if self.holdout is not None:
             entries += rule_entries(model, self.for_thresholds(model, learn), progress)
         for name, policy, path in zip(names, policies, paths, strict=True):
-            own = tuned_weights(policy, Path(path), model, self.backbone)
+            own = tuned_weights(policy, Path(path), model)
             entries += policy_entries(own, name, policy, self.dials, self.budgets)
         for entry in entries:
             entry.is_timed &= self.timing

@@ -11,36 +11,39 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.markup import escape
 
 import tokengame
-from tokengame.cli.common import Common
+from tokengame.cli.common import WithModel
 from tokengame.errors import TokenGameError
 from tokengame.report.console import show_table
 
 if TYPE_CHECKING:
-    from torch import nn
+    from tokengame.backbones.sources import Settings
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow", "tyro")
-EXTRAS = {"hub": "datasets"}
+EXTRAS = {"hub": "datasets", "hf": "transformers", "open_clip": "open_clip_torch"}
 """optional parts, `pip install tokengame[NAME]`, and the package that each brings"""
 
 
 @dataclass(kw_only=True)
-class Doctor(Common):
+class Doctor(WithModel):
     """Say what this machine can do, what is installed, and whether a backbone is supported."""
 
     name: ClassVar[str] = "doctor"
-    examples: ClassVar[str] = "tokengame doctor\ntokengame doctor --backbone vit_small_patch16_224 --json"
-    first: ClassVar[tuple[str, ...]] = ("backbone", "json")
+    examples: ClassVar[str] = (
+        "tokengame doctor\ntokengame doctor --backbone vit_small_patch16_224 --json\n"
+        "tokengame doctor --backbone vit_small_patch14_dinov2 --model-kwargs img_size=224 num_classes=10"
+    )
+    first: ClassVar[tuple[str, ...]] = ("backbone", "model_kwargs", "json")
 
     backbone: str | None = None
-    """timm model name, or "fashion": is it supported, what is its shape, which shipped policies fit; no weights are
-    downloaded"""
+    """a model's name or folder, as for train: is it supported, what is its shape, which shipped policies fit; no
+    weights are downloaded"""
 
     def run(self) -> dict[str, Any]:
         """Look at the machine, the versions and the backbone."""
         found = {"machine": machine(), "number_formats": number_formats(self.torch_device), "versions": versions()}
         found["extras"] = {extra: _version(package) for extra, package in EXTRAS.items()}
         if self.backbone is not None:
-            found["backbone"] = supported(self.backbone)
+            found["backbone"] = supported(self.backbone, self.settings)
         for title, facts in found.items():
             show_table(
                 title.replace("_", " "), [(name.replace("_", " "), _text(value)) for name, value in facts.items()]
@@ -93,17 +96,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def supported(name: str) -> dict[str, Any]:
-    """Whether tokengame can run timm's model `name`, and why not; its shape, and the shipped policies that fit it.
+def supported(name: str, settings: Settings) -> dict[str, Any]:
+    """Whether tokengame can run the model `name`, and why not; its shape, and the shipped policies that fit it.
 
     Raises:
-        TokenGameError: timm knows no such model.
+        TokenGameError: no library knows such a model or setting.
     """
     from tokengame.backbones import wrap
     from tokengame.backbones.classes import output_of
+    from tokengame.backbones.load import blank
     from tokengame.policies.policy import SHIPPED, Policy
 
-    model = blank(name)
+    model = blank(name, settings)
     try:
         backbone = wrap(model)
         output = output_of(backbone)
@@ -115,25 +119,6 @@ def supported(name: str) -> dict[str, Any]:
         if all(wanted[key] == value for key, value in shape.items() if key != "input_size"):  # they take any size
             policies.append(path.stem)
     return {"name": name, "supported": True, "reason": None, "output": output, **shape, "shipped_policies": policies}
-
-
-def blank(name: str) -> nn.Module:
-    """timm's model `name` without weights, and without the time and memory that random ones take, where timm can."""
-    import torch
-
-    from tokengame.backbones.load import EMBEDDED, build_embedded, untrained
-
-    if name == EMBEDDED:
-        return build_embedded()
-    try:
-        with torch.device("meta"):
-            model = untrained(name).to_empty(device="cpu")
-        bias = getattr(getattr(model, "head", None), "bias", None)
-        if bias is not None:
-            torch.nn.init.zeros_(bias)  # by it `output_of` tells an embedding
-        return model
-    except Exception:  # not every model can be built without numbers
-        return untrained(name)
 
 
 def _text(value: Any) -> str:

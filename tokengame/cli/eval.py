@@ -21,6 +21,7 @@ class Eval(OnAnyOutput):
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy policy.safetensors\n"
         "tokengame eval --backbone vit_small_patch16_224 --images val/ --policy rule --gmacs-ratio 0.6\n"
         "tokengame eval --backbone vit_tiny_patch16_224 --images val.tar --policy calibrated.safetensors --max-drop 1\n"
+        "tokengame eval --backbone my_vit/ --images val/ --policy policy.safetensors\n"
         "tokengame eval --backbone vit_small_patch14_dinov2 --images photos/ --policy dinov2.safetensors "
         "--keep-what features"
     )
@@ -66,7 +67,7 @@ class Eval(OnAnyOutput):
         if self.holdout is not None:
             source = split_images(source, self.holdout, self.seed)[1]
         model = model.to(getattr(torch, self.dtype))
-        fast = prune_by_name(model, self.backbone, self.policy, self.dial, keep_what=self.keep_what, **targets)
+        fast = prune_by_name(model, self.policy, self.dial, keep_what=self.keep_what, **targets)
         kind = self.kind_of(model, fast.card)
         scores = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model, kind=kind)
         result = scores.summary()

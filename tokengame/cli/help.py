@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from tokengame.cli.common import Common, OnImages
+from tokengame.cli.common import Common, OnImages, WithModel
 
 MAIN, IMAGES, OWN, TRAINING, RUN = "flags", "model and images", "this command", "training", "run"
 GROUPS = (MAIN, IMAGES, OWN, TRAINING)
@@ -129,7 +129,7 @@ def _default(one: Field) -> Any:
 def _home(kind: type, name: str) -> str:
     """The group of a command's own field: by the class that has it first."""
     owner = next(base for base in reversed(kind.__mro__) if name in vars(base).get("__annotations__", ()))
-    return {Common: RUN, OnImages: IMAGES}.get(owner, OWN)
+    return {Common: RUN, WithModel: IMAGES, OnImages: IMAGES}.get(owner, OWN)
 
 
 def _texts(kind: type) -> dict[str, str]:

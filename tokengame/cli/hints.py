@@ -17,7 +17,7 @@ STREAM = "stream:"
 
 def about(command: OnImages) -> dict[str, Any]:
     """Where the images and the weights of a run are, for its config.json."""
-    return {name: getattr(command, name) for name in ("images", "split", "weights", "class_map")}
+    return {name: getattr(command, name) for name in ("images", "split", "weights", "model_kwargs", "class_map")}
 
 
 def held_back(command: Any, source: ImageSource | HuggingFaceStream) -> dict[str, Any]:
@@ -44,4 +44,5 @@ def next_command(command: OnImages, policy: Path, images: str, **flags: Any) -> 
     if command.device != "auto":
         named["device"] = command.device
     words = [word for name, value in named.items() if value is not None for word in (flag(name), str(value))]
+    words += [flag("model_kwargs"), *command.model_kwargs] if command.model_kwargs else []
     return shlex.join(["tokengame", "eval", *words])

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
 import tyro
@@ -185,7 +185,14 @@ def _parsed(command: type[Common], default: Common | None, arguments: list[str])
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise TokenGameError(f"{_sentence(shown.getvalue())}; see {prog} --help")
+    raise TokenGameError(f"{_sentence(shown.getvalue())}{_unquoted(arguments)}; see {prog} --help")
+
+
+def _unquoted(arguments: list[str]) -> str:
+    """What to do about a pattern of images that the shell has made into many words."""
+    after = arguments[arguments.index("--images") + 1 :] if "--images" in arguments else []
+    words = list(takewhile(lambda word: not word.startswith("-"), after))
+    return "; --images takes one place: quote a pattern, --images 'photos/*.jpg'" if len(words) > 1 else ""
 
 
 def _sentence(box: str) -> str:

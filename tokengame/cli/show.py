@@ -65,7 +65,7 @@ class Show(OnImages):
 
         require_writable(self.output)
         model, source = self.load()
-        fast = prune_by_name(model, self.backbone, self.policy, self.dial)
+        fast = prune_by_name(model, self.policy, self.dial)
         picked = self._picked(fast, source, preprocessing_of(model))
         methods = {"tokengame": self._draw(fast, Subset(source, picked))}
         if self.dynamicvit_updates:

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import CenterCrop, Compose, Grayscale
+from torchvision.transforms.functional import crop
 
 from tokengame.errors import TokenGameError
+from tokengame.ranges import require
 
 BAND = 512
 """rows that are converted at a time, as a large image and a copy or two of it are much memory"""
@@ -75,7 +78,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def transform_for(preprocessing: dict[str, Any], train: bool, augment: dict[str, Any] | None = None) -> Callable:
-    """timm's own transform: evaluation, or for training.
+    """timm's own transform: evaluation, or for training. Models of one channel get grey images.
 
     Args:
         preprocessing: of the model.
@@ -83,15 +86,30 @@ def transform_for(preprocessing: dict[str, Any], train: bool, augment: dict[str,
         augment: settings of `timm.data.create_transform` (scale, auto_augment, re_prob, ...).
 
     Raises:
-        TokenGameError: timm does not know such an augmentation.
+        TokenGameError: timm does not know such an augmentation; the model takes neither grey nor RGB images.
     """
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()}
-    if not train:
-        return create_transform(**config)
+    channels, down = config["input_size"][0], config.pop("crop_rounding", None) == "down"
+    given = "images are loaded as grey (1) or RGB (3): call the pruned model with your own tensors"
+    require(channels in (1, 3), f"the model takes {channels} channels, and {given}")
+    steps = (_training(config, augment or {}) if train else create_transform(**config)).transforms
+    steps = [CropDown(step.size) if down and type(step) is CenterCrop else step for step in steps]
+    return Compose([Grayscale(), *steps] if channels == 1 else steps)
+
+
+class CropDown(CenterCrop):
+    """The middle of an image, its corner rounded down as Hugging Face's processors do; torchvision rounds to even."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        return crop(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
+
+
+def _training(config: dict[str, Any], augment: dict[str, Any]) -> Compose:
     config.pop("crop_mode", None)
     config.pop("crop_pct", None)
     mild = {"scale": (0.6, 1.0), "ratio": (0.9, 1.1), "color_jitter": None, "auto_augment": None, "re_prob": 0.0}
     try:
-        return create_transform(**config, is_training=True, **(mild | (augment or {})))
+        return create_transform(**config, is_training=True, **(mild | augment))
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise TokenGameError(f"timm makes no augmentation of {augment} ({error or type(error).__name__})") from None

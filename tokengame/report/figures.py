@@ -19,10 +19,10 @@ GONE = (196, 214, 240)
 
 
 def denormalise(images: Tensor, preprocessing: dict[str, Any]) -> np.ndarray:
-    """uint8 [B, height, width, 3] as the model saw it, from normalised [B, 3, height, width]."""
+    """uint8 [B, height, width, 3] as the model saw it, from normalised [B, 3 or 1, height, width]."""
     mean, std = (torch.tensor(preprocessing[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
     pixels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
-    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels.round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
 def overlay(pixels: np.ndarray, alive: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
