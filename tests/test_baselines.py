@@ -97,7 +97,7 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
     generator = torch.Generator().manual_seed(rows)
     x, metric = torch.randn(2, rows, 5, generator=generator), torch.randn(2, rows, 4, generator=generator)
     size = torch.randint(1, 5, (2, rows), generator=generator).float()
-    found, found_size, place = merge_pairs(x, size, metric, r, prefix)
+    found, found_size, kept, place = merge_pairs(x, size, metric, r, prefix)
     for image in range(2):
         mass, expected = merged_slowly(x[image], size[image], metric[image], r, prefix)
         as_sets = [sorted(torch.cat([s[:, None], t], 1).tolist()) for s, t in
@@ -106,6 +106,7 @@ def test_the_most_similar_pairs_are_merged(prefix, rows, r):
         torch.testing.assert_close(found[image, :prefix], x[image, :prefix])
         total = torch.zeros(rows - r, 5).index_add(0, place[image], x[image] * size[image, :, None])
         torch.testing.assert_close(total / found_size[image, :, None], found[image], atol=1e-5, rtol=1e-5)
+        assert torch.equal(place[image, kept[image]], torch.arange(rows - r)), "rows that stay are in their own"
 
 
 @torch.inference_mode()

@@ -61,7 +61,7 @@ def slowly(model, transition, fill):
 def test_fills_equal_the_slow_reference(changes, transition, fill):
     model = tiny_vit(**changes)
     game = TokenGame(wrap(model), GameConfig(stages=STAGES, transition=transition))
-    found = grid_features(game, Scripted(TABLE), 0.0, IMAGES, EVERY, fill, norm=False)
+    found, _ = grid_features(game, Scripted(TABLE), 0.0, IMAGES, EVERY, fill, norm=False)
     for block, expected in zip(found, slowly(model, transition, fill), strict=True):
         torch.testing.assert_close(block, expected, atol=1e-5, rtol=1e-4)
 

@@ -105,7 +105,7 @@ class ToyBackbone(Backbone):
     def norm_attention(self, block, x):
         return self.model.blocks[block].norm1(x)
 
-    def project(self, block, normed, first=0, last=3):
+    def project(self, block, normed, _layout, first=0, last=3):
         module = self.model.blocks[block]
         layers = (module.query, module.key, module.value)[first:last]
         return torch.stack([layer(normed) for layer in layers], 1).unflatten(2, (self.heads, self.head_dim))
@@ -133,6 +133,12 @@ class ToyBackbone(Backbone):
 
     def head_macs(self, rows):
         return rows * 0 + self.model.classifier.weight.numel()
+
+    def native_features(self, images):
+        x = self.model.embed(images)
+        for block in self.model.blocks:
+            x = block(x)
+        return self.model.norm(x)
 
     def preprocessing(self):
         half = [0.5, 0.5, 0.5]

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokengame.backbones.calls import Call, Interface, check_masks
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import ModelWeights
 from tokengame.modules import Watch
 from tokengame.packed.heads import Heads
-from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.layout import Places, RaggedLayout
 from tokengame.packed.rows import segment_mean
 
 
@@ -105,8 +106,11 @@ class Backbone(ABC):
         """The norm before the attention of `block`: [M, C] -> [M, C]."""
 
     @abstractmethod
-    def project(self, block: int, normed: Tensor, first: int = 0, last: int = 3) -> Tensor:
-        """Queries (0), keys (1) and values (2) from `first` to `last` - 1: [M, C] -> [M, last - first, H, D]."""
+    def project(self, block: int, normed: Tensor, layout: RaggedLayout, first: int = 0, last: int = 3) -> Tensor:
+        """Queries (0), keys (1) and values (2) from `first` to `last` - 1: [M, C] -> [M, last - first, H, D].
+
+        Rotary positions are applied where `layout.places` says that rows come from; rows past the layout are padding.
+        """
 
     @abstractmethod
     def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
@@ -146,6 +150,16 @@ class Backbone(ABC):
     def preprocessing(self) -> dict[str, Any]:
         """How images become the model's input, ready for JSON: input_size, interpolation, mean, std, crop."""
 
+    interface: Interface = Interface()
+    """what a pruned model has of the model beside its call"""
+    positional: bool = False
+    """whether attention depends on where rows come from, so that every layout must have `places`"""
+
+    def pair_bias(self, _block: int, _grid: tuple[int, int]) -> Tensor | None:
+        """[H, prefix + N, prefix + N] added to the attention logits of `block` for each pair of query and key, as
+        relative positions are; None where nothing is."""
+        return None
+
     def key_value_weights(self, _block: int) -> KeyValueWeights | None:
         """Key and value maps of `block`; None where they are more than linear maps."""
         return None
@@ -157,6 +171,23 @@ class Backbone(ABC):
     def constant_tokens(self, _images: Tensor) -> Tensor | None:
         """[prefix + N, C] what embedding adds to the patches of such images; None where that is not all it does."""
         return None
+
+    def read_call(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Call:
+        """What a call of the model with these arguments is to return.
+
+        Raises:
+            TokenGameError: an argument that a pruned model cannot honour.
+        """
+        check_masks(images, attn_mask, is_causal)
+        return Call(images)
+
+    def native(self, images: Tensor) -> Tensor:
+        """[B, ...] what the native model predicts for images, as `head` does."""
+        return self.model(images)
+
+    def native_features(self, images: Tensor) -> Tensor:
+        """[B, prefix + N, C] the native model's last features, normed as by `final_norm`."""
+        return self.model.forward_features(images)
 
     def after_embedding(self, x: Tensor) -> Tensor:
         """What the model does with embedded tokens [B, prefix + N, C] before its first block."""
@@ -187,14 +218,6 @@ class Backbone(ABC):
     def embeds_plainly(self) -> bool:
         """Whether `after_embedding` changes nothing."""
         return True
-
-    def native(self, images: Tensor) -> Tensor:
-        """What the model itself gives for [B, channels, height, width], in the form of `head`."""
-        return self.model(images)
-
-    def native_features(self, images: Tensor) -> Tensor:
-        """[B, prefix + N, C] what the model itself makes of every token, after the final norm."""
-        return self.model.forward_features(images)
 
     def unfused(self) -> nn.Module:
         """The native model with attention as two products and a softmax, sharing weights; the model itself where it
@@ -241,12 +264,25 @@ class Backbone(ABC):
 
     def next_heads(self, block: int, x: Tensor, layout: RaggedLayout, keys_values: Tensor) -> Heads:
         """Heads of the attention of `block` before it has run on rows x [M, C]; keys_values [M, 2, H, D]."""
-        if self.has_class_token:
-            normed = self.norm_attention(block, layout.first(x))
-        else:
-            normed = segment_mean(self.norm_attention(block, x), layout)
         keys, values = keys_values.unbind(1)
-        return Heads(self.project(block, normed, 0, 1)[:, 0], keys, values, self.scale)
+        if self.has_class_token:
+            query = self.project(block, self.norm_attention(block, layout.first(x)), layout.prefixes(1), 0, 1)[:, 0]
+        elif self.positional:  # the mean of rows comes from no place: the mean of their queries does
+            queries = self.project(block, self.norm_attention(block, x), layout, 0, 1)[: layout.rows, 0]
+            query = segment_mean(queries.flatten(1), layout).view(-1, *queries.shape[1:])
+        else:
+            mean = segment_mean(self.norm_attention(block, x), layout)
+            query = self.project(block, mean, layout.prefixes(1), 0, 1)[:, 0]
+        return Heads(query, keys, values, self.scale)
+
+    def whole_layout(self, tokens: Tensor, grid: tuple[int, int]) -> RaggedLayout:
+        """Layout of embedded tokens [B, prefix + N, C], none of them removed, of images with a `grid` of patches."""
+        batch, rows, _ = tokens.shape
+        places = None
+        if self.positional:
+            own = torch.arange(-self.prefix, rows - self.prefix, device=tokens.device).clamp(min=-1)
+            places = Places(own.repeat(batch), grid)
+        return RaggedLayout([rows] * batch, tokens.device, places)
 
     def last_half(self, after: int) -> int:
         """The half-block up to which patches are needed, where a game needs them up to half `after`."""

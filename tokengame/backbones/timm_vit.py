@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from timm.layers import (
     Attention,
     AttentionPoolLatent,
-    DropPath,
     GluMlp,
-    LayerNorm,
     LayerScale,
     Mlp,
     PatchDropout,
@@ -30,22 +28,48 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokengame.backbones.base import Backbone, BlockCosts, KeyValueWeights
+from tokengame.backbones.calls import Interface
 from tokengame.backbones.changes import check_changes
+from tokengame.backbones.parts import (
+    INACTIVE,
+    drop_paths,
+    is_plain_linear,
+    is_plain_norm,
+    linear_macs,
+    masked_pool,
+    norm_weights,
+)  # fmt: skip
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
-from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
-from tokengame.packed.rows import add_in_pieces, append_rows
+from tokengame.packed.rows import add_in_pieces
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 """modules that let one token see others"""
-INACTIVE = (nn.Identity, nn.Dropout, DropPath)
-"""modules that do nothing in evaluation mode"""
+
+
+INTERFACE = Interface(
+    attributes=frozenset({
+        "pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "embed_dim", "num_classes", "global_pool",
+        "num_prefix_tokens", "num_reg_tokens", "has_class_token", "feature_info", "dynamic_img_size", "patch_embed",
+        "get_classifier", "forward_head", "pool",
+    }),
+    changes=frozenset({"reset_classifier", "set_grad_checkpointing", "set_distilled_training"}),
+    refused={
+        "set_input_size": "set the input size of the model, then prune it",
+        "prune_intermediate_layers": "remove layers of the model, then prune it",
+        "load_pretrained": "load weights into the model, then prune it",
+        "init_weights": "initialise the model, then prune it",
+    },
+)  # fmt: skip
+"""of timm's Vision Transformers"""
 
 
 class TimmViT(Backbone):
     """A timm VisionTransformer or VisionTransformerDistilled of plain pre-norm blocks."""
+
+    interface = INTERFACE
 
     def __init__(self, model: Any):
         check_supported(model)
@@ -112,12 +136,12 @@ class TimmViT(Backbone):
     def norm_attention(self, block: int, x: Tensor) -> Tensor:
         return self.model.blocks[block].norm1(x)
 
-    def project(self, block: int, normed: Tensor, first: int = 0, last: int = 3) -> Tensor:
+    def project(self, block: int, normed: Tensor, _layout: RaggedLayout, first: int = 0, last: int = 3) -> Tensor:
         attn = self.model.blocks[block].attn
         parts, norms = last - first, (attn.q_norm, attn.k_norm)[first:last]
         width = attn.num_heads * attn.head_dim
         some = slice(first * width, last * width)
-        if parts < 3 and _is_plain_linear(attn.qkv):
+        if parts < 3 and is_plain_linear(attn.qkv):
             bias = attn.qkv.bias
             found = F.linear(normed, attn.qkv.weight[some], None if bias is None else bias[some])
         else:
@@ -155,7 +179,7 @@ class TimmViT(Backbone):
 
     def key_value_weights(self, block: int) -> KeyValueWeights | None:
         attn = self.model.blocks[block].attn
-        if not _is_plain_linear(attn.qkv) or not isinstance(attn.k_norm, nn.Identity) or self.attention_dropout(block):
+        if not is_plain_linear(attn.qkv) or not isinstance(attn.k_norm, nn.Identity) or self.attention_dropout(block):
             return None
         _, key, value = attn.qkv.weight.view(3, attn.num_heads, attn.head_dim, -1)
         bias = None if attn.qkv.bias is None else attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
@@ -174,7 +198,7 @@ class TimmViT(Backbone):
             return model.forward_head(x[layout.first_rows(self.prefix)].unflatten(0, (layout.images, self.prefix)))
         rows, mask = layout.pad(x), layout.mask.clone()
         mask[:, : self._pooled_from] = False
-        pooled = _pool(model.global_pool, rows, mask, None if size is None else layout.pad(size))
+        pooled = masked_pool(model.global_pool, rows, mask, None if size is None else layout.pad(size))
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     @property
@@ -243,37 +267,9 @@ class TimmViT(Backbone):
         model = self.model
         plain = type(model) is VisionTransformer and model.global_pool == "token" and model.attn_pool is None
         plain = plain and type(model.fc_norm) is nn.Identity and type(model.head_drop) in INACTIVE
-        if not plain or not _is_plain_norm(model.norm) or type(model.head) is not nn.Linear:
+        if not plain or not is_plain_norm(model.norm) or type(model.head) is not nn.Linear:
             return None
-        return _norm_weights(model.norm), LinearWeights(model.head.weight, model.head.bias)
-
-
-def linear_macs(module: nn.Module | None) -> int:
-    """Multiply-accumulates of one row through every linear layer of `module`, quantised ones too."""
-    layers: list[Any] = [] if module is None else [m for m in module.modules() if _is_linear(m)]
-    return sum(m.in_features * m.out_features for m in layers if not any(map(_is_linear, m.children())))
-
-
-def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "in_features")
-
-
-def drop_paths(drop: nn.Module, update: Tensor, layout: RaggedLayout) -> Tensor:
-    """Stochastic depth of packed rows: an image's whole update [its rows, C] is dropped, or none of it."""
-    if not drop.training or isinstance(drop, nn.Identity):
-        return drop(update)
-    factor = drop(update.new_ones(layout.images, 1))
-    return update * append_rows(factor.index_select(0, layout.image), len(update) - layout.rows)
-
-
-def _pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
-    """Pooling [B, L, C] -> [B, C] over the rows that `mask` [B, L] marks, as timm's `global_pool` of that name."""
-    weight = mask.to(rows.dtype) if size is None else (size * mask).to(rows.dtype)
-    mean = torch.einsum("blc,bl->bc", rows, weight) / weight.sum(1, keepdim=True)
-    if kind == "avg":
-        return mean
-    top = rows.masked_fill(~mask[..., None], float("-inf")).amax(1)
-    return top if kind == "max" else 0.5 * (top + mean)
+        return norm_weights(model.norm), LinearWeights(model.head.weight, model.head.bias)
 
 
 def _is_plain_block(block: Any) -> bool:
@@ -283,7 +279,7 @@ def _is_plain_block(block: Any) -> bool:
         return False
     if not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)):
         return False
-    if not _is_plain_norm(block.norm1) or not _is_plain_norm(block.norm2):
+    if not is_plain_norm(block.norm1) or not is_plain_norm(block.norm2):
         return False
     nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
     drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
@@ -296,28 +292,14 @@ def _is_plain_block(block: Any) -> bool:
     )
 
 
-def _is_plain_linear(layer: Any) -> bool:
-    """Whether a layer is its weight and bias and nothing else, so that they can be used without calling it."""
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
-    return plain and not hooks_of(layer) and "forward" not in vars(layer)
-
-
-def _is_plain_norm(norm: Any) -> bool:
-    return type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
-
-
-def _norm_weights(norm: Any) -> NormWeights:
-    return NormWeights(norm.weight, norm.bias, norm.eps)
-
-
 def _block_weights(block: Any) -> BlockWeights:
     attn, mlp = block.attn, block.mlp
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
     return BlockWeights(
-        norm1=_norm_weights(block.norm1),
+        norm1=norm_weights(block.norm1),
         qkv=LinearWeights(attn.qkv.weight, attn.qkv.bias),
         proj=LinearWeights(attn.proj.weight, attn.proj.bias, scales[0]),
-        norm2=_norm_weights(block.norm2),
+        norm2=norm_weights(block.norm2),
         fc1=LinearWeights(mlp.fc1.weight, mlp.fc1.bias),
         fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scales[1]),
         heads=attn.num_heads,

@@ -169,12 +169,15 @@ def predict(
 
     Args:
         backend: what computes.
-        half: `Backbone.last_half` of the blocks that have run.
+        half: `Backbone.last_half` of the blocks that have run, or the end of the last one.
         x, layout: the rows.
         bias: [M] added to the attention logits of each key, or None.
         size: [M] patches each row stands for, or None where all stand for one.
     """
     if not backend.backbone.reads_prefix_only:
         return backend.head(x, layout, size)
-    prefix = RaggedLayout([backend.backbone.prefix] * layout.images, x.device)
-    return backend.head(backend.finish(half, x, layout, bias), prefix)
+    if half < 2 * backend.backbone.depth:
+        x = backend.finish(half, x, layout, bias)
+    else:
+        x = x.index_select(0, layout.first_rows(backend.backbone.prefix))
+    return backend.head(x, layout.prefixes(backend.backbone.prefix))

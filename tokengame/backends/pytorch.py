@@ -15,7 +15,14 @@ import tokengame.backends.decisions as decisions
 from tokengame.backbones.base import Backbone
 from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens
 from tokengame.kernels.functions import FusedOutput
-from tokengame.packed.attention import Kernel, cross_attention, padded_attention, query_log_attention
+from tokengame.packed.attention import (
+    Kernel,
+    cross_attention,
+    gathered_pairs,
+    masked_attention,
+    padded_attention,
+    query_log_attention,
+)
 from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import append_rows, padding_rows
@@ -55,7 +62,7 @@ class TorchBackend:
             first, cached, qkv = end, None, qkv if found is None else found
         if request is None:
             return Stretch(x[:rows], qkv)
-        keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), 1, 3)[:rows]
+        keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), layout, 1, 3)[:rows]
         heads = backbone.next_heads(last // 2, x[:rows], layout, keys_values)
         with self.section("policy"), torch.no_grad():  # decisions have no gradient
             observed = self.observe(heads, layout, bias, request)
@@ -84,32 +91,34 @@ class TorchBackend:
         """[M, H * D] attention of normed rows, and qkv [M, 3, H, D] where it is among themselves."""
         backbone, dropout = self.backbone, self.backbone.attention_dropout(block)
         if cached is not None:
-            query = backbone.project(block, normed, 0, 1)[: layout.rows, 0]
+            query = backbone.project(block, normed, layout, 0, 1)[: layout.rows, 0]
             of = cached.keys, cached.values, layout, cached.layout, cached.bias
             with self.section("attention"):
-                return self._cross_attend(dropout, query, *of).flatten(1), None
-        qkv = backbone.project(block, normed)[: layout.rows]
+                return self._cross_attend(block, query, *of).flatten(1), None
+        qkv = backbone.project(block, normed, layout)[: layout.rows]
         with self.section("attention"):
+            if self._pair_bias(block, layout) is not None:
+                q, k, v = qkv.unbind(1)
+                return self._cross_attend(block, q, k, v, layout, layout, bias).flatten(1), qkv
             return padded_attention(qkv, layout, bias, dropout) if dropout else self.attend(qkv, layout, bias), qkv
+
+    def _pair_bias(self, block: int, layout: RaggedLayout) -> Tensor | None:
+        return None if layout.places is None else self.backbone.pair_bias(block, layout.places.grid)
 
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         return self._checkpointed(self._finish, half, x, layout, bias)
 
     def _finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
         backbone, block = self.backbone, self.backbone.depth - 1
-        own, prefix_layout = layout.first_rows(backbone.prefix), self._prefix_layout(layout)
+        own, prefix_layout = layout.first_rows(backbone.prefix), layout.prefixes(backbone.prefix)
         prefix = x.index_select(0, own)
         if half % 2 == 0:
             normed = backbone.norm_attention(block, x)
-            query = backbone.project(block, normed.index_select(0, own), 0, 1)[:, 0]
+            query = backbone.project(block, normed.index_select(0, own), prefix_layout, 0, 1)[:, 0]
             with self.section("attention"):
                 attended = self._attend_rows(block, query, normed, prefix_layout, layout, bias)
             prefix = backbone.add_attention(block, prefix, attended.flatten(1), prefix_layout)
         return backbone.feed_forward(block, prefix, prefix_layout)
-
-    def _prefix_layout(self, layout: RaggedLayout) -> RaggedLayout:
-        """Of the prefix rows of the same images alone."""
-        return RaggedLayout([self.backbone.prefix] * layout.images, layout.device)
 
     def _attend_rows(
         self, block: int, query: Tensor, normed: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
@@ -118,9 +127,8 @@ class TorchBackend:
         """Attention of few queries [Q, H, D] to normed rows [M, C] -> [Q, H, D]."""
         folded = self.backbone.key_value_weights(block)
         if folded is None:
-            keys, values = self.backbone.project(block, normed, 1, 3).unbind(1)
-            dropout = self.backbone.attention_dropout(block)
-            return self._cross_attend(dropout, query, keys, values, query_layout, layout, bias)
+            keys, values = self.backbone.project(block, normed, layout, 1, 3)[: layout.rows].unbind(1)
+            return self._cross_attend(block, query, keys, values, query_layout, layout, bias)
         # q.(K n + c) = (K^T q).n + q.c, the same for all keys of a softmax up to a constant; and as weights a sum to 1,
         # the sum of a (V n + d) is V (sum of a n) + d. Two products of C x C for every row become two of C for each
         # query and head.
@@ -143,10 +151,17 @@ class TorchBackend:
     ) -> Tensor:  # fmt: skip
         return cross_attention(q, k, v, query_layout, layout, bias, scale)
 
-    def _cross_attend(self, dropout: float, *arguments: Any) -> Tensor:
-        """`cross_attend`, of whose weights a share is dropped in training."""
+    def _cross_attend(
+        self, block: int, q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`cross_attend` with what is special to `block`: relative positions, and dropout of weights in training."""
+        pairs, dropout = self._pair_bias(block, layout), self.backbone.attention_dropout(block)
+        if pairs is not None:
+            added = gathered_pairs(pairs, query_layout, layout, self.backbone.prefix)
+            return masked_attention(q, k, v, query_layout, layout, added, bias, dropout)
         attend = partial(cross_attention, dropout=dropout) if dropout else self.cross_attend
-        return attend(*arguments)
+        return attend(q, k, v, query_layout, layout, bias)
 
     def log_attention(self, heads: Heads, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         return query_log_attention(heads, layout, bias)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tokengame.backbones import wrap
 from tokengame.backends import Backend
 from tokengame.baselines.reducer import Baseline, ReducedRows, Reducer, class_attention
-from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime.method import Method
 
 SHARES = (2.0, 1.3, 0.9, 0.7, 0.55, 0.45, 0.35)
@@ -43,7 +42,7 @@ class ATS(Reducer):
         is_kept = F.pad(chosen, (prefix, 0), value=True)
         counts = is_kept.sum(1).tolist()
         row = torch.nonzero(layout.unpad(is_kept)).squeeze(1)
-        return ReducedRows(rows.x.index_select(0, row), RaggedLayout(counts, row.device))
+        return ReducedRows(rows.x.index_select(0, row), rows.layout_of(counts, row))
 
     def cost(self, rows: Tensor) -> Tensor:
         """The class token's attention once more."""

@@ -143,7 +143,8 @@ def _masked(
     """
     tokens, prefix = backbone.embed(images), backbone.prefix
     batch, rows, _ = tokens.shape
-    layout, agents = (RaggedLayout([n] * batch, tokens.device) for n in (rows, rows - prefix))
+    layout = backbone.whole_layout(tokens, backbone.grid(*images.shape[2:]))
+    agents = RaggedLayout([rows - prefix] * batch, tokens.device)
     x, alive = tokens.flatten(0, 1), torch.ones(batch, rows - prefix, device=tokens.device)
     history: list[Tensor] = []
     for block in range(backbone.depth):
@@ -154,7 +155,7 @@ def _masked(
             alive = alive * chosen
             history.append(alive)
         visible = F.pad(alive, (prefix, 0), value=1.0) if history else None
-        qkv = backbone.project(block, backbone.norm_attention(block, x))
+        qkv = backbone.project(block, backbone.norm_attention(block, x), layout)
         attended = _masked_attention(qkv, layout, visible, deterministic_attention)
         x = backbone.feed_forward(block, backbone.add_attention(block, x, attended, layout), layout)
     return (x, layout), history

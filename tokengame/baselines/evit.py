@@ -12,7 +12,6 @@ from tokengame.backbones import wrap
 from tokengame.backends import Backend
 from tokengame.baselines.reducer import KEEP, Baseline, ReducedRows, Reducer, class_attention
 from tokengame.config import GameConfig
-from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime.method import Method
 
 
@@ -41,17 +40,25 @@ class EViT(Reducer):
             return rows
         kept_patches = attention.topk(number, 1, sorted=False).indices
         is_kept = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, kept_patches, True)  # [B, n]
-        kept = self._rows(rows, F.pad(is_kept, (prefix, 0), value=True))
+        row = self._rows(F.pad(is_kept, (prefix, 0), value=True))  # [B, kept]
+        kept = self._take(rows, row)
         if self.fuse:
+            others = self._rows(F.pad(~is_kept, (prefix, 0), value=False))
             weight = attention.masked_select(~is_kept).view(layout.images, 1, -1).to(kept.dtype)
-            fused = self._rows(rows, F.pad(~is_kept, (prefix, 0), value=False))
-            kept = torch.cat([kept, weight @ fused], 1)
-        return ReducedRows(kept.flatten(0, 1), RaggedLayout([kept.shape[1]] * len(kept), kept.device))
+            kept = torch.cat([kept, weight @ self._take(rows, others)], 1)
+            foremost = others.gather(1, weight[:, 0].argmax(1, keepdim=True))  # lends the fused patch its place
+            row = torch.cat([row, foremost], 1)
+        return ReducedRows(kept.flatten(0, 1), rows.layout_of([kept.shape[1]] * len(kept), row.flatten()))
 
     @staticmethod
-    def _rows(rows: ReducedRows, flags: Tensor) -> Tensor:
-        """[B, number, C] of the rows where [B, L] flags, the same number of each image, are true."""
-        return rows.x.index_select(0, flags.flatten().nonzero().squeeze(1)).view(len(flags), -1, rows.x.shape[1])
+    def _take(rows: ReducedRows, row: Tensor) -> Tensor:
+        """[B, number, C] the rows `row` [B, number]."""
+        return rows.x.index_select(0, row.flatten()).view(*row.shape, -1)
+
+    @staticmethod
+    def _rows(flags: Tensor) -> Tensor:
+        """[B, number] packed rows where [B, L] flags, the same number of each image, are true."""
+        return flags.flatten().nonzero().squeeze(1).view(len(flags), -1)
 
     def cost(self, rows: Tensor) -> Tensor:
         """The class token's attention once more, and the fusing."""

@@ -50,6 +50,13 @@ class ReducedRows:
         """[M] added to the attention logits of each key: log size, or None."""
         return None if self.size is None else self.size.log()
 
+    def layout_of(self, counts: list[int], row: Tensor) -> RaggedLayout:
+        """Layout of other rows, `counts` in each image, of which each comes from where row `row` [M'] of these does."""
+        layout = RaggedLayout(counts, self.x.device)
+        if self.layout.places is None:
+            return layout
+        return layout.at(self.layout.places._replace(position=self.layout.places.position.index_select(0, row)))
+
 
 @dataclass(frozen=True)
 class ReducedOutput:
@@ -107,7 +114,8 @@ class Reducer(nn.Module):
         """Run [B, channels, height, width] images through all blocks."""
         backend = backends.choose(self.backbone, images, self.attend)
         tokens = backend.embed(images)
-        rows = ReducedRows(tokens.flatten(0, 1), RaggedLayout([tokens.shape[1]] * len(tokens), tokens.device))
+        layout = self.backbone.whole_layout(tokens, self.backbone.grid(*images.shape[2:]))
+        rows = ReducedRows(tokens.flatten(0, 1), layout)
         half, counts = 0, [rows.layout.count]
         for stage, block in enumerate(self.blocks):
             ran = backend.run(half, 2 * block + 1, rows.x, rows.layout, rows.bias)

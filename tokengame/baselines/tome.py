@@ -10,7 +10,6 @@ from tokengame.backbones import wrap
 from tokengame.backends import Backend
 from tokengame.baselines.reducer import Baseline, ReducedRows, Reducer
 from tokengame.packed.attention import Kernel, fastest_attention
-from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime.method import Method
 
 MERGES = (2, 4, 6, 8, 10, 13, 16)
@@ -44,9 +43,12 @@ class ToMe(Reducer):
         metric, r = qkv[:, 1].mean(1).view(*x.shape[:2], -1), self._pairs(rows.stage, layout.longest)
         if r < 1:
             return rows
-        x, size, place = merge_pairs(x, size, metric, r, self.backbone.prefix)
-        owner = place if rows.owner is None else place.gather(1, rows.owner)
-        return ReducedRows(x.flatten(0, 1), RaggedLayout([x.shape[1]] * len(x), x.device), size.flatten(), owner=owner)
+        x, size, kept, place = merge_pairs(x, size, metric, r, self.backbone.prefix)
+        row, owner = (
+            (kept + layout.start[:, None]).flatten(),
+            place if rows.owner is None else place.gather(1, rows.owner),
+        )
+        return ReducedRows(x.flatten(0, 1), rows.layout_of([x.shape[1]] * len(x), row), size.flatten(), owner=owner)
 
     def on_grid(self) -> ToMe:
         """The same that gives features [B, prefix + N, C], normed: a token has those of the row it was merged into."""
@@ -76,7 +78,7 @@ class ToMeFeatures(ToMe):
         return x if rows.owner is None else x.gather(1, rows.owner[..., None].expand(-1, -1, x.shape[2]))
 
 
-def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, section 3): merge the `r` most similar pairs of each image.
 
     Args:
@@ -87,7 +89,8 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
         prefix: rows at the start that stay as they are.
 
     Returns:
-        [B, n - r, C] and [B, n - r], prefix tokens first and in order; and [B, n] the row that each token is in now.
+        [B, n - r, C], their sizes [B, n - r] and the rows that they were [B, n - r]; prefix tokens first and in order;
+        and [B, n] the row that each token is in now.
     """
     metric = F.normalize(metric, dim=2)
     patches = metric[:, prefix:]
@@ -106,12 +109,25 @@ def merge_pairs(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) ->
     second_size = second_size.scatter_add(1, target, first_size.gather(1, source))
     merged_size = torch.cat([first_size.gather(1, rest), second_size], 1)
     merged = torch.cat([stay, second], 1) / merged_size[..., None].to(x.dtype)
-    place = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-    before = prefix + rest.shape[1]  # rows before those of set B
-    place[:, prefix::2] = order.argsort(1) - r + prefix
-    place[:, prefix::2].scatter_(1, source, target + before)
-    place[:, prefix + 1 :: 2] = torch.arange(before, before + second.shape[1], device=x.device)
-    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1), place
+    kept, place = _moves(source, rest, target, x.shape[1], prefix)
+    return torch.cat([x[:, :prefix], merged], 1), torch.cat([size[:, :prefix], merged_size], 1), kept, place
+
+
+def _moves(source: Tensor, rest: Tensor, target: Tensor, rows: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """[B, n - r] the row that each row was, and [B, n] the row that each of `rows` is in now.
+
+    Args:
+        source, rest: [B, r] and [B, |A| - r] of set A, those that are merged and those that stay.
+        target: [B, r] of set B, what each of `source` is merged into.
+        rows: before (n).
+        prefix: rows at the start that stay as they are.
+    """
+    own = torch.arange(rows, device=rest.device).repeat(len(rest), 1)
+    first, second = own[:, prefix::2], own[:, prefix + 1 :: 2]
+    kept = torch.cat([own[:, :prefix], first.gather(1, rest), second], 1)
+    place = torch.zeros_like(own).scatter_(1, kept, own[:, : kept.shape[1]])
+    into = place[:, prefix + 1 :: 2].gather(1, target)
+    return kept, place.scatter(1, first.gather(1, source), into)
 
 
 def tome_at(model: nn.Module, macs: float, agents: int) -> ToMe:

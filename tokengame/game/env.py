@@ -86,11 +86,14 @@ class TokenGame:
         dither = ordered_dither(*self.backbone.grid(*images.shape[2:])).to(tokens.device)
         if places is None:
             places = torch.arange(-prefix, rows - prefix, device=tokens.device).clamp(min=-1).repeat(batch, 1)
+        layout = self.backbone.whole_layout(tokens, self.backbone.grid(*images.shape[2:]))
+        if layout.places is not None:
+            layout = layout.at(layout.places._replace(position=places.flatten()))
         return State(
             backend=backend,
             x=tokens.flatten(0, 1),
             position=places.flatten(),
-            layout=RaggedLayout([rows] * batch, tokens.device),
+            layout=layout,
             agents=RaggedLayout([rows - prefix] * batch, tokens.device),
             total=len(dither),
             dither=dither,
@@ -151,9 +154,9 @@ class TokenGame:
         """[B, classes] the network's prediction at the end of a game."""
         return predict(state.backend, self.end, state.x, state.layout, state.bias, state.size)
 
-    def predict_unpruned(self, tokens: Tensor, backend: Backend) -> Tensor:
+    def predict_unpruned(self, tokens: Tensor, grid: tuple[int, int], backend: Backend) -> Tensor:
         """[b, classes] the prediction for tokens [b, prefix + N, C] before the first decision, if all are kept."""
-        layout = RaggedLayout([tokens.shape[1]] * len(tokens), tokens.device)
+        layout = self.backbone.whole_layout(tokens, grid)
         x = backend.run(self._decides_before(0), self.end, tokens.flatten(0, 1), layout).x
         return predict(backend, self.end, x, layout)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from tokengame.backbones.base import Backbone
 from tokengame.game.env import TokenGame
 from tokengame.game.state import Observation
+from tokengame.packed.layout import Places, RaggedLayout
 
 
 class Scripted:
@@ -52,6 +55,94 @@ def masked_forward(backbone: Backbone, stages: tuple[int, ...], images: Tensor, 
         x = block(x, attn_mask=alive[:, None, None, :].clone())
     x = model.norm(x)
     return torch.cat([model.forward_head(x[b : b + 1, alive[b]]) for b in range(len(x))])
+
+
+@torch.no_grad()
+def masked_features(
+    backbone: Backbone, stages: tuple[int, ...], images: Tensor, table: Tensor, calls: int = 1
+) -> Tensor:
+    """`drop` by masks, for models of any family: the native model computes every token, pruned ones are hidden as keys.
+
+    Args:
+        backbone: of a model that calls PyTorch's `scaled_dot_product_attention`.
+        stages: blocks before which tokens are pruned.
+        images: [B, channels, height, width].
+        table: [T, B, N] keep logits.
+        calls: attentions of a block.
+
+    Returns:
+        [B, prefix + N, C] native features; those of pruned tokens mean nothing.
+    """
+    native, history, called = F.scaled_dot_product_attention, kept_agents(table), 0
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more, **named) -> Tensor:
+        nonlocal called
+        stage, called = sum(called // calls >= block for block in stages) - 1, called + 1
+        if stage >= 0 and key.shape[2] == query.shape[2]:
+            hidden = F.pad(~history[stage], (backbone.prefix, 0), value=False)[:, None, None]
+            start = query.new_zeros(1) if attn_mask is None else attn_mask
+            attn_mask = start.masked_fill(hidden, float("-inf"))
+        return native(query, key, value, attn_mask, *more, **named)
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with patch.object(F, "scaled_dot_product_attention", attend):
+            return backbone.native_features(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@torch.no_grad()
+def played_features(game: TokenGame, images: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The features of a scripted game at the tokens that are left, [B, prefix + N, C], and which these are, [B, ...].
+
+    Args:
+        game: with `keep_patches`.
+        images: [B, channels, height, width].
+        table: [T, B, N] keep logits.
+    """
+    backbone, state = game.backbone, game.play(images, Scripted(table))
+    there = F.pad(state.alive, (backbone.prefix, 0), value=True)
+    own = torch.arange(state.layout.rows) - state.layout.start[state.layout.image]
+    place = torch.where(state.position < 0, own, backbone.prefix + state.position)
+    features = state.x.new_zeros(*there.shape, backbone.dim)
+    features[state.layout.image, place] = backbone.final_norm(state.x)
+    return features, there
+
+
+@torch.no_grad()
+def merged_by_loops(backbone: Backbone, stages: tuple[int, ...], images: Tensor, table: Tensor) -> Tensor:
+    """`merge` by loops, for models of any family: one image at a time, one pruned token at a time, no fused attention.
+
+    Returns:
+        [B, ...] predictions.
+    """
+    history, outputs = kept_agents(table), []
+    for number, image in enumerate(images):
+        tokens, grid = backbone.embed(image[None]), backbone.grid(*image.shape[1:])
+        layout = backbone.whole_layout(tokens, grid)
+        x, size, agents = tokens[0], torch.ones(tokens.shape[1]), list(range(tokens.shape[1] - backbone.prefix))
+        for block in range(backbone.depth):
+            _, keys, values = backbone.project(block, backbone.norm_attention(block, x), layout).unbind(1)
+            bias, of_keys = size.log(), layout
+            if block in stages:
+                kept = [a for a in agents if history[stages.index(block), number, a]]
+                half = values[..., : (backbone.head_dim + 1) // 2].flatten(1)
+                x, size = _merge_one_by_one(x, size, half, agents, kept, backbone.prefix)
+                position, agents = torch.tensor([-1] * backbone.prefix + kept), kept
+                layout = RaggedLayout([len(x)], x.device, layout.places and Places(position, grid))
+            query = backbone.project(block, backbone.norm_attention(block, x), layout, 0, 1)[:, 0]
+            logits = torch.einsum("qhd,khd->hqk", query, keys) * backbone.scale + bias
+            pairs = backbone.pair_bias(block, grid)
+            if pairs is not None:
+                rows, others = layout.whole_index(backbone.prefix), of_keys.whole_index(backbone.prefix)
+                logits = logits + pairs[:, rows][:, :, others]
+            attended = torch.einsum("hqk,khd->qhd", logits.softmax(2), values).flatten(1)
+            x = backbone.feed_forward(block, backbone.add_attention(block, x, attended, layout), layout)
+        read = layout.prefixes(backbone.prefix) if backbone.reads_prefix_only else layout
+        outputs.append(backbone.head(x[: read.rows], read, size[: read.rows])[0])
+    return torch.stack(outputs)
 
 
 @torch.no_grad()
@@ -141,5 +232,5 @@ def check_contract(game: TokenGame, images: Tensor, seed: int = 0) -> None:
             patches = torch.zeros(batch).index_add(0, state.layout.image, state.size)
             assert torch.allclose(patches, torch.full((batch,), float(agents + backbone.prefix))), "patches were lost"
         before = alive
-    native, kept = backbone.model(images), game.predict(game.play(images, Scripted(table.abs() + 1)))
+    native, kept = backbone.native(images), game.predict(game.play(images, Scripted(table.abs() + 1)))
     assert torch.allclose(native, kept, atol=1e-5, rtol=1e-4), "keeping everything changed the prediction"

@@ -31,6 +31,8 @@ def remove(state: State, keep: Tensor, logits: Tensor, merge: bool) -> State:
     cached = None
     if merge and state.heads is not None:
         cached = CachedKeysValues(state.heads.keys, state.heads.values, state.layout, state.bias)
+    if state.layout.places is not None:
+        layout = layout.at(state.layout.places._replace(position=kept.position))
     return State(
         state.backend, kept.x, kept.position, layout, agents, state.total, state.dither, kept.size, cached=cached,
         absorber=kept.absorber, kept=(*state.kept, agents.count),

@@ -166,6 +166,30 @@ def cross_attention(
     return query_layout.unpad(attended.transpose(1, 2))
 
 
+def gathered_pairs(pairs: Tensor, query_layout: RaggedLayout, layout: RaggedLayout, prefix: int) -> Tensor:
+    """Numbers for pairs of rows that are left: pairs [H, R, R] of all R rows of an image -> [B, H, longest, longest].
+
+    Args:
+        pairs: by query and key.
+        query_layout, layout: of the queries and of the keys, with `places`.
+        prefix: rows of an image that are no patches; they come first.
+    """
+    queries, keys = (rows.pad(rows.whole_index(prefix)) for rows in (query_layout, layout))  # [B, L]
+    return pairs[:, queries[:, :, None], keys[:, None]].transpose(0, 1)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout, pairs: Tensor,
+    bias: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`cross_attention` with `pairs` [B, H, longest, longest] added to the logits of each query and key."""
+    rows = q.new_zeros(layout.rows) if bias is None else bias.to(q.dtype)
+    mask = pairs.to(q.dtype) + layout.pad(rows, float("-inf"))[:, None, None]
+    query, key, value = (rows.transpose(1, 2) for rows in (query_layout.pad(q), layout.pad(k), layout.pad(v)))
+    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    return query_layout.unpad(attended.transpose(1, 2))
+
+
 def query_log_attention(heads: Heads, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
     """[B, H, longest] log of the attention of `heads.query` to each row of its image; -inf to padding."""
     query = (heads.query * heads.scale).index_select(0, layout.image)  # [M, H, D]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """Where rows come from in the grid of patches, for models whose attention depends on that."""
+
+    position: Tensor
+    """[M] place in the grid, row by row; -1 for prefix tokens"""
+    grid: tuple[int, int]
+    """rows and columns of patches"""
 
 
 class RaggedLayout:
@@ -17,13 +28,28 @@ class RaggedLayout:
     Args:
         counts: rows of each image, in order.
         device: of the index tensors.
+        places: where the rows come from in the grid; None where no attention depends on that.
     """
 
-    def __init__(self, counts: list[int], device: torch.device):
-        self.counts, self.device = counts, device
+    def __init__(self, counts: list[int], device: torch.device, places: Places | None = None):
+        self.counts, self.device, self.places = counts, device, places
         self.images, self.rows, self.longest = len(counts), sum(counts), max(counts, default=0)
         self._known: dict[str, Tensor] = {}
         self._groups: dict[tuple[int, int, int], Groups] = {}
+
+    def at(self, places: Places | None) -> RaggedLayout:
+        """The same layout of rows that come from `places`."""
+        layout = copy.copy(self)  # what is known of the layout is shared
+        layout.places = places
+        return layout
+
+    def prefixes(self, number: int) -> RaggedLayout:
+        """Layout of the first `number` rows of each image, prefix tokens, alone."""
+        places = self.places
+        if places is not None:
+            nowhere = torch.full((self.images * number,), -1, dtype=torch.long, device=self.device)
+            places = places._replace(position=nowhere)
+        return RaggedLayout([number] * self.images, self.device, places)
 
     @property
     def uniform(self) -> bool:
@@ -83,6 +109,13 @@ class RaggedLayout:
         rows = lambda: torch.arange(self.rows, device=self.device) + prefix * (self.image + 1)  # noqa: E731
         return self._once(f"behind {prefix}", rows)
 
+    def whole_index(self, prefix: int) -> Tensor:
+        """[M] index of each row among all rows of its image before any was removed, `prefix` tokens first"""
+        places = self.places
+        assert places is not None
+        own = torch.arange(self.rows, device=self.device) - self.start.index_select(0, self.image)
+        return torch.where(places.position < 0, own, prefix + places.position)
+
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """`functools.cached_property` takes a lock (before Python 3.12), which torch.compile cannot trace."""
         if name not in self._known:
@@ -124,7 +157,10 @@ class RaggedLayout:
         """Row indices and layout of a batch of some of the images, in any order, any of them several times."""
         layout = RaggedLayout([self.counts[image] for image in images.tolist()], self.device)
         first = self.start.index_select(0, images) - layout.start
-        return torch.arange(layout.rows, device=self.device) + first.index_select(0, layout.image), layout
+        rows = torch.arange(layout.rows, device=self.device) + first.index_select(0, layout.image)
+        if self.places is not None:
+            layout.places = self.places._replace(position=self.places.position.index_select(0, rows))
+        return rows, layout
 
 
 @dataclass(frozen=True)

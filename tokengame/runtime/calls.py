@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tokengame.backbones.calls import not_traced
 from tokengame.errors import TokenGameError
 
 
@@ -33,26 +34,3 @@ def check_call(images: Any, parameter: Tensor) -> None:
         )
     if images.ndim != 4:
         raise TokenGameError(f"images must be [batch, channels, height, width], not {list(images.shape)}")
-
-
-def not_traced(how: str) -> str:
-    """Why a pruned model cannot be traced."""
-    return (
-        f"a pruned model cannot be {how}: how many tokens it computes depends on each image; torch.compile(fast) "
-        "works, and fast.restore() gives the native model, which can be"
-    )
-
-
-def check_masks(images: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Refuse attention masks.
-
-    Raises:
-        TokenGameError: one is given, or symbols are, by torch.fx.
-    """
-    if not isinstance(images, Tensor):
-        raise TokenGameError(not_traced(f"run on a {type(images).__name__}"))
-    if attn_mask is not None or is_causal:
-        raise TokenGameError(
-            "a pruned model takes no attention mask (attn_mask, is_causal): a mask counts on every token being there; "
-            "pass it to fast.restore()"
-        )

@@ -67,7 +67,8 @@ def predict(
     if not len(uncertain):
         return PrunedOutput(played.logits, played.kept, played.alive, uncertain)
     assert played.tokens_before is not None
-    native = game.predict_unpruned(played.tokens_before.index_select(0, uncertain), backend)
+    grid = game.backbone.grid(*images.shape[2:])
+    native = game.predict_unpruned(played.tokens_before.index_select(0, uncertain), grid, backend)
     logits = tree_map(lambda pruned, whole: pruned.index_copy(0, uncertain, whole), played.logits, native)
     return PrunedOutput(logits, played.kept, played.alive.index_fill(0, uncertain, True), uncertain)
 
@@ -77,7 +78,7 @@ def _of_no_image(game: TokenGame, images: Tensor) -> PrunedOutput:
     total = math.prod(game.backbone.grid(*images.shape[2:]))
     alive = torch.zeros(0, total, dtype=torch.bool, device=images.device)
     nothing = torch.zeros(0, dtype=torch.long, device=images.device)
-    return PrunedOutput(game.backbone.model(images), (nothing,) * len(game.stages), alive, nothing)
+    return PrunedOutput(game.backbone.native(images), (nothing,) * len(game.stages), alive, nothing)
 
 
 def step_by_step(

@@ -40,6 +40,13 @@ class RecordingBackend:
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """As `Backend.embed`."""
+        tokens = self.inner.embed(images)
+        if 0 in self.edges:
+            self.recorded[-1] = tokens.flatten(0, 1)
+        return tokens
+
     def run(
         self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None,
         cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
@@ -183,19 +190,19 @@ def grid_of(game: TokenGame, state: State) -> Grid:
 
 def grid_features(
     game: TokenGame, decide: Decide, threshold: float, images: Tensor, blocks: list[int], fill: Fill, norm: bool
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Play a game and restore the outputs of `blocks` onto the full grid.
 
     Args:
         game: whose backbone and settings are used; all patches are computed to the last block.
         decide, threshold: the policy, as in `TokenGame.play`.
         images: [B, channels, height, width].
-        blocks: whose output is wanted, ascending.
+        blocks: whose output is wanted, ascending; -1: the embedded tokens.
         fill: what stands where a token was pruned.
         norm: whether the model's final norm is applied.
 
     Returns:
-        For each of `blocks` [B, prefix + N, C].
+        For each of `blocks` [B, prefix + N, C]; and the prediction of that game.
 
     Raises:
         TokenGameError: "absorber" for a `drop` game, where no token is absorbed, or unknown `fill`.
@@ -207,7 +214,7 @@ def grid_features(
     game = TokenGame(game.backbone, game.config, attention=fastest_attention, keep_patches=True)
     if not len(images):
         rows = game.backbone.prefix + math.prod(game.backbone.grid(*images.shape[2:]))
-        return [images.new_zeros(0, rows, game.backbone.dim) for _ in blocks]
+        return [images.new_zeros(0, rows, game.backbone.dim) for _ in blocks], game.backbone.native(images)
     backend = RecordingBackend(game.backend_for(images), blocks)
     state, found = game.reset(images, backend), {}
     grid = Grid(len(images), game.backbone.prefix, state.total, fill, game.backbone.final_norm if norm else lambda x: x)
@@ -218,4 +225,4 @@ def grid_features(
             logits, keep = game.decisions(state, decide, threshold)
             before, state = state, game.step(state, keep, logits)
             grid.follow(before, state)
-    return [found[block] for block in blocks]
+    return [found[block] for block in blocks], game.predict(state)

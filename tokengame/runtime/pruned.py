@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import tokengame.runtime.cascade as cascade
 from tokengame import kernels
 from tokengame.backbones import unwrapped, wrap
+from tokengame.backbones.calls import check_masks, not_traced
 from tokengame.backbones.changes import check_memory
 from tokengame.backends import CompiledBlocks
 from tokengame.config import GameConfig
@@ -25,11 +26,11 @@ from tokengame.errors import TokenGameError, warn
 from tokengame.game import Decide, TokenGame
 from tokengame.packed.attention import fastest_attention
 from tokengame.policies.policy import Policy, check_fits, check_keeps, dial_for, find_policy, threshold
-from tokengame.runtime.calls import check_call, check_masks, not_traced
+from tokengame.runtime.calls import check_call
 from tokengame.runtime.cascade import PrunedOutput
 from tokengame.runtime.features import Fill, Intermediates, grid_features
 from tokengame.runtime.macs import fallback_macs, native_macs, pruned_macs
-from tokengame.runtime.native import CHANGES, native_attribute, renamed_groups
+from tokengame.runtime.native import native_attribute, renamed_groups
 from tokengame.runtime.sharing import Sharing
 from tokengame.runtime.torch_compile import CompiledGame
 
@@ -74,16 +75,27 @@ class PrunedViT(nn.Module):
         """Keep logit above which a token is kept at this dial."""
         return self._threshold
 
-    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, channels, height, width] -> the model's own output [B, classes].
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """As the model is called: [B, channels, height, width] images -> the model's own output.
+
+        Features in the output are on the full grid, see `forward_features`.
 
         Raises:
             TokenGameError: attention masks, tracing and vmap, which a pruned model cannot honour.
         """
-        check_masks(images, attn_mask, is_causal)
+        if not isinstance(arguments, tuple):  # torch.fx passes a symbol
+            raise TokenGameError(not_traced(f"run on a {type(arguments).__name__}"))
+        call = self.game.backbone.read_call(*arguments, **named)
+        if call.features:
+            return call.answer(*self._with_features(call.images, list(call.features)))
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return self._predict_compiled(images)
-        return self.predict(images).logits
+            return call.answer(self._predict_compiled(call.images), [])
+        return call.answer(self.predict(call.images).logits, [])
+
+    def _with_features(self, images: Tensor, blocks: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The prediction, and features after `blocks` on the full grid, of one game where there is no cascade."""
+        features, output = self._play_on_grid(images, blocks, None, norm=False)
+        return self.predict(images).logits if self.game.config.cascade_margin else output, features
 
     def predict(self, images: Tensor, gradients: bool | None = None) -> PrunedOutput:
         """The prediction and which tokens were kept.
@@ -131,21 +143,21 @@ class PrunedViT(nn.Module):
     def _predict_compiled(self, images: Tensor) -> Tensor:
         """What `torch.compile(fast)` runs: the same game, compiled from decision to decision (see `torch_compile`).
 
-        The compiled kernels leave nothing to compile.
+        The compiled kernels leave nothing to compile. Models with rotary or relative positions run eagerly.
         """
         if not len(images):
             return self.predict(images).logits
         self._check(images)
         with self._gradients():
             backend = self.game.backend_for(images)
-            if isinstance(backend, CompiledBlocks):
+            if isinstance(backend, CompiledBlocks) or self.game.backbone.positional:
                 return cascade.predict(self.game, images, self.actor, self._threshold, backend).logits
             if self._compiled is None:
                 self._compiled = CompiledGame(self.game.backbone, self.game.config, self.game.features)
             return cascade.predict(self._compiled, images, self.actor, self._threshold).logits
 
     def forward_features(
-        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit"
+        self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill | None = None
     ) -> Tensor:
         """timm's `forward_features` on the full grid: [B, channels, height, width] -> [B, prefix + N, C], normed.
 
@@ -154,8 +166,8 @@ class PrunedViT(nn.Module):
         Args:
             images: the batch.
             attn_mask, is_causal: refused.
-            fill: what stands where a token was pruned: "exit", its last features before it was pruned; "absorber",
-                those of the token it was merged into; "zero".
+            fill: what stands where a token was pruned: "absorber", the features of the token it was merged into (the
+                default where tokens are merged); "exit", its own last features before it was pruned; "zero".
 
         Raises:
             TokenGameError: "absorber" for a policy that drops tokens.
@@ -166,7 +178,8 @@ class PrunedViT(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
         norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *, fill: Fill = "exit",
+        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *,
+        fill: Fill | None = None,
     ) -> Any:  # fmt: skip
         """timm's `forward_intermediates` on the full grid.
 
@@ -202,7 +215,7 @@ class PrunedViT(nn.Module):
     def get_intermediate_layers(
         self, x: Tensor, n: int | list[int] | tuple[int, ...] = 1, reshape: bool = False,
         return_prefix_tokens: bool = False, norm: bool = False, attn_mask: Tensor | None = None, *,
-        fill: Fill = "exit",
+        fill: Fill | None = None,
     ) -> list[Any]:  # fmt: skip
         """timm's and DINO's `get_intermediate_layers` on the full grid; see `forward_intermediates`."""
         return self.forward_intermediates(
@@ -210,22 +223,32 @@ class PrunedViT(nn.Module):
             True, False, attn_mask, fill=fill,
         )  # fmt: skip
 
-    def _grid(self, images: Tensor, blocks: list[int], fill: Fill, norm: bool) -> list[Tensor]:
+    def _grid(self, images: Tensor, blocks: list[int], fill: Fill | None, norm: bool) -> list[Tensor]:
+        return self._play_on_grid(images, blocks, fill, norm)[0]
+
+    def _play_on_grid(
+        self, images: Tensor, blocks: list[int], fill: Fill | None, norm: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features after `blocks` on the full grid, and the prediction."""
         self._check(images)
         if self.game.backbone.drops_patches:
             raise TokenGameError(
                 "features on the full grid are not defined under patch dropout: call fast.eval() first"
             )
         with self._gradients():
+            fill = fill or ("absorber" if self.game.merge else "exit")
             return grid_features(self.game, self.actor, self._threshold, images, blocks, fill, norm)
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapped model has and a pruned one means alike (see `native`)."""
         if name in ("_modules", "_parameters", "_buffers") or name in self._modules:
             return super().__getattr__(name)
-        if name in CHANGES and hasattr(self.model, name):
+        if "game" not in vars(self):
+            raise AttributeError(name)  # while it is made or copied
+        interface = self.game.backbone.interface
+        if name in interface.changes and hasattr(self.model, name):
             return partial(self._change, name)
-        return native_attribute(self.model, name)
+        return native_attribute(self.model, name, interface)
 
     def _change(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method that changes a model; the wrapped model stays as it is."""
