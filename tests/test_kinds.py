@@ -127,7 +127,7 @@ def test_figures_of_features_by_hand():
 @torch.no_grad()
 def test_what_is_measured_is_what_the_pruned_model_gives(what, transition):
     model = embedder(reg_tokens=2)
-    fast = prune(model, policy_for(model, transition), 0.6)
+    fast = prune(model, keeping(policy_for(model, transition), what), 0.6)
     kind = kind_of(wrap(model), None if what == "embedding" else what)
     scores = evaluate(fast, batches(), kind=kind)
     if what == "embedding":
@@ -149,7 +149,9 @@ def test_what_is_measured_is_what_the_pruned_model_gives(what, transition):
 @torch.no_grad()
 def test_all_tokens_kept_is_native(what):
     model = embedder()
-    found = evaluate(prune(model, policy_for(model), 0.0), batches(), kind=kind_of(wrap(model), what)).summary()
+    found = evaluate(
+        prune(model, keeping(policy_for(model), what), 0.0), batches(), kind=kind_of(wrap(model), what)
+    ).summary()
     assert found["distance"] < 1e-6
     if what == "embedding":
         assert {found[name] for name in found if name.startswith(("same", "recall"))} == {1.0}
@@ -162,7 +164,7 @@ def test_grids_are_those_of_forward_features_at_any_decisions():
         fast = prune_by(embedder(), with_overrides(TrainConfig().game, {"stages": (1, 3), "transition": transition}),
                         Scripted(table_))  # fmt: skip
         found = GridMethod(fast).predict(IMAGES)
-        wanted = grid_features(fast.game, Scripted(table_), 0.0, IMAGES, [3], fill, norm=True)[0]
+        wanted = grid_features(fast.game, Scripted(table_), 0.0, IMAGES, [3], fill, norm=True)[0][0]
         torch.testing.assert_close(found.logits, wanted, atol=1e-5, rtol=1e-5)
         assert torch.equal(found.alive, kept_agents(table_)[-1])
 
@@ -179,7 +181,7 @@ def test_tome_gives_each_token_the_features_of_the_row_it_is_in():
         keys = block.attn.qkv(normed).view(2, x.shape[1], 3, 2, 16)[:, :, 1].mean(2)
         x = x + block.ls1(block.attn(normed, attn_mask=size.log()[:, None, None]))
         if r:
-            x, size, step = merge_pairs(x, size, keys, r, 2)
+            x, size, _, step = merge_pairs(x, size, keys, r, 2)
             place = torch.stack([row[now] for row, now in zip(step, place, strict=True)])
         x = x + block.ls2(block.mlp(block.norm2(x)))
     wanted = torch.stack([rows[now] for rows, now in zip(model.norm(x), place, strict=True)])
@@ -192,7 +194,7 @@ def test_tome_gives_each_token_the_features_of_the_row_it_is_in():
 @torch.no_grad()
 def test_methods_are_compared_by_embeddings_and_those_without_a_grid_left_out_of_features():
     model = embedder()
-    fast = prune(model, policy_for(model), 0.5)
+    fast = prune(model, keeping(policy_for(model), "embedding"), 0.5)
     for what, figure, methods in (
         ("embedding", "cosine", {"a", "b", "ToMe"}),
         ("features", "feature_cosine", {"a", "ToMe"}),

@@ -219,6 +219,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:this policy was made for class logits")
 @pytest.mark.parametrize("when", ["before", "after", "after training"])
 @pytest.mark.parametrize("key", REPLACED)
 def test_replaced_parts_are_used(key, when, model):
