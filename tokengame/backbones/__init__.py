@@ -9,6 +9,7 @@ from torch import nn
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
 from tokengame.backbones.refusals import refusal, unwrapped
+from tokengame.backbones.timm_base import TimmBackbone
 from tokengame.backbones.timm_eva import TimmEva, TimmNaFlex
 from tokengame.backbones.timm_relative import TimmBeit, TimmRelPos
 from tokengame.backbones.timm_vit import TimmViT
@@ -31,7 +32,8 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    raise TokenGameError(refusal(model))
+    kinds = [kind for family in FAMILIES if issubclass(family, TimmBackbone) for kind in family.kinds]
+    raise TokenGameError(refusal(model, tuple(kinds)))
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

@@ -73,8 +73,7 @@ def project(attn: Any, normed: Tensor, first: int, last: int, angles: Tensor | N
         angles: sines and cosines [M, 1 or H, 2 D] by which queries and keys are rotated; None: not at all.
     """
     if getattr(attn, "qkv", None) is None:
-        heads = _project_apart(attn, normed, first, last, angles)
-        return torch.stack(heads, 1)
+        return torch.stack(_project_apart(attn, normed, first, last, angles), 1)
     heads = _project_fused(attn, normed, first, last)
     norms = _norms(attn)[first:last]
     if not all(isinstance(norm, nn.Identity) for norm in norms):
@@ -382,8 +381,8 @@ class ParallelThings(BlockParts):
         return None
 
     def costs(self) -> BlockCosts:
-        each = [_attention_costs(attn) for attn in self.attentions]
-        return BlockCosts(*map(sum, zip(*each, strict=True)), sum(map(linear_macs, self.mlps)))
+        query, keys_values, out = map(sum, zip(*map(_attention_costs, self.attentions), strict=True))
+        return BlockCosts(query, keys_values, out, sum(map(linear_macs, self.mlps)))
 
 
 KINDS: dict[type[nn.Module], type[BlockParts]] = {

@@ -108,7 +108,9 @@ class TimmNaFlex(RotaryBackbone):
     def position(self, images: Tensor) -> Tensor:
         return self.model.embeds(images)[0]
 
-    def read_call(self, images: Any, patch_coord: Any = None, patch_valid: Any = None, attn_mask: Any = None) -> Call:
+    def read_call(  # type: ignore[override]
+        self, images: Any, patch_coord: Any = None, patch_valid: Any = None, attn_mask: Any = None
+    ) -> Call:
         if isinstance(images, dict) or patch_coord is not None or patch_valid is not None:
             raise TokenGameError(
                 "a pruned NaFlexVit takes images [batch, channels, height, width], not patches with coordinates: pass "

@@ -99,7 +99,8 @@ class TorchBackend:
         with self.section("attention"):
             pairs = self._pair_bias(block, layout)
             if pairs is not None:
-                return self._masked_attend(pairs, *qkv.unbind(1), layout, layout, bias, dropout).flatten(1), qkv
+                q, k, v = qkv.unbind(1)
+                return self._masked_attend(pairs, q, k, v, layout, layout, bias, dropout).flatten(1), qkv
             return padded_attention(qkv, layout, bias, dropout) if dropout else self.attend(qkv, layout, bias), qkv
 
     def _pair_bias(self, block: int, layout: RaggedLayout) -> Tensor | None:
