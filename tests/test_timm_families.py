@@ -86,7 +86,7 @@ MODELS = {
     "two of each": lambda: named("vit_small_patch16_18x2_224"),
     "normed after": lambda: named("vit_base_patch16_rpn_224"),
     "hybrid": lambda: named("vit_tiny_r_s16_p8_224", img_size=(64, 96), patch_size=1),
-    "conv stem": lambda: named("vit_base_mci_224", img_size=(64, 96), patch_size=1),
+    "conv stem": lambda: named("vitamin_small_224", img_size=(64, 96), patch_size=1, embed_dim=384, num_heads=6),
     "any size": lambda: named("vit_base_patch16_clip_224", dynamic_img_size=True),
 }
 POSITIONS = ["eva02", "dinov3, class token", "rope of each block", "sapiens2", "beit, class token", "relpos"]
@@ -108,7 +108,7 @@ def built(key):
 
 
 def distance(found, expected):
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 def all_tokens(model, images, transition="merge"):
@@ -180,24 +180,6 @@ def test_other_sizes(key, size):
     assert distance(found[there], masked_features(backbone, (1, 2), images, table)[there]) < 1e-5
 
 
-@pytest.mark.parametrize("key", POSITIONS)
-@torch.no_grad()
-def test_places_matter(key):
-    """Were the tokens that are left numbered anew, features would be others: the test above would not see it."""
-    model, images = built(key)
-    backbone = wrap(model)
-    game = TokenGame(backbone, GameConfig(stages=(1,), transition="drop"), keep_patches=True)
-    state = game.reset(images)
-    keep = torch.ones(state.agents.rows, dtype=torch.bool)
-    keep[:3] = False  # of the first image
-    found = game.step(state, keep, keep.float()).x
-    wrong = state.layout.places._replace(position=torch.where(state.position < 0, -1, (state.position + 5) % 24))
-    moved = game.step(game.reset(images), keep, keep.float())
-    assert torch.equal(moved.x, found)
-    state.layout = state.layout.at(wrong)
-    assert distance(game.step(state, keep, keep.float()).x, found) > 1e-4
-
-
 @pytest.mark.parametrize("key", ["beit", "relpos", "rope of each block"])
 @torch.no_grad()
 def test_positions_that_change_after_pruning_are_followed(key):
@@ -254,12 +236,15 @@ def test_training_is_the_native_one_while_all_tokens_are_kept(key):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # each draws numbers in its own order
     model.train()
+    torch.manual_seed(5)
     found = all_tokens(model, images)
-    torch.testing.assert_close(found, model(images), atol=1e-4, rtol=1e-4)
     found.square().sum().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    model(images).square().sum().backward()
+    torch.manual_seed(5)  # places are jittered in the training of Sapiens2
+    native = model(images)
+    torch.testing.assert_close(found, native, atol=1e-4, rtol=1e-4)
+    native.square().sum().backward()
     theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert ours.keys() == theirs.keys()
     assert all(distance(ours[name], theirs[name]) < 1e-3 for name in theirs if float(theirs[name].norm()) > 1e-4)
@@ -322,7 +307,9 @@ def test_macs_equal_the_flop_counter(key):
     assert native_macs(backbone, patches) == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("key", ["eva02", "dinov3, class token", "sapiens2", "two of each", "parallel", "beit"])
+@pytest.mark.parametrize(
+    "key", ["eva giant, class token", "dinov3, class token", "two of each", "parallel", "beit, class token"]
+)
 @torch.inference_mode()
 def test_macs_of_pruned_models_equal_the_flop_counter(key):
     model, images = built(key)

@@ -242,7 +242,7 @@ def _patch_macs(model: Any, stem: Any) -> int:
     if isinstance(stem, PatchEmbed):
         return sum(m.weight.numel() for m in stem.proj.modules() if isinstance(m, nn.Conv2d))
     tensors = dict(stem.named_parameters()) | dict(stem.named_buffers())
-    image = torch.empty(1, model.in_chans, *stem.img_size, device="meta")
+    image = torch.empty(1, model.in_chans, *stem.img_size, dtype=next(stem.parameters()).dtype, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(stem, {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}, (image,))
     return counter.get_total_flops() // (2 * stem.num_patches)
