@@ -1,92 +1,197 @@
-"""Run every timm VisionTransformer through the game once, at its own width, and write docs/models.md: minutes.
+"""Which models run: every architecture once at its own width, two blocks, random weights, small images; minutes.
 
-With every token kept the output must be the native model's. Two blocks of each, random weights, one image; images of
-more than 30 patches a side are made smaller. `python runs/timm_models.py`
+With every token kept the output must be the native model's, and a random game must give what the native model gives
+with attention masks. Writes `results/models.json` as it goes on, and goes on from it; at the end docs/models.md.
+`python runs/timm_models.py` (delete results/models.json to measure anew; `--modules eva beit` for some of timm's)
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import argparse
+import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from rich.progress import track
 
-from tokengame.backbones import wrap
+from tokengame.backbones import Backbone, wrap
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
+from tokengame.game.testing import masked_features, played_features
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "results" / "models.json"
+TIMM = {
+    "vision_transformer": "ViT, DINOv2, CLIP, SigLIP, AIMv2, BEiT v3, RADIO, parallel blocks",
+    "deit": "DeiT, distilled too, DeiT III",
+    "eva": "EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2",
+    "beit": "BEiT, BEiT v2",
+    "naflexvit": "NaFlexViT, called with images",
+    "vision_transformer_hybrid": "ViT on ResNet or convolutional stems",
+    "vision_transformer_relpos": "ViT with relative positions",
+    "vitamin": "ViTamin",
+    "vision_transformer_sam": "SAM's image encoder",
+    "cait": "CaiT",
+    "xcit": "XCiT",
+    "gemma4_vit": "Gemma 4's image encoder",
+    "qwen3_vit": "Qwen 3's image encoder",
+    "deepseek_vit": "DeepSeek's image encoder",
+}
+"""modules of timm, and what they hold"""
+SIDE = 6
+"""patches of an image, each way"""
 PROSE = """# Models
 
 This page answers one question: does tokengame run my model?
 
-It runs plain timm Vision Transformers (`VisionTransformer` and the distilled DeiT): ViT, DeiT, DeiT III, DINOv2,
-SigLIP, CLIP, AIMv2 and BEiT v3, with registers, any pooling, any input size and any patch size. A model that cannot be
-run exactly is refused with the reason. That includes Swin, hybrids, rotary positions and parallel blocks.
+It runs plain Vision Transformers, with any pooling but none, any patch size and any input size that the model takes:
+absolute, rotary and relative positions, registers, norms before or after, parallel blocks, convolutional stems. A model
+that cannot be run exactly is refused with the reason: `tokengame doctor --backbone NAME` says it for one of timm's.
 """
 
 
-def refusal(name: str) -> str | None:
-    """The sentence with which a model is refused."""
-    with torch.device("meta"):
-        model = timm.create_model(name, depth=1)
-    try:
-        wrap(model)
-    except TokenGameError as error:
-        return str(error)
-    return None
+class Row(NamedTuple):
+    """One family of models, as the table shows it."""
+
+    library: str
+    family: str
+    exact: dict[str, float]
+    """largest relative difference from the native model, by architecture"""
+    weights: int
+    """pretrained weights of those architectures"""
+    refused: dict[str, list[str]]
+    """architectures, by the sentence with which they are refused"""
 
 
-@torch.inference_mode()
-def error(name: str) -> float:
-    """Relative distance of the output with every token kept from the native one."""
-    full = timm.get_pretrained_cfg(name).input_size[1]
+def small(name: str) -> torch.nn.Module:
+    """Two blocks of an architecture for images of few patches, without weights."""
+    depth: dict[str, Any] = {"depth": 2}
+    if "sapiens2" in name:
+        depth["num_kv_heads"] = 2  # timm has a number for each of its blocks
     with torch.device("meta"):
-        side = wrap(timm.create_model(name, depth=1)).patch_size[0]
-    size = {"img_size": 16 * side} if full > 30 * side else {}
-    model = timm.create_model(name, depth=2, **size).eval()
-    for key, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter)
-        parameter.add_(0.1 * noise + 0.5 * key.endswith("gamma")) if parameter.ndim == 1 else parameter.copy_(
-            0.03 * noise
-        )
-    images = torch.randn(1, *model.patch_embed.proj.weight.shape[1:2], *model.patch_embed.img_size)
-    game, native = TokenGame(wrap(model), GameConfig(stages=(1,))), model(images)
+        model = timm.create_model(name, **depth)
+        if hasattr(model, "patch_embed") and wrap(model):
+            patch, stem = model.patch_embed.feat_ratio(as_scalar=False), model.patch_embed.patch_size
+            size = tuple(SIDE * side for side in patch)
+            own = {} if patch == stem else {"patch_size": stem}
+            model = timm.create_model(name, **depth, img_size=size, **own)
+    return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Random weights under which every part matters."""
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.03)
+        if name.endswith(("gamma", "gamma_1", "gamma_2")) or (parameter.ndim == 1 and name.endswith("weight")):
+            parameter.add_(0.5)
+
+
+@torch.no_grad()
+def difference(name: str) -> float:
+    """The larger relative difference: all tokens kept and native, a random game and native attention with masks.
+
+    Raises:
+        TokenGameError: the model is refused.
+    """
+    model = small(name).eval()
+    wrap(model)
+    fill(model)
+    backbone = wrap(model)
+    size = [SIDE * side for side in backbone.patch_size]
+    images = torch.randn(1, getattr(model, "in_chans", 3), *size)
+    game = TokenGame(backbone, GameConfig(stages=(1,)))
     found = game.predict(game.play(images, lambda obs: torch.ones(len(obs.token))))
-    return float((found - native).norm() / native.norm())
+    return max(distance(found, model(images)), masked_difference(backbone, images))
+
+
+def masked_difference(backbone: Backbone, images: torch.Tensor) -> float:
+    """Relative difference of the features of the tokens that a random game leaves."""
+    game = TokenGame(backbone, GameConfig(stages=(1,), transition="drop"), keep_patches=True)
+    table = torch.randn(1, len(images), SIDE**2)
+    calls = len(getattr(backbone.blocks[0], "attns", [None]))  # attentions of a block
+    found, there = played_features(game, images, table)
+    return distance(found[there], masked_features(backbone, (1,), images, table, calls)[there])
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def measure(modules: list[str]) -> dict[str, Any]:
+    """Measure what `RESULTS` has not, and add it there: for each architecture a difference or a sentence."""
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    names = [name for module in modules for name in timm.list_models(module=module) if name not in known]
+    for name in track(names, "models"):
+        torch.manual_seed(0)
+        try:
+            known[name] = difference(name)
+        except TokenGameError as refused:
+            known[name] = str(refused)
+        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return known
+
+
+def timm_rows(known: dict[str, Any]) -> list[Row]:
+    """A row for each module of timm."""
+    rows = []
+    for module, family in TIMM.items():
+        found = {name: known[name] for name in timm.list_models(module=module) if name in known}
+        exact = {name: value for name, value in found.items() if not isinstance(value, str)}
+        refused: dict[str, list[str]] = {}
+        for name in found.keys() - exact.keys():
+            refused.setdefault(found[name], []).append(name)
+        tags = [tag.split(".")[0] for tag in timm.list_models(module=module, pretrained=True)]
+        rows.append(Row("timm", f"{family} (`{module}`)", exact, sum(tag in exact for tag in tags), refused))
+    return rows
+
+
+def page(rows: list[Row]) -> str:
+    """The page: a table of families, then names."""
+    worst, name = max((value, name) for row in rows for name, value in row.exact.items())
+    exact, weights = sum(len(row.exact) for row in rows), sum(row.weights for row in rows)
+    lines = [
+        PROSE,
+        f"**{exact} architectures and {weights} pretrained weights of them are exact**, by `python "
+        f"runs/timm_models.py` (timm {timm.__version__}, torch {torch.__version__.split('+')[0]}): at its own width, "
+        "with two blocks and random",
+        "weights, the output with every token kept differs from the native model's, and the features of a random game "
+        f"from the native model's with attention masks, by at most {worst:.1e} of their norm (`{name}`).",
+        "",
+        "| library | family | architectures exact | pretrained weights | refused |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.library} | {row.family} | {len(row.exact)} | {row.weights} | {sum(map(len, row.refused.values()))} |"
+        for row in rows
+    ]
+    lines += ["", "## Refused", ""]
+    for row in rows:
+        lines += [f"- {why}: {listed(names)}" for why, names in sorted(row.refused.items())]
+    for row in rows:
+        lines += ["", f"## {row.family}", "", listed(row.exact)] if row.exact else []
+    return "\n".join(lines) + "\n"
+
+
+def listed(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def main() -> None:
     """Measure all and write the page."""
-    torch.manual_seed(0)
-    names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
-    works, refused = {}, defaultdict(list)
-    for name in track(names, "models"):
-        reason = refusal(name)
-        if reason is None:
-            works[name] = error(name)
-        else:
-            refused[reason].append(name)
-    worst = max(works, key=works.__getitem__)
-    lines = [
-        PROSE,
-        f"The lists below are written by `python runs/timm_models.py` (timm {timm.__version__}, torch "
-        f"{torch.__version__.split('+')[0]}): every variant of timm's",
-        "`vision_transformer` and `deit` at its own width, with two blocks and random weights.",
-        "",
-        f"**{len(works)} work.** With every token kept the output differs from the native model's by at most "
-        f"{works[worst]:.1e} of its norm (`{worst}`):",
-        "",
-        ", ".join(f"`{name}`" for name in works),
-        "",
-        f"**{sum(map(len, refused.values()))} are refused**, with these sentences:",
-        "",
-        *(f"- {reason}: {', '.join(f'`{n}`' for n in some)}" for reason, some in refused.items()),
-    ]
-    PAGE.write_text("\n".join(lines) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", nargs="*", default=list(TIMM), help="of timm")
+    known = measure(parser.parse_args().modules)
+    PAGE.write_text(page(timm_rows(known)))
 
 
 if __name__ == "__main__":

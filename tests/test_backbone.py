@@ -101,16 +101,10 @@ def test_contract(key, transition):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "is not timm's VisionTransformer"),
-        ("vit_tiny_r_s16_p8_224", {}, "HybridEmbed"),
-        ("eva02_tiny_patch14_224", {}, "is not timm's VisionTransformer"),
-        (
-            "vit_base_patch16_224",
-            {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
-            "ParallelScalingBlock",
-        ),
-        ("vit_base_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
-        ("resnet18", {}, "ResNet is not timm's"),
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is of no supported family: it attends inside windows"),
+        ("vit_base_patch16_224", {"attn_layer": "diff"}, "attends with DiffAttention"),
+        ("vit_base_patch16_224", {"global_pool": ""}, "pools by ''"),
+        ("resnet18", {}, "ResNet is of no supported family;"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(name, changes, reason):

@@ -293,7 +293,7 @@ def test_bad_input_gets_one_sentence(inputs, flags, policy, tmp_path, capsys):
         "not finite in head.weight": [*train, *images, "--weights", str(tmp_path / "nan.safetensors")],
         "timm knows no model": [*train, *weights, *images, "--backbone", "vit_colossal"],
         "another architecture": [*train, *weights, *images, "--backbone", "vit_small_patch16_224"],
-        "is not timm's VisionTransformer": ["bench", "--backbone", "resnet18"],
+        "is of no supported family": ["bench", "--backbone", "resnet18"],
         "from 0 to 11": [*train, *weights, *images, "--game.stages", "3", "12"],
         "above 0 and below 1, not 1.5": [*train, *weights, *images, "--actor.keep", "1.5"],
         "--actor.keep None": [*train, *weights, *images, "--actor.observation", "token_id"],

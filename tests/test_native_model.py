@@ -303,7 +303,7 @@ def test_models_that_are_not_supported_are_told_what_to_pass(model):
         "a str is no model": "vit_tiny_patch16_224",
         "a OrderedDict is no model": model.state_dict(),
         "is pruned already": pruned(model),
-        "is not timm's VisionTransformer": nn.Linear(2, 2),
+        "is of no supported family": nn.Linear(2, 2),
     }
     for said, what in other.items():
         with pytest.raises(TokenGameError, match=said):

@@ -107,18 +107,18 @@ def test_macs_of_packed_execution(wide, transition):
 
 REFUSED = {
     "DiffAttention": "attends with DiffAttention",
-    "HybridEmbed": "embeds patches with HybridEmbed",
-    "ResPostBlock": "is a ResPostBlock",
-    "ParallelThingsBlock": "is a ParallelThingsBlock",
-    "ParallelScalingBlock": "is a ParallelScalingBlock",
     "DiffParallelScalingBlock": "is a DiffParallelScalingBlock",
 }
 
 
-@pytest.mark.parametrize("name", timm.list_models(module="vision_transformer") + timm.list_models(module="deit"))
+MODULES = ("vision_transformer", "deit", "eva", "beit", "naflexvit", "vision_transformer_hybrid",
+           "vision_transformer_relpos", "vitamin")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for module in MODULES for name in timm.list_models(module=module)])
 def test_every_variant_is_supported_or_refused_by_name(name):
     with torch.device("meta"):
-        model = timm.create_model(name, depth=1)
+        model = timm.create_model(name, depth=1, **({"num_kv_heads": 1} if "sapiens2" in name else {}))
     parts = {type(module).__name__ for module in model.modules()}
     reasons = [reason for part, reason in REFUSED.items() if part in parts]
     if not reasons:
@@ -129,9 +129,8 @@ def test_every_variant_is_supported_or_refused_by_name(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["beit_base_patch16_224", "eva02_tiny_patch14_336", "vit_relpos_small_patch16_224", "mobilevitv2_050",
-             "samvit_base_patch16", "naflexvit_base_patch16_gap", "volo_d1_224", "cait_xxs24_224"],
-)  # fmt: skip
+    "name", ["mobilevitv2_050", "samvit_base_patch16", "volo_d1_224", "cait_xxs24_224", "xcit_nano_12_p16_224"]
+)
 def test_relatives_are_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -170,7 +170,7 @@ def test_a_family_is_a_class_and_one_line_of_the_registry(toy, monkeypatch):
     with pytest.raises(TokenGameError, match="patches that overlap"):
         wrap(overlapping)
     monkeypatch.setattr(backbones, "FAMILIES", FAMILIES)
-    with pytest.raises(TokenGameError, match="ToyViT is not timm's VisionTransformer"):
+    with pytest.raises(TokenGameError, match="ToyViT is of no supported family"):
         wrap(toy)
 
 

@@ -9,10 +9,13 @@ from torch import nn
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
 from tokengame.backbones.refusals import refusal, unwrapped
+from tokengame.backbones.timm_base import TimmBackbone
+from tokengame.backbones.timm_eva import TimmEva, TimmNaFlex
+from tokengame.backbones.timm_relative import TimmBeit, TimmRelPos
 from tokengame.backbones.timm_vit import TimmViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT,)
+FAMILIES: tuple[type[Backbone], ...] = (TimmViT, TimmEva, TimmBeit, TimmNaFlex, TimmRelPos)
 """the supported model families; the first that accepts a model wraps it"""
 
 __all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]
@@ -29,7 +32,8 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    raise TokenGameError(refusal(model))
+    kinds = [kind for family in FAMILIES if issubclass(family, TimmBackbone) for kind in family.kinds]
+    raise TokenGameError(refusal(model, tuple(kinds)))
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokengame.errors import warn
@@ -17,6 +16,21 @@ LIBRARIES = {
     "torchvision.": "a torchvision model",
 }
 """other people's models, by the module of their class"""
+WINDOWS = "it attends inside windows of the grid, whose tokens must all be there"
+TIMM = {
+    "cait": "its heads exchange their attention weights",
+    "convit": "part of its attention weights are positions alone",
+    "gemma4_vit": "it pools neighbouring patches of the grid",
+    "hiera": WINDOWS,
+    "maxxvit": WINDOWS,
+    "qwen3_vit": "it merges neighbouring patches of the grid",
+    "swin_transformer": WINDOWS,
+    "swin_transformer_v2": WINDOWS,
+    "swin_transformer_v2_cr": WINDOWS,
+    "vision_transformer_sam": WINDOWS,
+    "xcit": "it attends between channels, over all tokens",
+}
+"""why models of timm are not supported, by the module of their class"""
 
 
 def unwrapped(model: Any) -> Any:
@@ -40,8 +54,8 @@ def _wrapper(model: Any) -> str | None:
     return "_orig_mod" if isinstance(getattr(model, "_orig_mod", None), nn.Module) else None
 
 
-def refusal(model: Any) -> str:
-    """Why no family accepts `model`, and what to pass instead, in one sentence."""
+def refusal(model: Any, kinds: tuple[type[nn.Module], ...]) -> str:
+    """Why no family accepts `model`, and what to pass instead, in one sentence; `kinds` are timm's that some accept."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return f"a {name} is no model: pass a torch module, e.g. timm.create_model('vit_small_patch16_224')"
@@ -51,29 +65,27 @@ def refusal(model: Any) -> str:
         return f"{name} wraps a model: pass model.{_wrapper(model)}, and wrap the pruned model instead"
     if hasattr(model, "restore") and hasattr(model, "dial"):
         return "the model is pruned already: set its dial, or pass fast.restore()"
-    inside = [
-        f"model.{where}" for where, part in model.named_modules() if where and isinstance(part, VisionTransformer)
-    ]
+    inside = [(f"model.{where}", part) for where, part in model.named_modules() if where and isinstance(part, kinds)]
     if len(inside) == 1:
-        put_back = f"{inside[0]} = tokengame.prune({inside[0]}, ...)"
-        return f"{name} holds a timm VisionTransformer: prune that and put it back, {put_back}"
+        (where, part), *_ = inside
+        put_back = f"{where} = tokengame.prune({where}, ...)"
+        return f"{name} holds a timm {type(part).__name__}: prune that and put it back, {put_back}"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
-    if isinstance(model, VisionTransformer):
-        return _subclass(model)
-    return (
-        f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
-        "`tokengame doctor --backbone NAME` says which of timm's are"
-    )
+    parent = next((kind for kind in kinds if isinstance(model, kind)), None)
+    if parent is not None:
+        return _subclass(type(model), parent)
+    library, _, module = type(model).__module__.rpartition(".")
+    why = f": {TIMM[module]}" if library == "timm.models" and module in TIMM else ""
+    return f"{name} is of no supported family{why}; `tokengame doctor --backbone NAME` says which of timm's models are"
 
 
-def _subclass(model: Any) -> str:
-    kind = type(model)
+def _subclass(kind: type[nn.Module], parent: type[nn.Module]) -> str:
     if kind.__name__.startswith("FSDP"):
         return f"{kind.__name__} is sharded: prune the model first, then call fully_shard on the pruned model"
-    own = sorted(key for key, value in vars(kind).items() if callable(value) and hasattr(VisionTransformer, key))
+    own = sorted(key for key, value in vars(kind).items() if callable(value) and hasattr(parent, key))
     reason = f"has its own {', '.join(own)}" if own else "may compute something else"
     return (
-        f"{kind.__name__} is a subclass of timm's VisionTransformer that {reason}, which a pruned model would not call"
+        f"{kind.__name__} is a subclass of timm's {parent.__name__} that {reason}, which a pruned model would not call"
     )

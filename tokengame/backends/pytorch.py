@@ -97,9 +97,10 @@ class TorchBackend:
                 return self._cross_attend(block, query, *of).flatten(1), None
         qkv = backbone.project(block, normed, layout)[: layout.rows]
         with self.section("attention"):
-            if self._pair_bias(block, layout) is not None:
+            pairs = self._pair_bias(block, layout)
+            if pairs is not None:
                 q, k, v = qkv.unbind(1)
-                return self._cross_attend(block, q, k, v, layout, layout, bias).flatten(1), qkv
+                return self._masked_attend(pairs, q, k, v, layout, layout, bias, dropout).flatten(1), qkv
             return padded_attention(qkv, layout, bias, dropout) if dropout else self.attend(qkv, layout, bias), qkv
 
     def _pair_bias(self, block: int, layout: RaggedLayout) -> Tensor | None:
@@ -158,10 +159,17 @@ class TorchBackend:
         """`cross_attend` with what is special to `block`: relative positions, and dropout of weights in training."""
         pairs, dropout = self._pair_bias(block, layout), self.backbone.attention_dropout(block)
         if pairs is not None:
-            added = gathered_pairs(pairs, query_layout, layout, self.backbone.prefix)
-            return masked_attention(q, k, v, query_layout, layout, added, bias, dropout)
+            return self._masked_attend(pairs, q, k, v, query_layout, layout, bias, dropout)
         attend = partial(cross_attention, dropout=dropout) if dropout else self.cross_attend
         return attend(q, k, v, query_layout, layout, bias)
+
+    def _masked_attend(
+        self, pairs: Tensor, q: Tensor, k: Tensor, v: Tensor, query_layout: RaggedLayout, layout: RaggedLayout,
+        bias: Tensor | None, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """`cross_attend` with a number for each pair of places, [H, prefix + N, prefix + N], added to the logits."""
+        added = gathered_pairs(pairs, query_layout, layout, self.backbone.prefix)
+        return masked_attention(q, k, v, query_layout, layout, added, bias, dropout)
 
     def log_attention(self, heads: Heads, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         return query_log_attention(heads, layout, bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokengame.backbones.base import Backbone
 from tokengame.game.env import TokenGame
 from tokengame.game.state import Observation
-from tokengame.packed.layout import Places, RaggedLayout
+from tokengame.packed.layout import RaggedLayout
 
 
 class Scripted:
@@ -131,7 +131,7 @@ def merged_by_loops(backbone: Backbone, stages: tuple[int, ...], images: Tensor,
                 half = values[..., : (backbone.head_dim + 1) // 2].flatten(1)
                 x, size = _merge_one_by_one(x, size, half, agents, kept, backbone.prefix)
                 position, agents = torch.tensor([-1] * backbone.prefix + kept), kept
-                layout = RaggedLayout([len(x)], x.device, layout.places and Places(position, grid))
+                layout = RaggedLayout([len(x)], x.device, layout.places and layout.places._replace(position=position))
             query = backbone.project(block, backbone.norm_attention(block, x), layout, 0, 1)[:, 0]
             logits = torch.einsum("qhd,khd->hqk", query, keys) * backbone.scale + bias
             pairs = backbone.pair_bias(block, grid)

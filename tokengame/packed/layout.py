@@ -20,6 +20,8 @@ class Places(NamedTuple):
     """[M] place in the grid, row by row; -1 for prefix tokens"""
     grid: tuple[int, int]
     """rows and columns of patches"""
+    angles: Tensor | None = None
+    """rotary angles of all places of the grid, in the form of the model's family: computed once a call"""
 
 
 class RaggedLayout:
