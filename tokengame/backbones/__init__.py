@@ -10,9 +10,10 @@ from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
 from tokengame.backbones.refusals import refusal, unwrapped
 from tokengame.backbones.timm_vit import TimmViT
+from tokengame.backbones.torchvision_vit import TorchvisionViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT,)
+FAMILIES: tuple[type[Backbone], ...] = (TimmViT, TorchvisionViT)
 """the supported model families; the first that accepts a model wraps it"""
 
 __all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]
@@ -29,7 +30,12 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    raise TokenGameError(refusal(model))
+    raise TokenGameError(refusal(model, _accepted))
+
+
+def _accepted(model: Any) -> bool:
+    """Whether `model` is of a family, which may still refuse it."""
+    return any(family.accepts(model) for family in FAMILIES)
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

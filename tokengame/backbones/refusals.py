@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from tokengame.errors import warn
 from tokengame.modules import hooks_of
@@ -14,9 +16,10 @@ from tokengame.modules import hooks_of
 LIBRARIES = {
     "transformers.": "a Hugging Face model",
     "open_clip.": "an open_clip model",
-    "torchvision.": "a torchvision model",
 }
 """other people's models, by the module of their class"""
+PARENTS = {"timm": VisionTransformer, "torchvision": TorchvisionTransformer}
+"""classes that are supported, whose subclasses may compute something else"""
 
 
 def unwrapped(model: Any) -> Any:
@@ -40,8 +43,13 @@ def _wrapper(model: Any) -> str | None:
     return "_orig_mod" if isinstance(getattr(model, "_orig_mod", None), nn.Module) else None
 
 
-def refusal(model: Any) -> str:
-    """Why no family accepts `model`, and what to pass instead, in one sentence."""
+def refusal(model: Any, accepted: Callable[[Any], bool]) -> str:
+    """Why no family accepts `model`, and what to pass instead, in one sentence.
+
+    Args:
+        model: that no family accepts.
+        accepted: whether one accepts a model.
+    """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return f"a {name} is no model: pass a torch module, e.g. timm.create_model('vit_small_patch16_224')"
@@ -51,29 +59,38 @@ def refusal(model: Any) -> str:
         return f"{name} wraps a model: pass model.{_wrapper(model)}, and wrap the pruned model instead"
     if hasattr(model, "restore") and hasattr(model, "dial"):
         return "the model is pruned already: set its dial, or pass fast.restore()"
-    inside = [
-        f"model.{where}" for where, part in model.named_modules() if where and isinstance(part, VisionTransformer)
-    ]
+    inside = _outermost([where for where, part in model.named_modules() if where and accepted(part)])
     if len(inside) == 1:
-        put_back = f"{inside[0]} = tokengame.prune({inside[0]}, ...)"
-        return f"{name} holds a timm VisionTransformer: prune that and put it back, {put_back}"
+        put_back = f"model.{inside[0]} = tokengame.prune(model.{inside[0]}, ...)"
+        kind = type(model.get_submodule(inside[0]))
+        library = kind.__module__.partition(".")[0]
+        return f"{name} holds a {library} {kind.__name__}: prune that and put it back, {put_back}"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
-    if isinstance(model, VisionTransformer):
-        return _subclass(model)
+    for origin, parent in PARENTS.items():
+        if isinstance(model, parent):
+            return _subclass(model, origin, parent)
+    if type(model).__module__.startswith("torchvision."):
+        return f"{name} has no tokens to prune: of torchvision's models VisionTransformer has (vit_b_16, ...)"
     return (
         f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
         "`tokengame doctor --backbone NAME` says which of timm's are"
     )
 
 
-def _subclass(model: Any) -> str:
+def _outermost(names: list[str]) -> list[str]:
+    """Those of some modules, by name, that are not inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _subclass(model: Any, library: str, parent: type) -> str:
     kind = type(model)
     if kind.__name__.startswith("FSDP"):
         return f"{kind.__name__} is sharded: prune the model first, then call fully_shard on the pruned model"
-    own = sorted(key for key, value in vars(kind).items() if callable(value) and hasattr(VisionTransformer, key))
+    own = sorted(key for key, value in vars(kind).items() if callable(value) and hasattr(parent, key))
     reason = f"has its own {', '.join(own)}" if own else "may compute something else"
     return (
-        f"{kind.__name__} is a subclass of timm's VisionTransformer that {reason}, which a pruned model would not call"
+        f"{kind.__name__} is a subclass of {library}'s {parent.__name__} that {reason}, which a pruned model would not "
+        "call"
     )

@@ -32,6 +32,7 @@ from tokengame.backbones.calls import Interface
 from tokengame.backbones.changes import check_changes
 from tokengame.backbones.parts import (
     INACTIVE,
+    check_rowwise,
     drop_paths,
     is_plain_linear,
     is_plain_norm,
@@ -45,9 +46,6 @@ from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)
-MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-"""modules that let one token see others"""
-
 
 INTERFACE = Interface(
     attributes=frozenset({
@@ -347,6 +345,4 @@ def _check_block(where: str, block: Any) -> None:
         raise TokenGameError(f"{where} attends with {type(block.attn).__name__}; only plain Attention is exact")
     if not isinstance(block.mlp, ROWWISE_MLPS) or getattr(block.mlp, "use_conv", False):
         raise TokenGameError(f"{where} has the MLP {type(block.mlp).__name__}, which may mix tokens")
-    mixing = [m for m in block.modules() if isinstance(m, MIXING)]
-    if mixing:
-        raise TokenGameError(f"{where} holds a {type(mixing[0]).__name__}, whose result depends on other tokens")
+    check_rowwise(where, block)

@@ -252,9 +252,9 @@ class PrunedViT(nn.Module):
         return getattr(self.model, method)(*arguments, **named)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's names of parameters without weight decay, as this module names them."""
-        model: Any = self.model
-        return {f"model.{name}" for name in model.no_weight_decay()}
+        """The model's names of parameters without weight decay, as this module names them; none where it has none."""
+        named = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in named()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups of parameters for layer-wise step sizes, as this module names them."""
