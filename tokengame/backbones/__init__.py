@@ -8,12 +8,14 @@ from torch import nn
 
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
+from tokengame.backbones.of_timm import TIMM
+from tokengame.backbones.openclip_vit import OpenCLIPTimm, OpenCLIPViT
 from tokengame.backbones.refusals import refusal, unwrapped
 from tokengame.backbones.timm_vit import TimmViT
 from tokengame.backbones.torchvision_vit import TorchvisionViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT, TorchvisionViT)
+FAMILIES: tuple[type[Backbone], ...] = (*TIMM, TorchvisionViT, OpenCLIPViT, OpenCLIPTimm)
 """the supported model families; the first that accepts a model wraps it"""
 
 __all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]

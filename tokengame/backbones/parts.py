@@ -40,6 +40,18 @@ def drop_paths(drop: nn.Module, update: Tensor, layout: RaggedLayout) -> Tensor:
     return update * append_rows(factor.index_select(0, layout.image), len(update) - layout.rows)
 
 
+def dropped_patches(drop: nn.Module, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """What the patch dropout `drop` leaves of embedded tokens [B, prefix + N, C], and the place of each [B, rows].
+
+    Places are -1 for prefix tokens, else the position in the grid. They go through `drop` beside the tokens.
+    """
+    place = torch.arange(-prefix, x.shape[1] - prefix, device=x.device).clamp(min=-1) + 1
+    digits = torch.stack([place // 128, place % 128], 1).to(x.dtype)  # whole numbers below 256 are exact
+    left = drop(torch.cat([x, digits.expand(len(x), -1, -1)], 2))
+    high, low = left[..., -2:].long().unbind(2)
+    return left[..., :-2], high * 128 + low - 1
+
+
 def masked_pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
     """Pooling [B, L, C] -> [B, C] over the rows that `mask` [B, L] marks, as timm's `global_pool` of that name."""
     weight = mask.to(rows.dtype) if size is None else (size * mask).to(rows.dtype)

@@ -15,7 +15,6 @@ from tokengame.modules import hooks_of
 
 LIBRARIES = {
     "transformers.": "a Hugging Face model",
-    "open_clip.": "an open_clip model",
 }
 """other people's models, by the module of their class"""
 PARENTS = {"timm": VisionTransformer, "torchvision": TorchvisionTransformer}
@@ -62,12 +61,14 @@ def refusal(model: Any, accepted: Callable[[Any], bool]) -> str:
     inside = _outermost([where for where, part in model.named_modules() if where and accepted(part)])
     if len(inside) == 1:
         put_back = f"model.{inside[0]} = tokengame.prune(model.{inside[0]}, ...)"
-        kind = type(model.get_submodule(inside[0]))
-        library = kind.__module__.partition(".")[0]
-        return f"{name} holds a {library} {kind.__name__}: prune that and put it back, {put_back}"
+        part = type(model.get_submodule(inside[0]))
+        library = part.__module__.partition(".")[0]
+        return f"{name} holds a {library} {part.__name__}: prune that and put it back, {put_back}"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
+    if type(model).__module__.startswith("open_clip."):
+        return _of_open_clip(model, accepted)
     for origin, parent in PARENTS.items():
         if isinstance(model, parent):
             return _subclass(model, origin, parent)
@@ -77,6 +78,14 @@ def refusal(model: Any, accepted: Callable[[Any], bool]) -> str:
         f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
         "`tokengame doctor --backbone NAME` says which of timm's are"
     )
+
+
+def _of_open_clip(model: Any, accepted: Callable[[Any], bool]) -> str:
+    name = type(model).__name__
+    for part in ("visual", "trunk"):
+        if isinstance(getattr(model, part, None), nn.Module):
+            return f"{name}.{part} cannot be pruned: {refusal(getattr(model, part), accepted)}"
+    return f"{name} has no tokens to prune: of open_clip's image towers VisionTransformer has, and TimmModel with a ViT"
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from tokengame.backbones.parts import (
     INACTIVE,
     check_rowwise,
     drop_paths,
+    dropped_patches,
     is_plain_linear,
     is_plain_norm,
     linear_macs,
@@ -105,13 +106,7 @@ class TimmViT(Backbone):
         return self.model.norm_pre(x)
 
     def drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.drops_patches:
-            return x, None
-        place = torch.arange(-self.prefix, x.shape[1] - self.prefix, device=x.device).clamp(min=-1) + 1
-        digits = torch.stack([place // 128, place % 128], 1).to(x.dtype)  # whole numbers below 256 are exact
-        left = self.model.patch_drop(torch.cat([x, digits.expand(len(x), -1, -1)], 2))
-        high, low = left[..., -2:].long().unbind(2)
-        return left[..., :-2], high * 128 + low - 1
+        return dropped_patches(self.model.patch_drop, x, self.prefix) if self.drops_patches else (x, None)
 
     @property
     def drops_patches(self) -> bool:
