@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.load import load_model
+from tokengame.backbones.of_timm import TIMM
+from tokengame.backbones.openclip_vit import OpenCLIPTimm, OpenCLIPViT
 from tokengame.backbones.refusals import refusal, unwrapped
-from tokengame.backbones.timm_base import TimmBackbone
-from tokengame.backbones.timm_eva import TimmEva, TimmNaFlex
-from tokengame.backbones.timm_relative import TimmBeit, TimmRelPos
 from tokengame.backbones.timm_vit import TimmViT
+from tokengame.backbones.torchvision_vit import TorchvisionViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT, TimmEva, TimmBeit, TimmNaFlex, TimmRelPos)
+FAMILIES: tuple[type[Backbone], ...] = (*TIMM, TorchvisionViT, OpenCLIPViT, OpenCLIPTimm)
 """the supported model families; the first that accepts a model wraps it"""
+
+KINDS = (*(kind for family in TIMM for kind in family.kinds), TorchvisionTransformer)
+"""classes whose subclasses may compute something else"""
 
 __all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]
 
@@ -32,8 +36,12 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    kinds = [kind for family in FAMILIES if issubclass(family, TimmBackbone) for kind in family.kinds]
-    raise TokenGameError(refusal(model, tuple(kinds)))
+    raise TokenGameError(refusal(model, _accepted, KINDS))
+
+
+def _accepted(model: Any) -> bool:
+    """Whether `model` is of a family, which may still refuse it."""
+    return any(family.accepts(model) for family in FAMILIES)
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

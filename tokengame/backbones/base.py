@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokengame.backbones.calls import Call, Interface, check_masks
+from tokengame.backbones.calls import Call, Interface, Intermediates, check_masks
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import ModelWeights
 from tokengame.modules import Watch
@@ -180,6 +181,30 @@ class Backbone(ABC):
         """
         check_masks(images, attn_mask, is_causal)
         return Call(images)
+
+    def read_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False,
+    ) -> Call:  # fmt: skip
+        """What a call of `forward_intermediates` with these arguments is to return; they are timm's.
+
+        Raises:
+            TokenGameError: an argument that a pruned model cannot honour; unknown format.
+        """
+        check_masks(x, attn_mask, is_causal)
+        blocks, last = feature_take_indices(self.depth, indices)
+        taken, last = sorted(set(blocks)), last if stop_early else self.depth - 1
+        wanted, grid = tuple(sorted({*taken, last})), self.grid(*x.shape[2:])
+
+        def answer(_output: Tensor, features: list[Tensor]) -> Any:
+            found = dict(zip(wanted, features, strict=True))
+            some = [self.final_norm(found[block]) if norm else found[block] for block in taken]
+            shaped = Intermediates(some, self.prefix, grid, output_fmt, return_prefix_tokens)
+            final = None if intermediates_only else self.final_norm(found[last])
+            return shaped.as_dict(final) if output_dict else shaped.as_list(final)
+
+        return Call(x, wanted, answer)
 
     def native(self, images: Tensor) -> Tensor:
         """[B, ...] what the native model predicts for images, as `head` does."""

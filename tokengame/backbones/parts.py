@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
+from tokengame.backbones.base import KeyValueWeights
+from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import NormWeights
 from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
@@ -15,6 +18,8 @@ from tokengame.packed.rows import append_rows
 
 INACTIVE = (nn.Identity, nn.Dropout, DropPath)
 """modules that do nothing in evaluation mode"""
+MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""modules that let one token see others"""
 
 
 def linear_macs(module: nn.Module | None) -> int:
@@ -33,6 +38,18 @@ def drop_paths(drop: nn.Module, update: Tensor, layout: RaggedLayout) -> Tensor:
         return drop(update)
     factor = drop(update.new_ones(layout.images, 1))
     return update * append_rows(factor.index_select(0, layout.image), len(update) - layout.rows)
+
+
+def dropped_patches(drop: nn.Module, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """What the patch dropout `drop` leaves of embedded tokens [B, prefix + N, C], and the place of each [B, rows].
+
+    Places are -1 for prefix tokens, else the position in the grid. They go through `drop` beside the tokens.
+    """
+    place = torch.arange(-prefix, x.shape[1] - prefix, device=x.device).clamp(min=-1) + 1
+    digits = torch.stack([place // 128, place % 128], 1).to(x.dtype)  # whole numbers below 256 are exact
+    left = drop(torch.cat([x, digits.expand(len(x), -1, -1)], 2))
+    high, low = left[..., -2:].long().unbind(2)
+    return left[..., :-2], high * 128 + low - 1
 
 
 def masked_pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> Tensor:
@@ -57,3 +74,47 @@ def is_plain_norm(norm: Any) -> bool:
 
 def norm_weights(norm: Any) -> NormWeights:
     return NormWeights(norm.weight, norm.bias, norm.eps)
+
+
+# Attention with the three input projections in one parameter, as in nn.MultiheadAttention and open_clip's Attention
+
+
+def packed_projection(attn: Any, normed: Tensor, first: int, last: int) -> Tensor:
+    """Queries (0), keys (1) and values (2) from `first` to `last` - 1: [M, C] -> [M, last - first, H, D]."""
+    width, bias = attn.in_proj_weight.shape[0] // 3, attn.in_proj_bias
+    some = slice(first * width, last * width)
+    found = F.linear(normed, attn.in_proj_weight[some], None if bias is None else bias[some])
+    return found.unflatten(1, (last - first, attn.num_heads, -1))
+
+
+def packed_key_values(attn: Any) -> KeyValueWeights:
+    """Key and value maps of such an attention."""
+    heads, bias = attn.num_heads, attn.in_proj_bias
+    _, key, value = attn.in_proj_weight.unflatten(0, (3, heads, -1))
+    return KeyValueWeights(key, value, None if bias is None else bias.unflatten(0, (3, heads, -1))[2])
+
+
+def check_packed_attention(where: str, attn: Any) -> None:
+    """Refuse a MultiheadAttention that is more than one input projection, attention inside each image, and an output.
+
+    Raises:
+        TokenGameError: names it by `where`.
+    """
+    if type(attn) is not nn.MultiheadAttention:
+        raise TokenGameError(f"{where} attends with {type(attn).__name__}; only plain MultiheadAttention is exact")
+    if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
+        raise TokenGameError(
+            f"{where} has a MultiheadAttention with settings of its own (kdim, vdim, add_bias_kv, add_zero_attn or "
+            "batch_first=False), which packed rows do not have"
+        )
+
+
+def check_rowwise(where: str, block: nn.Module, attn: nn.Module | None = None) -> None:
+    """Refuse a block in which a token sees others outside its attention.
+
+    Raises:
+        TokenGameError: names the module.
+    """
+    mixing = [module for module in block.modules() if isinstance(module, MIXING) and module is not attn]
+    if mixing:
+        raise TokenGameError(f"{where} holds a {type(mixing[0]).__name__}, whose result depends on other tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from tokengame.modules import hooks_of
 
 LIBRARIES = {
     "transformers.": "a Hugging Face model",
-    "open_clip.": "an open_clip model",
-    "torchvision.": "a torchvision model",
 }
 """other people's models, by the module of their class"""
 WINDOWS = "it attends inside windows of the grid, whose tokens must all be there"
@@ -54,8 +53,14 @@ def _wrapper(model: Any) -> str | None:
     return "_orig_mod" if isinstance(getattr(model, "_orig_mod", None), nn.Module) else None
 
 
-def refusal(model: Any, kinds: tuple[type[nn.Module], ...]) -> str:
-    """Why no family accepts `model`, and what to pass instead, in one sentence; `kinds` are timm's that some accept."""
+def refusal(model: Any, accepted: Callable[[Any], bool], kinds: tuple[type[nn.Module], ...]) -> str:
+    """Why no family accepts `model`, and what to pass instead, in one sentence.
+
+    Args:
+        model: that no family accepts.
+        accepted: whether one accepts a model.
+        kinds: classes that are supported, whose subclasses may compute something else.
+    """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return f"a {name} is no model: pass a torch module, e.g. timm.create_model('vit_small_patch16_224')"
@@ -65,20 +70,41 @@ def refusal(model: Any, kinds: tuple[type[nn.Module], ...]) -> str:
         return f"{name} wraps a model: pass model.{_wrapper(model)}, and wrap the pruned model instead"
     if hasattr(model, "restore") and hasattr(model, "dial"):
         return "the model is pruned already: set its dial, or pass fast.restore()"
-    inside = [(f"model.{where}", part) for where, part in model.named_modules() if where and isinstance(part, kinds)]
+    inside = _outermost([where for where, part in model.named_modules() if where and accepted(part)])
     if len(inside) == 1:
-        (where, part), *_ = inside
-        put_back = f"{where} = tokengame.prune({where}, ...)"
-        return f"{name} holds a timm {type(part).__name__}: prune that and put it back, {put_back}"
+        put_back = f"model.{inside[0]} = tokengame.prune(model.{inside[0]}, ...)"
+        part = type(model.get_submodule(inside[0]))
+        return f"{name} holds a {_library(part)} {part.__name__}: prune that and put it back, {put_back}"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
+    if type(model).__module__.startswith("open_clip."):
+        return _of_open_clip(model, accepted, kinds)
     parent = next((kind for kind in kinds if isinstance(model, kind)), None)
     if parent is not None:
         return _subclass(type(model), parent)
+    if type(model).__module__.startswith("torchvision."):
+        return f"{name} has no tokens to prune: of torchvision's models VisionTransformer has (vit_b_16, ...)"
     library, _, module = type(model).__module__.rpartition(".")
     why = f": {TIMM[module]}" if library == "timm.models" and module in TIMM else ""
     return f"{name} is of no supported family{why}; `tokengame doctor --backbone NAME` says which of timm's models are"
+
+
+def _library(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _of_open_clip(model: Any, accepted: Callable[[Any], bool], kinds: tuple[type[nn.Module], ...]) -> str:
+    name = type(model).__name__
+    for part in ("visual", "trunk"):
+        if isinstance(getattr(model, part, None), nn.Module):
+            return f"{name}.{part} cannot be pruned: {refusal(getattr(model, part), accepted, kinds)}"
+    return f"{name} has no tokens to prune: of open_clip's image towers VisionTransformer has, and TimmModel with a ViT"
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """Those of some modules, by name, that are not inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _subclass(kind: type[nn.Module], parent: type[nn.Module]) -> str:
@@ -87,5 +113,6 @@ def _subclass(kind: type[nn.Module], parent: type[nn.Module]) -> str:
     own = sorted(key for key, value in vars(kind).items() if callable(value) and hasattr(parent, key))
     reason = f"has its own {', '.join(own)}" if own else "may compute something else"
     return (
-        f"{kind.__name__} is a subclass of timm's {parent.__name__} that {reason}, which a pruned model would not call"
+        f"{kind.__name__} is a subclass of {_library(parent)}'s {parent.__name__} that {reason}, which a pruned model "
+        "would not call"
     )

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokengame.backbones.base import Backbone, BlockCosts, KeyValueWeights
 from tokengame.backbones.calls import Interface
 from tokengame.backbones.changes import check_changes
-from tokengame.backbones.parts import linear_macs, masked_pool
+from tokengame.backbones.parts import dropped_patches, linear_macs, masked_pool
 from tokengame.backbones.preprocessing import timm_preprocessing
 from tokengame.backbones.timm_blocks import block_parts
 from tokengame.errors import TokenGameError
@@ -102,11 +102,7 @@ class TimmBackbone(Backbone):
             left, kept = drop(x)
             none = kept.new_full((len(kept), self.prefix), -1)
             return left, torch.cat([none, kept], 1)
-        place = torch.arange(-self.prefix, x.shape[1] - self.prefix, device=x.device).clamp(min=-1) + 1
-        digits = torch.stack([place // 128, place % 128], 1).to(x.dtype)  # whole numbers below 256 are exact
-        left = drop(torch.cat([x, digits.expand(len(x), -1, -1)], 2))
-        high, low = left[..., -2:].long().unbind(2)
-        return left[..., :-2], high * 128 + low - 1
+        return dropped_patches(drop, x, self.prefix)
 
     @property
     def drops_patches(self) -> bool:

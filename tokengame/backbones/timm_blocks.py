@@ -20,15 +20,13 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from tokengame.backbones.base import BlockCosts, KeyValueWeights
-from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs
+from tokengame.backbones.parts import check_rowwise, drop_paths, is_plain_linear, linear_macs
 from tokengame.errors import TokenGameError
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 
 ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention, RelPosAttention, beit.Attention)
-MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-"""modules that let one token see others"""
 REASONS = {
     "DiffAttention": "values are twice as wide as keys there",
     "DiffParallelScalingBlock": "values are twice as wide as keys there",
@@ -54,9 +52,7 @@ def block_parts(where: str, block: Any) -> BlockParts:
     for mlp in parts.mlps:
         if not isinstance(mlp, ROWWISE_MLPS) or getattr(mlp, "use_conv", False):
             raise TokenGameError(f"{where} has the MLP {type(mlp).__name__}, which may mix tokens")
-    mixing = [m for m in block.modules() if isinstance(m, MIXING)]
-    if mixing:
-        raise TokenGameError(f"{where} holds a {type(mixing[0]).__name__}, whose result depends on other tokens")
+    check_rowwise(where, block)
     return parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -103,46 +103,6 @@ class Grid:
         stands = torch.arange(len(self.owner))
         stands[rows] = rows[absorber.cpu()]
         self.owner = stands[self.owner]
-
-
-class Intermediates(NamedTuple):
-    """Features after several blocks in the shapes in which timm returns them."""
-
-    features: list[Tensor]
-    """[B, prefix + N, C]"""
-    prefix: int
-    grid: tuple[int, int]
-    output_fmt: str
-    return_prefix_tokens: bool
-
-    @property
-    def patches(self) -> list[Tensor]:
-        """[B, C, rows, columns] or [B, N, C]"""
-        if self.output_fmt not in ("NCHW", "NLC"):
-            raise TokenGameError(f"output_fmt must be NCHW or NLC, not {self.output_fmt!r}")
-        patches = [x[:, self.prefix :] for x in self.features]
-        maps = self.output_fmt == "NCHW"
-        return [x.transpose(1, 2).unflatten(2, self.grid).contiguous() for x in patches] if maps else patches
-
-    @property
-    def prefixes(self) -> list[Tensor] | None:
-        """[B, prefix, C], where they are wanted and the model has any"""
-        wanted = self.return_prefix_tokens and self.prefix
-        return [x[:, : self.prefix] for x in self.features] if wanted else None
-
-    def as_list(self, final: Tensor | None) -> Any:
-        """Intermediate features, after `final` where there are some."""
-        found: list[Any] = self.patches
-        if self.prefixes is not None:
-            found = list(zip(found, self.prefixes, strict=True))
-        return found if final is None else (final, found)
-
-    def as_dict(self, final: Tensor | None) -> dict[str, Any]:
-        """The same under timm's names."""
-        found: dict[str, Any] = {"image_intermediates": self.patches}
-        if self.prefixes is not None:
-            found["image_intermediates_prefix"] = self.prefixes
-        return found if final is None else found | {"image_features": final}
 
 
 class GridMethod:

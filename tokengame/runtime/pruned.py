@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 import tokengame.runtime.cascade as cascade
 from tokengame import kernels
 from tokengame.backbones import unwrapped, wrap
-from tokengame.backbones.calls import check_masks, not_traced
+from tokengame.backbones.base import Backbone
+from tokengame.backbones.calls import Call, check_masks, not_traced
 from tokengame.backbones.changes import check_memory
 from tokengame.backends import CompiledBlocks
 from tokengame.config import GameConfig, KeepWhat
@@ -31,7 +31,7 @@ from tokengame.policies.policy import Policy, check_fits, check_keeps, dial_for,
 from tokengame.progress import progress as shown
 from tokengame.runtime.calls import check_call
 from tokengame.runtime.cascade import PrunedOutput
-from tokengame.runtime.features import Fill, Intermediates, grid_features
+from tokengame.runtime.features import Fill, grid_features
 from tokengame.runtime.macs import fallback_macs, native_macs, pruned_macs
 from tokengame.runtime.native import native_attribute, renamed_groups
 from tokengame.runtime.rule import RULE, Rule, most_images
@@ -179,42 +179,22 @@ class PrunedViT(nn.Module):
         check_masks(images, attn_mask, is_causal)
         return self._grid(images, [self.game.backbone.depth - 1], fill, norm=True)[0]
 
-    def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
-        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-        output_dict: bool = False, attn_mask: Tensor | None = None, is_causal: bool = False, *,
-        fill: Fill | None = None,
-    ) -> Any:  # fmt: skip
-        """timm's `forward_intermediates` on the full grid.
+    def forward_intermediates(self, *arguments: Any, fill: Fill | None = None, **named: Any) -> Any:
+        """The model's own `forward_intermediates` on the full grid; timm's where it has none.
 
         Args:
-            x: images [B, channels, height, width].
-            indices: blocks, or how many of the last ones; default is all.
-            return_prefix_tokens: whether features come in pairs, patches and prefix tokens.
-            norm: whether to apply the final norm to intermediate features.
-            stop_early: whether the final features are those of the last block in `indices`.
-            output_fmt: "NCHW", maps [B, C, rows, columns], or "NLC", [B, N, C].
-            intermediates_only: leave out the final features.
-            output_dict: return a dictionary, as timm does.
-            attn_mask, is_causal: refused.
+            arguments, named: timm's (x, indices, return_prefix_tokens, norm, stop_early, output_fmt,
+                intermediates_only, output_dict), or those of the model's library.
             fill: as in `forward_features`.
 
         Returns:
-            The final features [B, prefix + N, C], normed, and a list of the features after each block.
+            What the model returns: in timm the final features [B, prefix + N, C], normed, and a list of the features
+            after each block; in open_clip a dictionary.
 
         Raises:
-            TokenGameError: "absorber" for a policy that drops tokens; unknown format.
+            TokenGameError: "absorber" for a policy that drops tokens; unknown format; attention masks.
         """
-        check_masks(x, attn_mask, is_causal)
-        backbone = self.game.backbone
-        blocks, last = feature_take_indices(backbone.depth, indices)
-        taken, last = sorted(set(blocks)), last if stop_early else backbone.depth - 1
-        every = self._grid(x, sorted({*taken, last}), fill, norm=False)
-        found = dict(zip(sorted({*taken, last}), every, strict=True))
-        features = [backbone.final_norm(found[block]) if norm else found[block] for block in taken]
-        shaped = Intermediates(features, backbone.prefix, backbone.grid(*x.shape[2:]), output_fmt, return_prefix_tokens)
-        final = None if intermediates_only else backbone.final_norm(found[last])
-        return shaped.as_dict(final) if output_dict else shaped.as_list(final)
+        return self._answered(self.game.backbone.read_intermediates(*arguments, **named), fill)
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | list[int] | tuple[int, ...] = 1, reshape: bool = False,
@@ -222,10 +202,15 @@ class PrunedViT(nn.Module):
         fill: Fill | None = None,
     ) -> list[Any]:  # fmt: skip
         """timm's and DINO's `get_intermediate_layers` on the full grid; see `forward_intermediates`."""
-        return self.forward_intermediates(
-            x, n if isinstance(n, int) else list(n), return_prefix_tokens, norm, False, "NCHW" if reshape else "NLC",
-            True, False, attn_mask, fill=fill,
+        call = Backbone.read_intermediates(
+            self.game.backbone, x, n if isinstance(n, int) else list(n), return_prefix_tokens, norm, False,
+            "NCHW" if reshape else "NLC", True, False, attn_mask,
         )  # fmt: skip
+        return self._answered(call, fill)
+
+    def _answered(self, call: Call, fill: Fill | None) -> Any:
+        features, output = self._play_on_grid(call.images, list(call.features), fill, norm=False)
+        return call.answer(output, features)
 
     def _grid(self, images: Tensor, blocks: list[int], fill: Fill | None, norm: bool) -> list[Tensor]:
         return self._play_on_grid(images, blocks, fill, norm)[0]
@@ -260,9 +245,9 @@ class PrunedViT(nn.Module):
         return getattr(self.model, method)(*arguments, **named)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's names of parameters without weight decay, as this module names them."""
-        model: Any = self.model
-        return {f"model.{name}" for name in model.no_weight_decay()}
+        """The model's names of parameters without weight decay, as this module names them; none where it has none."""
+        named = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in named()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups of parameters for layer-wise step sizes, as this module names them."""
