@@ -7,15 +7,18 @@ from typing import Any
 from torch import nn
 
 from tokengame.backbones.base import Backbone
+from tokengame.backbones.hf_vit import HuggingFaceViT
 from tokengame.backbones.load import load_model
 from tokengame.backbones.refusals import refusal, unwrapped
 from tokengame.backbones.timm_vit import TimmViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT,)
+FAMILIES: tuple[type[Backbone], ...] = (TimmViT, HuggingFaceViT)
 """the supported model families; the first that accepts a model wraps it"""
 
-__all__ = ["FAMILIES", "Backbone", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap"]
+__all__ = [
+    "FAMILIES", "Backbone", "HuggingFaceViT", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap",
+]  # fmt: skip
 
 
 def wrap(model: Any) -> Backbone:
@@ -29,7 +32,7 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    raise TokenGameError(refusal(model))
+    raise TokenGameError(refusal(model, FAMILIES))
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tokengame.backbones.base import Backbone
 from tokengame.errors import warn
 from tokengame.modules import hooks_of
 
 LIBRARIES = {
-    "transformers.": "a Hugging Face model",
     "open_clip.": "an open_clip model",
     "torchvision.": "a torchvision model",
 }
@@ -40,8 +41,8 @@ def _wrapper(model: Any) -> str | None:
     return "_orig_mod" if isinstance(getattr(model, "_orig_mod", None), nn.Module) else None
 
 
-def refusal(model: Any) -> str:
-    """Why no family accepts `model`, and what to pass instead, in one sentence."""
+def refusal(model: Any, families: Iterable[type[Backbone]]) -> str:
+    """Why none of `families` accepts `model`, and what to pass instead, in one sentence."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return f"a {name} is no model: pass a torch module, e.g. timm.create_model('vit_small_patch16_224')"
@@ -51,21 +52,36 @@ def refusal(model: Any) -> str:
         return f"{name} wraps a model: pass model.{_wrapper(model)}, and wrap the pruned model instead"
     if hasattr(model, "restore") and hasattr(model, "dial"):
         return "the model is pruned already: set its dial, or pass fast.restore()"
-    inside = [
-        f"model.{where}" for where, part in model.named_modules() if where and isinstance(part, VisionTransformer)
-    ]
+    inside = _accepted_inside(model, families)
     if len(inside) == 1:
-        put_back = f"{inside[0]} = tokengame.prune({inside[0]}, ...)"
-        return f"{name} holds a timm VisionTransformer: prune that and put it back, {put_back}"
+        where, kind = inside[0]
+        return f"{name} holds a {kind}: prune that and put it back, {where} = tokengame.prune({where}, ...)"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
     if isinstance(model, VisionTransformer):
         return _subclass(model)
+    if type(model).__module__.startswith("transformers."):
+        return (
+            f"{name} is no Vision Transformer of transformers that is supported (ViT, DeiT, DINOv2, DINOv3, CLIP, "
+            "SigLIP and relatives, as models and for image classification)"
+        )
     return (
         f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
         "`tokengame doctor --backbone NAME` says which of timm's are"
     )
+
+
+def _accepted_inside(model: nn.Module, families: Iterable[type[Backbone]]) -> list[tuple[str, str]]:
+    """Where the outermost parts of `model` are that some family accepts, and what each is."""
+    found: dict[str, str] = {}
+    for where, part in model.named_modules():
+        nested = any(where.startswith(f"{outer}.") for outer in found)
+        timm_like = isinstance(part, VisionTransformer)
+        if where and not nested and (timm_like or any(family.accepts(part) for family in families)):
+            kind = "timm VisionTransformer" if timm_like else type(part).__name__
+            found[where] = kind
+    return [(f"model.{where}", kind) for where, kind in found.items()]
 
 
 def _subclass(model: Any) -> str:

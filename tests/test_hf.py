@@ -1,0 +1,394 @@
+"""Hugging Face models: the same call, output class and result with all tokens kept; masks and loops with pruned ones."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import randomise
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokengame.backbones import HuggingFaceViT, preprocessing_of, unfused, wrap
+from tokengame.baselines.heuristics import KeepBest, attention, keep_all
+from tokengame.baselines.tome import ToMe
+from tokengame.config import GameConfig
+from tokengame.errors import TokenGameError
+from tokengame.game import TokenGame
+from tokengame.game.testing import Scripted, check_contract, masked_features, merged_by_loops, played_features
+from tokengame.packed.attention import unfused_attention
+from tokengame.runtime import prune_by
+from tokengame.runtime.macs import native_macs, pruned_macs
+
+SIZES = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "intermediate_size": 96, "projection_dim": 24, "vocab_size": 99, "max_position_embeddings": 9,
+}  # fmt: skip
+DINO = {"mlp_ratio": 2, "layerscale_value": 0.5, "num_labels": 5}
+CASES = {
+    "vit": ("ViTModel", {}),
+    "vit without pooler": ("ViTModel", {}),
+    "vit classifier": ("ViTForImageClassification", {"num_labels": 5, "qkv_bias": False}),
+    "vit not square": ("ViTForImageClassification", {"num_labels": 5, "image_size": (24, 48)}),
+    "deit": ("DeiTModel", {"hidden_act": "gelu_new"}),
+    "deit classifier": ("DeiTForImageClassification", {"num_labels": 5}),
+    "deit with teacher": ("DeiTForImageClassificationWithTeacher", {"num_labels": 5}),
+    "msn": ("ViTMSNModel", {}),
+    "msn classifier": ("ViTMSNForImageClassification", {"num_labels": 5}),
+    "mae": ("ViTMAEModel", {"mask_ratio": 0.0}),
+    "ijepa": ("IJepaModel", {}),
+    "ijepa classifier": ("IJepaForImageClassification", {"num_labels": 5}),
+    "dinov2": ("Dinov2Model", DINO),
+    "dinov2 swiglu": ("Dinov2Model", DINO | {"use_swiglu_ffn": True}),
+    "dinov2 classifier": ("Dinov2ForImageClassification", DINO),
+    "dinov2 registers": ("Dinov2WithRegistersModel", DINO),
+    "dinov2 registers classifier": ("Dinov2WithRegistersForImageClassification", DINO),
+    "dinov3": ("DINOv3ViTModel", {"layerscale_value": 0.5, "num_register_tokens": 4}),
+    "dinov3 gated": ("DINOv3ViTModel", {"layerscale_value": 0.5, "use_gated_mlp": True}),
+    "clip": ("CLIPVisionModel", {}),
+    "clip projection": ("CLIPVisionModelWithProjection", {}),
+    "clip classifier": ("CLIPForImageClassification", {"num_labels": 5}),
+    "metaclip": ("MetaClip2VisionModelWithProjection", {}),
+    "siglip": ("SiglipVisionModel", {}),
+    "siglip without head": ("SiglipVisionModel", {"vision_use_head": False}),
+    "siglip classifier": ("SiglipForImageClassification", {"num_labels": 5}),
+    "aimv2": ("Aimv2VisionModel", {}),
+    "aimv2 native": ("Aimv2VisionModel", {"is_native": True}),
+    "aimv2 without head": ("Aimv2VisionModel", {"use_head": False}),
+}
+TWO_TOWERS = ("CLIPForImageClassification", "SiglipForImageClassification", "CLIPModel", "SiglipModel")
+ANY_SIZE = {"dinov2", "dinov2 registers classifier", "dinov3", "aimv2 native"}
+"""models that take other sizes without being told to"""
+
+
+def build(key, **more):
+    name, changes = CASES.get(key, (key, {}))
+    kind, settings = getattr(transformers, name), SIZES | changes | more
+    if name in TWO_TOWERS:
+        towers = {"vision_config": settings, "text_config": SIZES}
+        settings = {**towers, "projection_dim": 24, "num_labels": settings.get("num_labels", 2)}
+    torch.manual_seed(0)
+    options = {"add_pooling_layer": False} if "without pooler" in key else {}
+    model = kind(kind.config_class(**settings), **options).eval()
+    randomise(model, std=0.15)
+    return model
+
+
+def images_for(model, batch=3, size=None):
+    size = size or wrap(model).input_size
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def in_order(model, images):
+    """Options of a native call that leave patches in order, where a masked autoencoder would shuffle them."""
+    return {"noise": torch.arange(16.0).expand(len(images), -1)} if "MAE" in type(model).__name__ else {}
+
+
+def off(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def table_for(model, images, stages=2):
+    tokens = torch.Size(wrap(model).grid(*images.shape[2:])).numel()
+    return torch.randn(stages, len(images), tokens, generator=torch.Generator().manual_seed(2))
+
+
+def assert_same(found, native, tolerance=1e-5):
+    """The same class with the same parts."""
+    assert type(found) is type(native)
+    assert list(found.keys()) == list(native.keys())
+    for key, expected in native.items():
+        pairs = zip(found[key], expected, strict=True) if isinstance(expected, tuple) else [(found[key], expected)]
+        for part, other in pairs:
+            assert part.shape == other.shape, key
+            assert part.dtype == other.dtype, key
+            assert torch.equal(part, other) if not other.is_floating_point() else off(part, other) < tolerance or (
+                not other.any() and not part.any()
+            ), key  # fmt: skip
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@pytest.mark.parametrize("key", CASES)
+@torch.no_grad()
+def test_a_call_with_all_tokens_kept_is_the_native_one(key, transition):
+    model = build(key)
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2), transition=transition), keep_all)
+    options = in_order(model, images)
+    assert_same(fast(images), model(images, **options))
+    assert_same(fast(pixel_values=images, output_hidden_states=True),
+                model(images, output_hidden_states=True, **options))  # fmt: skip
+    found, expected = fast(images, return_dict=False), model(images, return_dict=False, **options)
+    assert type(found) is tuple
+    assert [part.shape for part in found] == [part.shape for part in expected]
+    backbone = wrap(model)
+    assert off(fast.predict(images).logits, backbone.native(images)) < 1e-5
+    assert off(fast.forward_features(images), backbone.native_features(images)) < 1e-5
+
+
+@pytest.mark.parametrize("key", CASES)
+@torch.no_grad()
+def test_dropping_equals_masking(key):
+    model = build(key)
+    backbone, images = wrap(model), images_for(model)
+    table = table_for(model, images)
+    expected = masked_features(backbone, (1, 2), images, table)
+    config = GameConfig(stages=(1, 2), transition="drop")
+    found, there = played_features(TokenGame(backbone, config, keep_patches=True), images, table)
+    assert off(found[there], expected[there]) < 1e-5
+    native = backbone.native_features(images)
+    assert off(found[there], native[there]) > 1e-3, "the decisions changed nothing"
+
+
+@pytest.mark.parametrize("key", CASES)
+@torch.no_grad()
+def test_merging_equals_loops(key):
+    model = build(key)
+    backbone, images = wrap(model), images_for(model)
+    table = table_for(model, images)
+    game = TokenGame(backbone, GameConfig(stages=(1, 2), transition="merge"))
+    found = game.predict(game.play(images, Scripted(table)))
+    expected = merged_by_loops(backbone, (1, 2), images, table)
+    assert off(found, expected) < 1e-5
+    assert off(found, backbone.native(images)) > 1e-3
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@pytest.mark.parametrize("key", CASES)
+def test_contract(key, transition):
+    model = build(key)
+    check_contract(TokenGame(wrap(model), GameConfig(stages=(0, 2), transition=transition)), images_for(model))
+
+
+@pytest.mark.parametrize("key", ["vit", "deit classifier", "mae", "clip projection", "siglip", *ANY_SIZE])
+@pytest.mark.parametrize("size", [(48, 24), (40, 40)])
+@torch.no_grad()
+def test_other_sizes(key, size):
+    model = build(key)
+    images = images_for(model, size=size)
+    fast = prune_by(model, GameConfig(stages=(1, 2), transition="merge"), keep_all)
+    if key in ANY_SIZE:
+        assert_same(fast(images), model(images))
+        return
+    options = {"noise": torch.arange(size[0] * size[1] / 64).expand(3, -1)} if key == "mae" else {}
+    assert_same(fast(images, interpolate_pos_encoding=True), model(images, interpolate_pos_encoding=True, **options))
+    with pytest.raises(TokenGameError, match=f"are of {size[0]} x {size[1]} pixels .* 32 x 32: .*interpolate_pos_enc"):
+        fast(images)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("key", ["vit classifier", "dinov3", "siglip"])
+@torch.no_grad()
+def test_every_implementation_of_attention_is_pruned_alike(key, implementation):
+    model = build(key)
+    images, config = images_for(model), GameConfig(stages=(1, 2), transition="merge")
+    expected = prune_by(model, config, KeepBest(attention, (0.5, 0.25))).predict(images).logits
+    model.set_attn_implementation(implementation)
+    fast = prune_by(model, config, KeepBest(attention, (0.5, 0.25)))
+    assert torch.equal(fast.predict(images).logits, expected)
+    assert off(prune_by(model, config, keep_all).predict(images).logits, wrap(model).native(images)) < 1e-5
+    assert unfused(model).config._attn_implementation == "eager"
+    assert off(wrap(unfused(model)).native(images), wrap(model).native(images)) < 1e-5
+
+
+@pytest.mark.parametrize("transition", ["drop", "merge"])
+@pytest.mark.parametrize("key", [key for key in CASES if key != "siglip classifier"])
+@torch.inference_mode()
+def test_macs_equal_the_flop_counter(key, transition):
+    """SigLIP's classifier natively computes a pooling that nothing reads."""
+    model = build(key)
+    backbone, config, images = wrap(model), GameConfig(stages=(1, 2), transition=transition), images_for(model, 1)
+    game = TokenGame(backbone, config, features=False, attention=unfused_attention)
+    table = table_for(model, images)
+    agents = table.shape[2]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone.native(images)
+    assert native_macs(backbone, agents) == counter.get_total_flops() / 2
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        state = game.play(images, Scripted(table))
+        game.predict(state)
+    assert float(pruned_macs(game, None, torch.stack(state.kept), agents)) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("key", ["vit classifier", "dinov2 classifier", "dinov3", "clip projection", "siglip"])
+@torch.no_grad()
+def test_number_formats_and_copies(key):
+    model = build(key)
+    images = images_for(model)
+    for decide, tolerance in [(keep_all, 0.03), (KeepBest(attention, (0.5, 0.25)), 0.1)]:
+        fast = prune_by(model, GameConfig(stages=(1, 2), transition="merge"), decide)
+        native = fast.predict(images).logits
+        in_bfloat16 = copy.deepcopy(fast).bfloat16()
+        assert in_bfloat16.dtype == torch.bfloat16
+        assert off(in_bfloat16(images)[0], fast(images)[0]) < tolerance, "images are converted, as natively"
+        assert torch.equal(copy.deepcopy(fast)(images)[0], fast(images)[0])
+        assert fast.double().predict(images.double()).logits.dtype == torch.float64
+        assert off(fast.predict(images.double()).logits, native) < 1e-5
+        assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("key", ["vit classifier", "deit with teacher", "dinov2", "dinov3", "clip projection", "siglip"])
+def test_gradients_in_training(key):
+    model = build(key)
+    if key == "dinov3":
+        model.config.pos_embed_rescale = None
+    images, config = images_for(model), GameConfig(stages=(1, 2), transition="drop")
+    fast = prune_by(model, config, keep_all).train()
+    assert not fast.model.config.to_dict().get("hidden_dropout_prob")
+    fast.predict(images).logits.square().sum().backward()
+    wrap(model).native(images).square().sum().backward()
+    native = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in fast.model.named_parameters() if p.grad is not None}
+    assert found.keys() == native.keys()
+    for name, gradient in native.items():
+        scale = gradient.norm() if "k_proj.bias" not in name else 1.0  # it cancels in the softmax
+        assert float((found[name] - gradient).norm() / scale) < 1e-4, name
+    assert not fast.eval()(images)[0].requires_grad
+
+
+def test_losses_are_the_models_own():
+    model = build("vit classifier")
+    images, labels = images_for(model), torch.tensor([0, 4, 2])
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    native = model(images, labels=labels)
+    assert_same(fast(images, labels), native)
+    fast.train()
+    fast(images, labels=labels).loss.backward()
+    native.loss.backward()
+    assert off(fast.model.classifier.weight.grad, model.classifier.weight.grad) < 1e-5
+
+
+def test_what_pruned_tokens_cannot_give_is_one_sentence():
+    model = build("vit")
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    for name in ("bool_masked_pos", "attention_mask", "head_mask"):
+        with pytest.raises(TokenGameError, match=rf"{name} .*; pass it to fast.restore\(\)"):
+            fast(images, **{name: torch.ones(3, 16)})
+    with pytest.raises(TokenGameError, match="output_attentions is not possible with pruned tokens"):
+        fast(images, output_attentions=True)
+    fast(images, output_attentions=False, attention_mask=None)
+    with pytest.raises(TokenGameError, match="pixel_values is missing"):
+        fast()
+    for method in ("save_pretrained", "push_to_hub"):
+        with pytest.raises(TokenGameError, match=rf"{method}: .*fast.restore\(\).{method}"):
+            getattr(fast, method)("folder")
+
+
+def test_the_interface_of_the_model():
+    model = build("dinov2 classifier")
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    assert fast.config is model.config
+    assert (fast.dtype, fast.device, fast.main_input_name) == (torch.float32, torch.device("cpu"), "pixel_values")
+    assert fast.get_input_embeddings() is model.get_input_embeddings()
+    fast.gradient_checkpointing_enable()
+    assert fast.is_gradient_checkpointing
+    assert not model.is_gradient_checkpointing
+    fast.train()
+    images = images_for(model)
+    fast(images).logits.sum().backward()
+    model(images).logits.sum().backward()
+    assert off(fast.model.classifier.weight.grad, model.classifier.weight.grad) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", [True, -2, [0, -1, 9], 4])
+@torch.no_grad()
+def test_hidden_states_by_index(wanted):
+    model = build("clip")
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    found, native = (of(images, output_hidden_states=wanted).hidden_states for of in (fast, model))
+    assert [part is None for part in found] == [part is None for part in native]
+    assert all(off(part, other) < 1e-5 for part, other in zip(found, native, strict=True) if other is not None)
+    model.config.output_hidden_states = True
+    assert len(fast(images).hidden_states) == 5
+
+
+def test_hooks_that_record_outputs_are_no_obstacle():
+    model = build("vit classifier")
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    model(images, output_hidden_states=True)  # puts hooks on the blocks
+    assert model.vit.layers[0]._forward_hooks
+    assert_same(fast(images), model(images))
+    model.vit.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(TokenGameError, match=r"the model's vit.layers.0 has a forward hook"):
+        wrap(model)
+
+
+@pytest.mark.parametrize(("key", "sentence"), [
+    ("ViTMAEForPreTraining", "ViTMAEForPreTraining masks patches at random .* pass its encoder, model.vit"),
+    ("ViTMAEModel", r"ViTMAEModel masks 75% of the patches at random: set model.config.mask_ratio = 0.0"),
+    ("Siglip2VisionModel", "Siglip2VisionModel reads patches .* fixed-size SigLIP 2 models are SiglipVisionModel"),
+    ("CLIPModel", r"CLIPModel holds a CLIPVisionModel: .* model.vision_model = tokengame.prune\(model.vision_model"),
+    ("SiglipModel", r"SiglipModel holds a SiglipVisionModel: .* model.vision_model = tokengame.prune"),
+    ("ViTForMaskedImageModeling", r"holds a ViTModel: .* model.vit = tokengame.prune\(model.vit, ...\)"),
+    ("BeitModel", "BeitModel is no Vision Transformer of transformers that is supported"),
+])  # fmt: skip
+def test_what_cannot_be_exact_is_refused_with_the_reason(key, sentence):
+    with pytest.raises(TokenGameError, match=sentence):
+        wrap(build(key))
+
+
+def test_foreign_parts_are_refused():
+    class Own(torch.nn.Module):
+        pass
+
+    model = build("vit")
+    model.layers[1].mlp = Own()
+    with pytest.raises(TokenGameError, match="ViTModel block 1 has a Own where transformers"):
+        wrap(model)
+    model = transformers.IJepaModel(build("ijepa").config, add_pooling_layer=True)
+    with pytest.raises(TokenGameError, match="IJepaModel pools the first patch"):
+        wrap(model)
+    model = build("dinov3")
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all).train()
+    with pytest.raises(TokenGameError, match="change at random in training: set model.config.pos_embed_rescale = None"):
+        fast(images_for(model))
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
+@torch.no_grad()
+def test_a_tower_is_pruned_inside_its_model(name):
+    model = build(name)
+    images, text = torch.randn(3, 3, 32, 32), torch.randint(0, 99, (2, 7))
+    native, expected = model.get_image_features(images), model(text, images).logits_per_image
+    model.vision_model = prune_by(model.vision_model, GameConfig(stages=(1, 2)), keep_all)
+    assert_same(model.get_image_features(images), native)
+    assert off(model(text, images).logits_per_image, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_weights_that_change_are_noticed():
+    model = build("dinov3")
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2)), keep_all)
+    before = fast(images).pooler_output
+    model.rope_embeddings.inv_freq.mul_(0.5)
+    assert off(fast(images).pooler_output, model(images).pooler_output) < 1e-5
+    assert off(fast(images).pooler_output, before) > 1e-4
+
+
+@pytest.mark.parametrize("key", ["vit classifier", "clip projection", "dinov3"])
+@torch.no_grad()
+def test_pruning_really_prunes(key):
+    model = build(key)
+    images = images_for(model)
+    for fast in (prune_by(model, GameConfig(stages=(1, 2)), KeepBest(attention, (0.5, 0.25))), ToMe(model, (3, 3, 2, 1))):
+        output = fast.predict(images)
+        native, macs = fast.macs(output)
+        assert 0 < float(macs.max()) < native
+        assert off(output.logits, wrap(model).native(images)) > 1e-4
+
+
+def test_preprocessing(tmp_path):
+    model = build("clip")
+    usual = preprocessing_of(model)
+    assert usual["input_size"] == [3, 32, 32]
+    assert usual["mean"] == pytest.approx([0.481, 0.458, 0.408], abs=1e-3)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.CLIPVisionModel.from_pretrained(tmp_path)
+    assert preprocessing_of(loaded)["mean"] == [0.1, 0.2, 0.3]
+    assert isinstance(wrap(loaded), HuggingFaceViT)
