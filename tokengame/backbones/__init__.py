@@ -17,7 +17,8 @@ FAMILIES: tuple[type[Backbone], ...] = (TimmViT, HuggingFaceViT)
 """the supported model families; the first that accepts a model wraps it"""
 
 __all__ = [
-    "FAMILIES", "Backbone", "HuggingFaceViT", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped", "wrap",
+    "FAMILIES", "Backbone", "HuggingFaceViT", "TimmViT", "load_model", "preprocessing_of", "unfused", "unwrapped",
+    "wrap",
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from tokengame.errors import TokenGameError, warn
 from tokengame.modules import computes_weights, global_hooks, hooks_of, replaced_methods
 
 TOKENWISE = (
-    "torch.nn.modules", "torch.nn.utils", "torch.ao", "torchao.", "timm.layers", "peft.", "bitsandbytes", "transformers.",
+    "torch.nn.modules", "torch.nn.utils", "torch.ao", "torchao.", "timm.layers", "peft.", "bitsandbytes",
+    "transformers.",
 )  # fmt: skip
 """where modules come from that are known to treat every token alone, or are refused by type"""
 

@@ -29,9 +29,13 @@ REFUSED = {
 INTERFACE = Interface(
     attributes=frozenset({
         "config", "dtype", "device", "name_or_path", "main_input_name", "input_modalities", "base_model_prefix",
-        "num_labels", "get_input_embeddings", "is_gradient_checkpointing", "num_parameters", "loss_function",
+        "num_labels", "get_input_embeddings", "is_activation_checkpointing", "is_gradient_checkpointing",
+        "num_parameters", "loss_function",
     }),
-    changes=frozenset({"gradient_checkpointing_enable", "gradient_checkpointing_disable", "set_attn_implementation"}),
+    changes=frozenset({
+        "activation_checkpointing_enable", "activation_checkpointing_disable", "gradient_checkpointing_enable",
+        "gradient_checkpointing_disable", "set_attn_implementation",
+    }),
     refused={
         "save_pretrained": "save the native model, fast.restore().save_pretrained(folder), and the policy beside it",
         "push_to_hub": "push the native model, fast.restore().push_to_hub(name), and the policy beside it",
@@ -118,13 +122,11 @@ class Answer:
     def __call__(self, output: Tensor, features: list[Tensor]) -> Any:
         backbone, found = self.backbone, dict(zip(self.features, features, strict=True))
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.model.training):
-            parts = {} if not backbone.predicts else {backbone.kind.field: output}
+            parts: dict[Any, Any] = {backbone.kind.field: output} if backbone.predicts else {}
             if backbone.depth - 1 in found:
                 parts |= self._of_last(found[backbone.depth - 1])
             if self.labels is not None:
-                parts["loss"] = backbone.model.loss_function(
-                    self.labels, output, backbone.model.config, **self.options
-                )
+                parts["loss"] = backbone.model.loss_function(self.labels, output, backbone.model.config, **self.options)
         if self.hidden:
             every = range(-1, backbone.depth)
             parts["hidden_states"] = tuple(found[block] if block in self.hidden else None for block in every)

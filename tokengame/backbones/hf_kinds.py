@@ -1,6 +1,6 @@
 """Vision Transformers of Hugging Face transformers as a table: how each names its parts, and how it predicts.
 
-Their blocks are written out once for each architecture and differ in names alone: norm, attention with a linear layer
+The library repeats its block for each architecture, and they differ in names alone: norm, attention with a linear layer
 each for queries, keys and values, norm, MLP; some scale or drop what a half-block adds.
 """
 
@@ -84,7 +84,8 @@ def _pooler(backbone: Any, x: Tensor, layout: RaggedLayout, size: Tensor | None)
 
 def _both_heads(backbone: Any, x: Tensor, layout: RaggedLayout, _size: Tensor | None) -> Tensor:
     rows = x.index_select(0, layout.first_rows(backbone.prefix)).unflatten(0, (layout.images, backbone.prefix))
-    return sum(both_logits(backbone, backbone.final_norm(rows))) / 2
+    one, other = both_logits(backbone, backbone.final_norm(rows))
+    return (one + other) / 2
 
 
 def both_logits(backbone: Any, normed: Tensor) -> list[Tensor]:
@@ -217,7 +218,7 @@ _NAFLEX = (
 )
 IMPOSSIBLE = {
     "ViTMAEForPreTraining": (
-        "masks patches at random and draws them again: set model.config.mask_ratio = 0.0 and pass its encoder, model.vit"
+        "masks patches at random and draws them again: pass its encoder, model.vit, with model.config.mask_ratio = 0.0"
     ),
     "Siglip2VisionModel": _NAFLEX,
     "Siglip2ForImageClassification": _NAFLEX,

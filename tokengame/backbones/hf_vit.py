@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,27 @@ from tokengame.ranges import require
 
 PREFIX = ("cls_token", "class_embedding", "distillation_token")
 """tokens of an embedding that come before the registers"""
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of rotary positions, as the last call needed them."""
+
+    key: Any = None
+    """grid, number format and device"""
+    source: Tensor | None = None
+    """the model's frequencies"""
+    version: int | None = None
+    """of the frequencies; None where PyTorch counts none"""
+    tables: tuple[Tensor, ...] = ()
+    """[1 + N, D] each"""
+
+    def current(self, source: Tensor) -> bool:
+        """Whether they are of these frequencies as they are now."""
+        return self.source is source and self.version is not None and self.version == _version(source)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class HuggingFaceViT(Backbone):
@@ -53,12 +74,13 @@ class HuggingFaceViT(Backbone):
         self.has_class_token = any(hasattr(embedding, token) for token in PREFIX)
         registers = getattr(embedding, "register_tokens", torch.empty(1, 0))
         self.prefix = sum(hasattr(embedding, token) for token in PREFIX) + registers.shape[1]
-        self.patch_size, self.input_size = self._convolution.kernel_size, _pair(self.tower.config.image_size)
+        self.patch_size = _pair(self._convolution.kernel_size)
+        self.input_size = _pair(self.tower.config.image_size)
         self.patches = math.prod(self.grid(*self.input_size))
         self.classes = self._classes()
         self.positional = hasattr(self.tower, "rope_embeddings")
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(type(embedding).forward).parameters
-        self._tables: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._tables = Angles()
 
     @staticmethod
     def accepts(model: Any) -> bool:
@@ -138,18 +160,17 @@ class HuggingFaceViT(Backbone):
         left, right = heads.chunk(2, -1)
         return heads * cos + torch.cat([-right, left], -1) * sin
 
-    def _angles(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor, ...]:
         """[1 + N, D] cosine and sine of the angles of prefix tokens, which are 0, and of each place of the grid."""
         rope = self.tower.rope_embeddings
         _check_still(rope)
-        key, version = (grid, like.dtype, like.device), (rope.inv_freq.data_ptr(), rope.inv_freq._version)
-        known = self._tables.get(key)
-        if known is None or known[0] != version:
+        known, key = self._tables, (grid, like.dtype, like.device)
+        if known.key != key or not known.current(rope.inv_freq):
             height, width = (number * side for number, side in zip(grid, self.patch_size, strict=True))
             cos, sin = rope(like.new_empty(0, 0, height, width))
-            known = version, F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0))
-            self._tables = dict([*self._tables.items(), (key, known)][-8:])  # grids of the last calls
-        return known[1:]
+            found = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0))
+            known = self._tables = Angles(key, rope.inv_freq, _version(rope.inv_freq), found)
+        return known.tables
 
     def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
         return x + self._dropped(block, self._scaled(block, 0, self._output(block)(attended)), layout)
@@ -190,7 +211,7 @@ class HuggingFaceViT(Backbone):
     def key_value_weights(self, block: int) -> KeyValueWeights | None:
         attn = self._attention(block)
         plain = is_plain_linear(attn.k_proj) and is_plain_linear(attn.v_proj) and not self.positional
-        if not plain or self.attention_dropout(block):
+        if not plain or attn.training:  # in training all parameters have gradients, as natively: the keys' bias, too
             return None
         shape, bias = (self.heads, self.head_dim), attn.v_proj.bias
         key, value = (layer.weight.unflatten(0, shape) for layer in (attn.k_proj, attn.v_proj))
@@ -332,7 +353,8 @@ def check_supported(name: str, tower: Any, parts: Any) -> None:
 
 
 def _check_block(where: str, block: Any, module: str, parts: Any) -> None:
-    attn, mlp = getattr(block, parts.attention, None), getattr(block, parts.mlp, None)
+    attn: Any = getattr(block, parts.attention, None)
+    mlp = getattr(block, parts.mlp, None)
     for part, end in ((block, "Layer"), (attn, "Attention"), (mlp, "")):
         kind = type(part)
         own = kind.__module__ == module and kind.__name__.endswith(end)
