@@ -1,22 +1,28 @@
 """Hugging Face models: same call, output class and result with all tokens kept; masks and loops with pruned ones."""
 
 import copy
+import tarfile
 
 import pytest
 import torch
 import transformers
-from conftest import randomise
+from conftest import needs_kernels, policy_for, randomise, tiny_vit
+from converted import hugging_face
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokengame.backbones import HuggingFaceViT, preprocessing_of, unfused, wrap
+import tokengame
+from tokengame.backbones import HuggingFaceViT, load_model, preprocessing_of, unfused, wrap
 from tokengame.baselines.heuristics import KeepBest, attention, keep_all
 from tokengame.baselines.tome import ToMe
 from tokengame.config import GameConfig
+from tokengame.data.transforms import to_rgb, transform_for
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted, check_contract, masked_features, merged_by_loops, played_features
-from tokengame.packed.attention import unfused_attention
+from tokengame.packed.attention import fastest_attention, unfused_attention
+from tokengame.policies.policy import fingerprint
 from tokengame.runtime import prune_by
 from tokengame.runtime.macs import native_macs, pruned_macs
 
@@ -400,3 +406,87 @@ def test_preprocessing(tmp_path):
     loaded = transformers.CLIPVisionModel.from_pretrained(tmp_path)
     assert preprocessing_of(loaded)["mean"] == [0.1, 0.2, 0.3]
     assert isinstance(wrap(loaded), HuggingFaceViT)
+
+
+def test_weights_are_known_again_in_another_library():
+    """A policy that was made for timm's model fits the same weights without a warning, and decides the same."""
+    model = tiny_vit()
+    policy, other = policy_for(model), hugging_face(model)
+    assert fingerprint(wrap(other)) == fingerprint(wrap(model))
+    images = images_for(other)
+    ours, native = tokengame.prune(other, policy), tokengame.prune(model, policy)
+    assert torch.equal(ours.predict(images).alive, native.predict(images).alive)
+    assert not ours.predict(images).alive.all()
+    assert off(ours(images).logits, native(images)) < 1e-5
+    other.vit.layers[1].mlp.fc1.weight.data.neg_()
+    with pytest.warns(UserWarning, match="trained for other weights"):
+        tokengame.prune(other, policy)
+
+
+@torch.inference_mode()
+def test_real_weights_give_timms_predictions(real_data):
+    """With all tokens and pruned by the shipped policy, on photos that chose nothing."""
+    name = "vit_tiny_patch16_224"
+    model = load_model(name, str(real_data / f"{name}.safetensors"))
+    other, images = hugging_face(model), photos(real_data / "flickr_sample.tar", preprocessing_of(model))
+    assert off(other(images).logits, model(images)) < 1e-5
+    ours, native = tokengame.prune(other, name), tokengame.prune(model, name)
+    assert off(ours(images).logits, native(images)) < 1e-4
+    assert torch.equal(ours.predict(images).alive, native.predict(images).alive)
+    assert not ours.predict(images).alive.all()
+
+
+def photos(archive, preprocessing, number=6):
+    """The first photos of a tar as a batch."""
+    transform = transform_for(preprocessing, train=False)
+    with tarfile.open(archive) as files:
+        names = [name for name in files.getnames() if name.endswith((".jpg", ".jpeg", ".JPEG"))][:number]
+        return torch.stack([transform(to_rgb(Image.open(files.extractfile(name)))) for name in names])
+
+
+@pytest.mark.parametrize("key", ["vit classifier", "clip projection"])
+def test_compiled_by_torch(key):
+    model = build(key)
+    images = images_for(model)
+    fast = prune_by(model, GameConfig(stages=(1, 2)), KeepBest(attention, (0.5, 0.25)))
+    compiled = torch.compile(fast, backend="eager")
+    assert_same(compiled(images), fast(images))
+
+
+@needs_kernels
+@pytest.mark.parametrize("key", ["dinov2 classifier", "clip projection", "dinov3"])
+@torch.inference_mode()
+def test_the_compiled_attention_serves_bfloat16(key):
+    """Heads of 32 columns: attention and decisions between the model's own layers."""
+    model = build(key).bfloat16()
+    images = images_for(model).bfloat16()
+    game = TokenGame(wrap(model), GameConfig(stages=(1, 2), transition="merge"), attention=fastest_attention)
+    table = table_for(model, images)
+    state = game.play(images, Scripted(table))
+    assert state.backend.name == "compiled attention"
+    slow = TokenGame(wrap(model), game.config, attention=unfused_attention)
+    played = slow.play(images, Scripted(table))
+    assert played.backend.name == "PyTorch"
+    assert torch.equal(state.alive, played.alive)
+    assert off(game.predict(state), slow.predict(played)) < 0.03
+
+
+@torch.no_grad()
+def test_a_tower_is_pruned_inside_a_language_model():
+    """Llava reads hidden states by index."""
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**SIZES),
+        text_config=transformers.LlamaConfig(**text, vocab_size=99, max_position_embeddings=64),
+        image_token_index=98,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tokens = torch.tensor([[1, *[98] * 16, 5, 6]])
+    images = torch.randn(1, 3, 32, 32)
+    native = model(input_ids=tokens, pixel_values=images).logits
+    with pytest.raises(TokenGameError, match=r"model.model.vision_tower = tokengame.prune\(model.model.vision_tower"):
+        wrap(model)
+    model.model.vision_tower = prune_by(model.model.vision_tower, GameConfig(stages=(1, 2)), keep_all)
+    assert off(model(input_ids=tokens, pixel_values=images).logits, native) < 1e-5
+    assert model.generate(input_ids=tokens, pixel_values=images, max_new_tokens=2, do_sample=False).shape == (1, 21)
