@@ -334,7 +334,7 @@ def test_hooks_that_record_outputs_are_no_obstacle():
     ("CLIPModel", r"CLIPModel holds a CLIPVisionModel: .* model.vision_model = tokengame.prune\(model.vision_model"),
     ("SiglipModel", r"SiglipModel holds a SiglipVisionModel: .* model.vision_model = tokengame.prune"),
     ("ViTForMaskedImageModeling", r"holds a ViTModel: .* model.vit = tokengame.prune\(model.vit, ...\)"),
-    ("BeitModel", "BeitModel is no Vision Transformer of transformers that is supported"),
+    ("BeitModel", "BeitModel is a Hugging Face model of a kind that is not supported; supported are ViT"),
 ])  # fmt: skip
 def test_what_cannot_be_exact_is_refused_with_the_reason(key, sentence):
     with pytest.raises(TokenGameError, match=sentence):

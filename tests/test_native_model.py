@@ -310,11 +310,14 @@ def test_models_that_are_not_supported_are_told_what_to_pass(model):
 
 
 def test_models_of_other_libraries_are_named(monkeypatch):
-    for module, said in {"transformers.models.vit": "Hugging Face", "torchvision.models": "torchvision"}.items():
+    libraries = {
+        "transformers.models.vit": "a Hugging Face model of a kind that is not supported",
+        "torchvision.models": "a torchvision model, which is not supported yet",
+    }
+    for module, said in libraries.items():
         monkeypatch.setattr(Net, "__module__", module)
-        net = Net(nn.Identity())
-        with pytest.raises(TokenGameError, match=f"{said} model, which is not supported yet"):
-            pruned(net)
+        with pytest.raises(TokenGameError, match=said):
+            pruned(Net(nn.Identity()))
 
 
 def test_models_on_the_meta_device_are_refused(model):

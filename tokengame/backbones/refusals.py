@@ -63,8 +63,8 @@ def refusal(model: Any, families: Iterable[type[Backbone]]) -> str:
         return _subclass(model)
     if type(model).__module__.startswith("transformers."):
         return (
-            f"{name} is no Vision Transformer of transformers that is supported (ViT, DeiT, DINOv2, DINOv3, CLIP, "
-            "SigLIP and relatives, as models and for image classification)"
+            f"{name} is a Hugging Face model of a kind that is not supported; supported are ViT, DeiT, DINOv2, DINOv3, "
+            "the image towers of CLIP and SigLIP, ViTMAE, ViTMSN, I-JEPA and AIMv2, also for image classification"
         )
     return (
         f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
