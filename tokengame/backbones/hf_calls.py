@@ -30,7 +30,7 @@ INTERFACE = Interface(
     attributes=frozenset({
         "config", "dtype", "device", "name_or_path", "main_input_name", "input_modalities", "base_model_prefix",
         "num_labels", "get_input_embeddings", "is_activation_checkpointing", "is_gradient_checkpointing",
-        "num_parameters",
+        "num_parameters", "embeddings",
     }),
     changes=frozenset({
         "activation_checkpointing_enable", "activation_checkpointing_disable", "gradient_checkpointing_enable",

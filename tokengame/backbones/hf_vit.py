@@ -29,6 +29,9 @@ from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 from tokengame.ranges import require
 
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "kernels-community/flash-attn")
+"""names, or their beginnings, of the library's ways to compute the same attention"""
+PROCESSOR = "preprocessor_config.json"
 PREFIX = ("cls_token", "class_embedding", "distillation_token")
 """tokens of an embedding that come before the registers"""
 
@@ -299,23 +302,35 @@ class HuggingFaceViT(Backbone):
         """By the image processor in the model's folder, where that is known; else as such models are usually trained.
 
         Raises:
-            TokenGameError: the image processor does something else.
+            TokenGameError: the processor makes images of a size that the model does not take.
         """
-        file = Path(self.model.name_or_path or ".") / "preprocessor_config.json"
-        usual = {
+        usual: dict[str, Any] = {
             "input_size": [self._convolution.in_channels, *self.input_size], "interpolation": "bicubic",
             "mean": list(self.kind.images.mean), "std": list(self.kind.images.std), "crop_pct": 1.0,
             "crop_mode": "center",
         }  # fmt: skip
-        if not self.model.name_or_path or not file.is_file():
+        folder = Path(self.model.name_or_path)
+        if not self.model.name_or_path or not (folder / PROCESSOR).is_file():
             return usual
-        found = json.loads(file.read_text())
-        return usual | {"mean": found.get("image_mean", usual["mean"]), "std": found.get("image_std", usual["std"])}
+        found = usual | _of_processor(folder)
+        made, taken = (" x ".join(map(str, size[1:])) for size in (found["input_size"], usual["input_size"]))
+        other = f"the image processor in {folder} makes images of {made} pixels and the model takes {taken}"
+        require(made == taken or not self.interpolates, f"{other}: set the size in its {PROCESSOR} to the model's")
+        return found
 
     def unfused(self) -> nn.Module:
         twin = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         twin.set_attn_implementation("eager")
         return twin
+
+
+def _of_processor(folder: Path) -> dict[str, Any]:
+    """Size, mean and standard deviation of an image processor."""
+    found = json.loads((folder / PROCESSOR).read_text())
+    size = found["crop_size"] if found.get("do_center_crop") else found["size"]
+    height, width = (size["height"], size["width"]) if "height" in size else _pair(size["shortest_edge"])
+    numbers = {"mean": "image_mean", "std": "image_std"}
+    return {"input_size": [3, height, width]} | {key: found[name] for key, name in numbers.items() if name in found}
 
 
 def _heads(attn: Any) -> int:
@@ -343,6 +358,9 @@ def _bypassed(backbone: HuggingFaceViT) -> list[str]:
 def check_supported(name: str, tower: Any, parts: Any) -> None:
     """Raise TokenGameError, naming the part, unless the model can be run exactly on packed rows."""
     check_unmasked(name, tower)
+    attends = tower.config._attn_implementation or "eager"
+    other = f"{name} attends by {attends!r}, which may compute something else: model.set_attn_implementation('sdpa')"
+    require(attends.startswith(ATTENTION), other)
     blocks = tower.get_submodule(parts.blocks)
     require(len(blocks) > 0, f"{name} has no blocks, so there is nothing to prune in")
     if not any(hasattr(tower.embeddings, token) for token in PREFIX):
