@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import needs_kernels, policy_for, randomise, tiny_vit
-from converted import hugging_face
+from converted_hf import hugging_face
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -354,9 +354,9 @@ def test_hooks_that_record_outputs_are_no_obstacle():
     ("ViTMAEForPreTraining", "ViTMAEForPreTraining masks patches at random .* pass its encoder, model.vit"),
     ("ViTMAEModel", r"ViTMAEModel masks 75% of the patches at random: set model.config.mask_ratio = 0.0"),
     ("Siglip2VisionModel", "Siglip2VisionModel reads patches .* fixed-size SigLIP 2 models are SiglipVisionModel"),
-    ("CLIPModel", r"CLIPModel holds a CLIPVisionModel: .* model.vision_model = tokengame.prune\(model.vision_model"),
-    ("SiglipModel", r"SiglipModel holds a SiglipVisionModel: .* model.vision_model = tokengame.prune"),
-    ("ViTForMaskedImageModeling", r"holds a ViTModel: .* model.vit = tokengame.prune\(model.vit, ...\)"),
+    ("CLIPModel", r"holds a transformers CLIPVisionModel: .* model.vision_model = tokengame.prune\(model.vision_model"),
+    ("SiglipModel", r"SiglipModel holds a transformers SiglipVisionModel: .* model.vision_model = tokengame.prune"),
+    ("ViTForMaskedImageModeling", r"holds a transformers ViTModel: .* model.vit = tokengame.prune\(model.vit, ...\)"),
     ("BeitModel", "BeitModel is a Hugging Face model of a kind that is not supported; supported are ViT"),
 ])  # fmt: skip
 def test_what_cannot_be_exact_is_refused_with_the_reason(key, sentence):

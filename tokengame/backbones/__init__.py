@@ -33,7 +33,12 @@ def wrap(model: Any) -> Backbone:
             backbone = family(model)
             assert backbone.watch  # from now on
             return backbone
-    raise TokenGameError(refusal(model, FAMILIES))
+    raise TokenGameError(refusal(model, _accepted))
+
+
+def _accepted(model: Any) -> bool:
+    """Whether `model` is of a family, which may still refuse it."""
+    return any(family.accepts(model) for family in FAMILIES)
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokengame.backbones.base import Backbone
 from tokengame.errors import warn
 from tokengame.modules import hooks_of
 
@@ -41,8 +40,13 @@ def _wrapper(model: Any) -> str | None:
     return "_orig_mod" if isinstance(getattr(model, "_orig_mod", None), nn.Module) else None
 
 
-def refusal(model: Any, families: Iterable[type[Backbone]]) -> str:
-    """Why none of `families` accepts `model`, and what to pass instead, in one sentence."""
+def refusal(model: Any, accepted: Callable[[Any], bool]) -> str:
+    """Why no family accepts `model`, and what to pass instead, in one sentence.
+
+    Args:
+        model: that no family accepts.
+        accepted: whether one accepts a model.
+    """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return f"a {name} is no model: pass a torch module, e.g. timm.create_model('vit_small_patch16_224')"
@@ -52,36 +56,31 @@ def refusal(model: Any, families: Iterable[type[Backbone]]) -> str:
         return f"{name} wraps a model: pass model.{_wrapper(model)}, and wrap the pruned model instead"
     if hasattr(model, "restore") and hasattr(model, "dial"):
         return "the model is pruned already: set its dial, or pass fast.restore()"
-    inside = _accepted_inside(model, families)
+    inside = _outermost([where for where, part in model.named_modules() if where and accepted(part)])
     if len(inside) == 1:
-        where, kind = inside[0]
-        return f"{name} holds a {kind}: prune that and put it back, {where} = tokengame.prune({where}, ...)"
+        put_back = f"model.{inside[0]} = tokengame.prune(model.{inside[0]}, ...)"
+        part = type(model.get_submodule(inside[0]))
+        library = part.__module__.partition(".")[0]
+        return f"{name} holds a {library} {part.__name__}: prune that and put it back, {put_back}"
     for module, kind in LIBRARIES.items():
         if type(model).__module__.startswith(module):
             return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
-    if isinstance(model, VisionTransformer):
-        return _subclass(model)
     if type(model).__module__.startswith("transformers."):
         return (
             f"{name} is a Hugging Face model of a kind that is not supported; supported are ViT, DeiT, DINOv2, DINOv3, "
             "the image towers of CLIP and SigLIP, ViTMAE, ViTMSN, I-JEPA and AIMv2, also for image classification"
         )
+    if isinstance(model, VisionTransformer):
+        return _subclass(model)
     return (
         f"{name} is not timm's VisionTransformer, and no other family of models is supported: "
         "`tokengame doctor --backbone NAME` says which of timm's are"
     )
 
 
-def _accepted_inside(model: nn.Module, families: Iterable[type[Backbone]]) -> list[tuple[str, str]]:
-    """Where the outermost parts of `model` are that some family accepts, and what each is."""
-    found: dict[str, str] = {}
-    for where, part in model.named_modules():
-        nested = any(where.startswith(f"{outer}.") for outer in found)
-        timm_like = isinstance(part, VisionTransformer)
-        if where and not nested and (timm_like or any(family.accepts(part) for family in families)):
-            kind = "timm VisionTransformer" if timm_like else type(part).__name__
-            found[where] = kind
-    return [(f"model.{where}", kind) for where, kind in found.items()]
+def _outermost(names: list[str]) -> list[str]:
+    """Those of some modules, by name, that are not inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _subclass(model: Any) -> str:

@@ -1,19 +1,13 @@
-"""Weights of one library in the model of another: timm's Vision Transformer as transformers' and torchvision's."""
+"""timm's weights in the model of Hugging Face transformers, so that one model can be run by both."""
 
 import torch
 import transformers
-from torchvision.models import VisionTransformer
 
 TO_HUGGING_FACE = {
     "cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm1": "layernorm_before",
     "norm2": "layernorm_after", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
     "norm": "vit.layernorm", "head": "classifier",
-}  # fmt: skip
-TO_TORCHVISION = {
-    "cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj", "norm1": "ln_1",
-    "norm2": "ln_2", "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3",
-    "norm": "encoder.ln", "head": "heads.head",
 }  # fmt: skip
 
 
@@ -44,24 +38,6 @@ def hugging_face(model):
         else:
             state[where + TO_HUGGING_FACE[name] + end] = value
     return _loaded(transformers.ViTForImageClassification(config), state)
-
-
-def torchvision_vit(model):
-    """timm's plain Vision Transformer as torchvision's; its norms must have the same epsilon."""
-    attn, embed = model.blocks[0].attn, model.patch_embed
-    found = VisionTransformer(
-        embed.img_size[0], embed.patch_size[0], len(model.blocks), attn.num_heads, model.embed_dim,
-        model.blocks[0].mlp.fc1.out_features, num_classes=model.num_classes,
-    )  # fmt: skip
-    state = {}
-    for key, value in model.state_dict().items():
-        block, name, end = _parts(key)
-        where = "" if block is None else f"encoder.layers.encoder_layer_{block}."
-        if name == "attn.qkv":
-            state[f"{where}self_attention.in_proj_{end[1:]}"] = value
-        else:
-            state[where + TO_TORCHVISION[name] + end] = value
-    return _loaded(found, state)
 
 
 def _loaded(model, state):
