@@ -311,7 +311,10 @@ def test_models_that_are_not_supported_are_told_what_to_pass(model):
 
 
 def test_models_of_other_libraries_are_named(monkeypatch):
-    said = {"transformers.models.vit": "a Hugging Face model", "torchvision.models": "of torchvision's models"}
+    said = {
+        "transformers.models.vit": "a Hugging Face model of a kind that is not supported",
+        "torchvision.models": "of torchvision's models",
+    }
     for module, words in said.items():
         monkeypatch.setattr(Net, "__module__", module)
         net = Net(nn.Identity())

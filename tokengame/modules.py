@@ -14,6 +14,8 @@ HOOKS = {
     "_backward_pre_hooks": "a backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
+RECORDERS = ("transformers.utils.output_capturing",)
+"""where hooks come from that record outputs for their library, and only while it calls the model itself"""
 SETTINGS = (
     "eps", "approximate", "scale", "num_heads", "p", "drop_prob", "prob", "grad_checkpointing", "global_pool",
     "num_classes", "distilled_training",
@@ -68,7 +70,11 @@ class Watch:
 
 def hooks_of(module: nn.Module) -> list[str]:
     """The kinds of hooks of a module, in words."""
-    return [words for kind, words in HOOKS.items() if vars(module)[kind]]
+    return [words for kind, words in HOOKS.items() if any(map(_counts, vars(module)[kind].values()))]
+
+
+def _counts(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) not in RECORDERS
 
 
 def computes_weights(module: nn.Module) -> bool:

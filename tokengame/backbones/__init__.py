@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from tokengame.backbones.base import Backbone
+from tokengame.backbones.hf_vit import HuggingFaceViT
 from tokengame.backbones.load import load_model
 from tokengame.backbones.of_timm import TIMM
 from tokengame.backbones.openclip_vit import OpenCLIPTimm, OpenCLIPViT
@@ -16,7 +17,7 @@ from tokengame.backbones.timm_vit import TimmViT
 from tokengame.backbones.torchvision_vit import TorchvisionViT
 from tokengame.errors import TokenGameError
 
-FAMILIES: tuple[type[Backbone], ...] = (*TIMM, TorchvisionViT, OpenCLIPViT, OpenCLIPTimm)
+FAMILIES: tuple[type[Backbone], ...] = (*TIMM, HuggingFaceViT, TorchvisionViT, OpenCLIPViT, OpenCLIPTimm)
 """the supported model families; the first that accepts a model wraps it"""
 
 KINDS = (*(kind for family in TIMM for kind in family.kinds), TorchvisionTransformer)

@@ -9,6 +9,7 @@ else runs through the model's own submodules. A family is one file with one subc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -270,6 +271,10 @@ class Backbone(ABC):
             )
             raise TokenGameError(f"the model has changed since it was pruned ({changed}): prune it again")
         vars(self).update(vars(now), watch=Watch(self.model))
+
+    def fingerprint_parameters(self, block: int) -> Iterator[nn.Parameter]:
+        """Parameters of a block in timm's order, so that the same weights are known again in another library."""
+        return self.blocks[block].parameters()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,8 +15,7 @@ from tokengame.modules import computes_weights, global_hooks, hooks_of, replaced
 
 TOKENWISE = (
     "torch.nn.modules", "torch.nn.utils", "torch.ao", "torchao.", "timm.layers", "timm.models.vitamin", "torchvision.",
-    "open_clip.", "peft.",
-    "bitsandbytes",
+    "open_clip.", "transformers.", "peft.", "bitsandbytes",
 )  # fmt: skip
 """where modules come from that are known to treat every token alone, or are refused by type"""
 

@@ -11,10 +11,6 @@ from torch import nn
 from tokengame.errors import warn
 from tokengame.modules import hooks_of
 
-LIBRARIES = {
-    "transformers.": "a Hugging Face model",
-}
-"""other people's models, by the module of their class"""
 WINDOWS = "it attends inside windows of the grid, whose tokens must all be there"
 TIMM = {
     "cait": "its heads exchange their attention weights",
@@ -75,9 +71,11 @@ def refusal(model: Any, accepted: Callable[[Any], bool], kinds: tuple[type[nn.Mo
         put_back = f"model.{inside[0]} = tokengame.prune(model.{inside[0]}, ...)"
         part = type(model.get_submodule(inside[0]))
         return f"{name} holds a {_library(part)} {part.__name__}: prune that and put it back, {put_back}"
-    for module, kind in LIBRARIES.items():
-        if type(model).__module__.startswith(module):
-            return f"{name} is {kind}, which is not supported yet: pass timm's model of the same weights"
+    if type(model).__module__.startswith("transformers."):
+        return (
+            f"{name} is a Hugging Face model of a kind that is not supported; supported are ViT, DeiT, DINOv2, DINOv3, "
+            "the image towers of CLIP and SigLIP, ViTMAE, ViTMSN, I-JEPA and AIMv2, also for image classification"
+        )
     if type(model).__module__.startswith("open_clip."):
         return _of_open_clip(model, accepted, kinds)
     parent = next((kind for kind in kinds if isinstance(model, kind)), None)

@@ -293,8 +293,8 @@ def certified(bounds: Sequence[float], wanted: float, name: str = "max_drop") ->
 def fingerprint(backbone: Backbone) -> str:
     """Hash of the signs of all parameters in blocks: equal in any floating-point type, different for other weights."""
     digest = hashlib.sha256()
-    for block in backbone.blocks:
-        for parameter in block.parameters():
+    for block in range(backbone.depth):
+        for parameter in backbone.fingerprint_parameters(block):
             numbers: Any = parameter.detach()
             numbers = numbers if type(parameter) is nn.Parameter and type(numbers) is Tensor else numbers.dequantize()
             digest.update(torch.signbit(numbers).cpu().numpy().tobytes())

@@ -90,9 +90,11 @@ class PrunedViT(nn.Module):
         if not isinstance(arguments, tuple):  # torch.fx passes a symbol
             raise TokenGameError(not_traced(f"run on a {type(arguments).__name__}"))
         call = self.game.backbone.read_call(*arguments, **named)
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if call.features:
-            return call.answer(*self._with_features(call.images, list(call.features)))
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            play = self._with_features_eagerly if compiling else self._with_features
+            return call.answer(*play(call.images, list(call.features)))
+        if compiling:
             return call.answer(self._predict_compiled(call.images), [])
         return call.answer(self.predict(call.images).logits, [])
 
@@ -100,6 +102,8 @@ class PrunedViT(nn.Module):
         """The prediction, and features after `blocks` on the full grid, of one game where there is no cascade."""
         features, output = self._play_on_grid(images, blocks, None, norm=False)
         return self.predict(images).logits if self.game.config.cascade_margin else output, features
+
+    _with_features_eagerly = torch.compiler.disable(_with_features)
 
     def predict(self, images: Tensor, gradients: bool | None = None) -> PrunedOutput:
         """The prediction and which tokens were kept.
