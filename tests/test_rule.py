@@ -231,7 +231,7 @@ def test_what_cannot_be_met_is_one_sentence(model, settings, sentence):
 
 def test_images_are_for_the_rule_alone(model):
     policy = Rule(wrap(model)).with_budgets((0.9, 0.9, 0.9))
-    with pytest.raises(TokenGameError, match="images= sets thresholds of the starting rule"):
+    with pytest.raises(TokenGameError, match="images= is for the starting rule"):
         prune(model, policy, images=torch.zeros(64, 3, 32, 32))
 
 
