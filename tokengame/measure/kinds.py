@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -124,8 +125,10 @@ class Embedding(Kind):
 
     def check(self, backbone: Backbone) -> None:
         output_of(backbone)
-        width = backbone.classes or backbone.dim
-        if self.bank is not None and (self.bank.ndim != 2 or self.bank.shape[1] != width):
+        if self.bank is None:
+            return
+        width = _width(backbone)
+        if self.bank.ndim != 2 or self.bank.shape[1] != width:
             raise TokenGameError(
                 f"the bank is {list(self.bank.shape)} and must be [n, {width}]: one row for each class or text, as "
                 "wide as the model's embedding"
@@ -164,6 +167,13 @@ class Features(Kind):
 
 
 KINDS: dict[KeepWhat, type[Kind]] = {"logits": Logits, "embedding": Embedding, "features": Features}
+
+
+@torch.inference_mode()
+def _width(backbone: Backbone) -> int:
+    """Of an embedding, found by embedding a black image."""
+    size = backbone.preprocessing()["input_size"]
+    return backbone.native(torch.zeros(1, *size, device=backbone.device, dtype=backbone.dtype)).shape[1]
 
 
 def _for_games(native: Tensor, pruned: Tensor) -> Tensor:
