@@ -8,6 +8,7 @@ handed on with the layout.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ class RotaryBackbone(TimmBackbone):
     def embed(self, images: Tensor) -> Tensor:
         return self.after_embedding(self.position(images))
 
+    @abstractmethod
     def position(self, images: Tensor) -> Tensor:
         """Embedded tokens [B, prefix + N, C] before `norm_pre`."""
-        raise NotImplementedError
 
     def after_embedding(self, x: Tensor) -> Tensor:
         return self.model.norm_pre(x)
