@@ -2,8 +2,8 @@
 
     python runs/tutorial_pictures.py --images flickr_sample.tar --weights vit_small_patch14_dinov2.safetensors
 
-The archive holds photos and their authors in ATTRIBUTION.csv (image, author, page, licence). The first photos are shown,
-whatever comes out. Prints the authors of all that is shown, for docs/embeddings.md.
+The archive holds photos and their authors in ATTRIBUTION.csv (image, author, page, licence). The first photos are
+shown, whatever comes out. Prints the authors of all that is shown, for docs/embeddings.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import csv
 import io
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -115,20 +116,22 @@ def dense(photos: list[Photo], native: Tensor, pruned: Tensor, args: Pictures) -
 
 
 def load(args: Pictures) -> nn.Module:
-    return load_model(args.backbone, str(args.weights)).float().eval()
+    """The model at 224 pixels; its weights are of 518."""
+    model = load_model(args.backbone, str(args.weights)).float()
+    model.set_input_size(img_size=224)  # type: ignore[operator]
+    return model.eval()
 
 
 def main(args: Pictures) -> None:
     photos, model = read_photos(args.images, args.photos), load(args)
-    config = preprocessing_of(model)
-    config |= {"input_size": [3, 224, 224], "crop_pct": 1.0}
-    prepare = transform_for(config, train=False)
+    prepare = transform_for(preprocessing_of(model) | {"crop_pct": 1.0}, train=False)
     images = torch.stack([prepare(photo.image) for photo in photos])
     fast = tokengame.prune(model, gmacs_ratio=args.gmacs_ratio)
     found = [normalize(in_batches(call, images)) for call in (model, fast)]
     shown = embeddings(photos, *found, args)
     first, prefix = images[: args.shown], fast.game.backbone.prefix
-    features = [in_batches(model.forward_features, first), in_batches(fast.forward_features, first)]
+    restored = partial(fast.forward_features, fill="absorber")
+    features = [in_batches(call, first) for call in (model.forward_features, restored)]
     dense(photos, *(part[:, prefix:] for part in features), args)
     for name, values in {"cosine": (found[0] * found[1]).sum(1), "dense cosine": cosines(features, prefix)}.items():
         print(f"{name} {values.mean():.4f}")
