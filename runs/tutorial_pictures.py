@@ -93,7 +93,7 @@ def embeddings(photos: list[Photo], native: Tensor, pruned: Tensor, args: Pictur
         for photo, left in places:
             canvas.paste(photos[photo].thumbnail(), (left, query * (SIDE + GAP)))
             shown.append(photo)
-    canvas.save(args.output / "embeddings.jpg", quality=80, optimize=True)
+    canvas.quantize(128).save(args.output / "embeddings.png", optimize=True)
     return shown
 
 
@@ -112,7 +112,7 @@ def dense(photos: list[Photo], native: Tensor, pruned: Tensor, args: Pictures) -
             pictures.append(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST))
         for row, picture in enumerate(pictures):
             canvas.paste(picture, (number * (SIDE + GAP), row * (SIDE + GAP)))
-    canvas.save(args.output / "dense.jpg", quality=85, optimize=True)
+    canvas.quantize(256).save(args.output / "dense.png", optimize=True)
 
 
 def load(args: Pictures) -> nn.Module:
