@@ -161,11 +161,11 @@ def page(rows: list[Row]) -> str:
     exact, weights = sum(len(row.exact) for row in rows), sum(row.weights for row in rows)
     lines = [
         PROSE,
-        f"**{exact} architectures and {weights} pretrained weights of them are exact**, by `python "
-        f"runs/timm_models.py` (timm {timm.__version__}, torch {torch.__version__.split('+')[0]}): at its own width, "
-        "with two blocks and random",
-        "weights, the output with every token kept differs from the native model's, and the features of a random game "
-        f"from the native model's with attention masks, by at most {worst:.1e} of their norm (`{name}`).",
+        f"**{exact} architectures and {weights} pretrained weights of them are exact** (timm {timm.__version__}, torch "
+        f"{torch.__version__.split('+')[0]}). `python",
+        "runs/timm_models.py` makes each at its own width, with two blocks and random weights. With every token kept",
+        "the output is compared with the native model's, and the features of a random game with the native model's",
+        f"under attention masks. The largest difference is {worst:.1e} of the norm (`{name}`).",
         "",
         "| library | family | architectures exact | pretrained weights | refused |",
         "|---|---|---|---|---|",
@@ -176,7 +176,7 @@ def page(rows: list[Row]) -> str:
     ]
     lines += ["", "## Refused", ""]
     for row in rows:
-        lines += [f"- {why}: {listed(names)}" for why, names in sorted(row.refused.items())]
+        lines += [f"- {why.split('; `tokengame')[0]}: {listed(names)}" for why, names in sorted(row.refused.items())]
     for row in rows:
         lines += ["", f"## {row.family}", "", listed(row.exact)] if row.exact else []
     return "\n".join(lines) + "\n"
