@@ -77,7 +77,7 @@ def _has_no_bias(head: nn.Linear) -> bool:
 @cache
 def embedding_widths(name: str) -> frozenset[int]:
     """Widths of the embeddings of timm's weights for the architecture `name`, where those are image towers of CLIP."""
-    if "clip" not in name:
+    if "clip" not in name and "pe_core" not in name:
         return frozenset()
     configurations = [get_pretrained_cfg(model) for model in list_models(f"{name}.*", pretrained=True)]
     towers = [found for found in configurations if found is not None and "_ft_" not in (found.tag or "")]
