@@ -1,22 +1,29 @@
 """Which models run: every architecture once at its own width, two blocks, random weights, small images; minutes.
 
+Of timm, Hugging Face transformers, torchvision and open_clip.
+
 With every token kept the output must be the native model's, and a random game must give what the native model gives
 with attention masks. Writes `results/models.json` as it goes on, and goes on from it; at the end docs/models.md.
-`python runs/timm_models.py` (delete results/models.json to measure anew; `--modules eva beit` for some of timm's)
+`python runs/models.py` (delete results/models.json to measure anew; `--modules eva beit` for some of timm's)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
 import timm
 import torch
+import torchvision
 from rich.progress import track
 
 from tokengame.backbones import Backbone, wrap
+from tokengame.backbones.hf_kinds import IMPOSSIBLE, KINDS
 from tokengame.config import GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
@@ -41,6 +48,11 @@ TIMM = {
     "deepseek_vit": "DeepSeek's image encoder",
 }
 """modules of timm, and what they hold"""
+FAMILIES = {
+    "Hugging Face": "ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ViTMAE, ViTMSN, I-JEPA, AIMv2, by class",
+    "torchvision": "VisionTransformer",
+    "open_clip": "its own image towers; those of timm are as in timm",
+}
 SIDE = 6
 """patches of an image, each way"""
 PROSE = """# Models
@@ -106,12 +118,18 @@ def difference(name: str) -> float:
     model = small(name).eval()
     wrap(model)
     fill(model)
+    return difference_of(model)
+
+
+@torch.no_grad()
+def difference_of(model: torch.nn.Module) -> float:
+    """The same of a model with weights."""
     backbone = wrap(model)
     size = [SIDE * side for side in backbone.patch_size]
     images = torch.randn(1, getattr(model, "in_chans", 3), *size)
     game = TokenGame(backbone, GameConfig(stages=(1,)))
     found = game.predict(game.play(images, lambda obs: torch.ones(len(obs.token))))
-    return max(distance(found, model(images)), masked_difference(backbone, images))
+    return max(distance(found, backbone.native(images)), masked_difference(backbone, images))
 
 
 def masked_difference(backbone: Backbone, images: torch.Tensor) -> float:
@@ -141,6 +159,80 @@ def measure(modules: list[str]) -> dict[str, Any]:
     return known
 
 
+def others() -> Iterator[tuple[str, str, Callable[[], torch.nn.Module]]]:
+    """Library, name and maker of the models of other libraries: two blocks, small images, random weights."""
+    for name in (*KINDS, *IMPOSSIBLE):
+        yield "Hugging Face", name, partial(of_transformers, name)
+    for name in torchvision.models.list_models():
+        if name.startswith("vit_"):
+            yield "torchvision", name, partial(of_torchvision, name)
+    for name in open_clip.list_models():
+        if "timm_model_name" not in open_clip.get_model_config(name)["vision_cfg"]:
+            yield "open_clip", name, partial(of_open_clip, name)
+
+
+def of_transformers(name: str) -> torch.nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name)
+    config = kind.config_class()
+    vision = getattr(config, "vision_config", config)
+    vision.num_hidden_layers, vision.image_size = 2, SIDE * vision.patch_size
+    if hasattr(vision, "mask_ratio"):
+        vision.mask_ratio = 0.0
+    named = {"add_pooling_layer": False} if name == "IJepaModel" else {}
+    return randomised(kind(config, **named))
+
+
+def of_torchvision(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        whole = torchvision.models.get_model(name)
+    heads = whole.encoder.layers[0].self_attention.num_heads
+    size = {"image_size": SIDE * whole.patch_size, "patch_size": whole.patch_size}
+    width = {"hidden_dim": whole.hidden_dim, "mlp_dim": whole.mlp_dim, "num_heads": heads, "num_layers": 2}
+    return randomised(torchvision.models.VisionTransformer(**size, **width))
+
+
+def of_open_clip(name: str) -> torch.nn.Module:
+    config = open_clip.get_model_config(name)
+    vision = open_clip.model.CLIPVisionCfg(**config["vision_cfg"])
+    if not isinstance(vision.layers, int):
+        raise TokenGameError("ModifiedResNet has no tokens to prune")
+    vision.layers, vision.image_size = 2, SIDE * vision.patch_size
+    tower = open_clip.model._build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+    return randomised(tower)
+
+
+@torch.no_grad()
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.1 if parameter.ndim < 2 else 0.03)
+        if parameter.ndim < 2 and name.endswith(("weight", "lambda1", "gamma", "probe")):
+            parameter.add_(0.5)
+    return model.eval()
+
+
+def other_rows(known: dict[str, Any]) -> list[Row]:
+    """Measure the models of other libraries; a row for each library."""
+    rows = {}
+    for library, name, make in track(list(others()), "other libraries"):
+        row = rows.setdefault(library, Row(library, FAMILIES[library], {}, 0, {}))
+        key = f"{library}: {name}"
+        if key not in known:
+            torch.manual_seed(0)
+            try:
+                known[key] = difference_of(make())
+            except TokenGameError as refused:
+                known[key] = str(refused)
+            RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        found = known[key]
+        if isinstance(found, str):
+            row.refused.setdefault(found, []).append(name)
+        else:
+            row.exact[name] = found
+    return list(rows.values())
+
+
 def timm_rows(known: dict[str, Any]) -> list[Row]:
     """A row for each module of timm."""
     rows = []
@@ -158,12 +250,13 @@ def timm_rows(known: dict[str, Any]) -> list[Row]:
 def page(rows: list[Row]) -> str:
     """The page: a table of families, then names."""
     worst, name = max((value, name) for row in rows for name, value in row.exact.items())
-    exact, weights = sum(len(row.exact) for row in rows), sum(row.weights for row in rows)
+    of_timm = [row for row in rows if row.library == "timm"]
+    exact, weights = sum(len(row.exact) for row in of_timm), sum(row.weights for row in of_timm)
     lines = [
         PROSE,
-        f"**{exact} architectures and {weights} pretrained weights of them are exact** (timm {timm.__version__}, torch "
+        f"**{exact} architectures and {weights} pretrained weights of timm are exact** (timm {timm.__version__}, torch "
         f"{torch.__version__.split('+')[0]}). `python",
-        "runs/timm_models.py` makes each at its own width, with two blocks and random weights. With every token kept",
+        "runs/models.py` makes each at its own width, with two blocks and random weights. With every token kept",
         "the output is compared with the native model's, and the features of a random game with the native model's",
         f"under attention masks. The largest difference is {worst:.1e} of the norm (`{name}`).",
         "",
@@ -171,7 +264,8 @@ def page(rows: list[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.library} | {row.family} | {len(row.exact)} | {row.weights} | {sum(map(len, row.refused.values()))} |"
+        f"| {row.library} | {row.family} | {len(row.exact)} | {row.weights or ''} | "
+        f"{sum(map(len, row.refused.values()))} |"
         for row in rows
     ]
     lines += ["", "## Refused", ""]
@@ -191,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="*", default=list(TIMM), help="of timm")
     known = measure(parser.parse_args().modules)
-    PAGE.write_text(page(timm_rows(known)))
+    PAGE.write_text(page(timm_rows(known) + other_rows(known)))
 
 
 if __name__ == "__main__":
