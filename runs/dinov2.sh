@@ -14,9 +14,19 @@ for what in embedding features; do
   [ -f "$out/$what.done" ] || {
     resume=$([ -d "$out/dinov2_${what}_log" ] && echo --resume || true)
     # shellcheck disable=SC2086
-    $tokengame train $small $learn --keep-what $what --game.stages 3 4 5 6 7 8 --actor.keep 0.85 --updates "${UPDATES:-200}" \
-      --output "$learned" $resume
-    $tokengame calibrate $small $learn --keep-what $what --policy rule --output "$rule"
+    $tokengame train $small $learn --keep-what $what --game.stages 3 4 5 6 7 8 --actor.keep 0.85 \
+      --updates "${UPDATES:-200}" --output "$learned" $resume
+    python - "$data" "$what" "$rule" <<'PYTHON'
+import sys
+
+import tokengame
+from tokengame.backbones import load_model
+
+data, what, rule = sys.argv[1:]
+model = load_model("vit_small_patch14_dinov2", f"{data}/vit_small_patch14_dinov2.safetensors", {"img_size": 224})
+fast = tokengame.prune(model, images=f"{data}/imagenet_sample.tar", keep_what=what)  # thresholds set on 256 of them
+tokengame.Policy(fast.actor, fast.card).save(rule)
+PYTHON
     touch "$out/$what.done"
   }
   $tokengame compare $small $measure --keep-what $what --policies "$rule" "$learned" --dtype bfloat16 --no-timing \

@@ -103,9 +103,9 @@ def test_help_has_what_matters_first_and_the_defaults_of_the_preset(capsys, monk
     monkeypatch.setenv("COLUMNS", "100")
     text = shown(["train", "--help"], capsys)[1]
     names = re.findall(r"^  --([\w.-]+)", text, re.M)
-    assert names[:10] == [
-        "backbone", "images", "output", "weights", "class-map", "gmacs-ratio", "target-drop", "updates", "resume",
-        "preset",
+    assert names[:11] == [
+        "backbone", "images", "output", "weights", "class-map", "gmacs-ratio", "target-drop", "keep-what", "updates",
+        "resume", "preset",
     ]  # fmt: skip
     assert re.search(r"^  --rollouts INT +[^-]+ \[4\]$", text, re.M)
     other = shown(["train", "--preset", "rl4evit", "--help-all"], capsys)[1]

@@ -181,8 +181,9 @@ def test_tome_gives_each_token_the_features_of_the_row_it_is_in():
         keys = block.attn.qkv(normed).view(2, x.shape[1], 3, 2, 16)[:, :, 1].mean(2)
         x = x + block.ls1(block.attn(normed, attn_mask=size.log()[:, None, None]))
         if r:
-            x, size, _, step = merge_pairs(x, size, keys, r, 2)
-            place = torch.stack([row[now] for row, now in zip(step, place, strict=True)])
+            merged = merge_pairs(x, size, keys, r, 2)
+            x, size = merged.x, merged.size
+            place = torch.stack([row[now] for row, now in zip(merged.place(2), place, strict=True)])
         x = x + block.ls2(block.mlp(block.norm2(x)))
     wanted = torch.stack([rows[now] for rows, now in zip(model.norm(x), place, strict=True)])
     torch.testing.assert_close(found.logits, wanted, atol=1e-5, rtol=1e-4)

@@ -340,7 +340,9 @@ REFUSED = {
     r"CLIP holds a open_clip VisionTransformer: prune that and put it back, model.visual = tokengame.prune": clip,
     "ModifiedResNet has no tokens to prune": lambda: open_clip.model.ModifiedResNet([1, 1, 1, 1], 24, 2, 32, 16),
     r"CLIP.visual cannot be pruned: ModifiedResNet has no tokens": lambda: clip(layers=[1, 1, 1, 1], width=16),
-    "TimmModel.trunk cannot be pruned: ResNet is not timm's": lambda: TimmModel("test_resnet", 24, pool="avg"),
+    "TimmModel.trunk cannot be pruned: ResNet is of no supported family": lambda: TimmModel(
+        "test_resnet", 24, pool="avg"
+    ),
 }
 
 

@@ -80,7 +80,7 @@ def test_finetune_likewise(folder, capsys):
 def test_an_interrupted_comparison_keeps_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "BASELINES", compare.BASELINES[:1])
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "time_method", interrupt)

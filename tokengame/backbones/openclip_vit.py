@@ -410,6 +410,7 @@ class OpenCLIPTimm(Tower):
     add_attention, feed_forward, final_norm = map(_of_trunk, ("add_attention", "feed_forward", "final_norm"))
     attention_dropout, key_value_weights = map(_of_trunk, ("attention_dropout", "key_value_weights"))
     costs, embed_macs, native_features = map(_of_trunk, ("costs", "embed_macs", "native_features"))
+    fingerprint_parameters = _of_trunk("fingerprint_parameters")
 
     def head(self, x: Tensor, layout: RaggedLayout, size: Tensor | None = None) -> Tensor:
         return self.model.head(self.trunk.head(x, layout, size))

@@ -36,7 +36,6 @@ class Train(OnImages):
         "tokengame train --backbone vit_small_patch16_224 --images train/ --output policy.safetensors\n"
         "tokengame train --backbone vit_tiny_patch16_224 --weights vit.safetensors --images images.tar "
         "--class-map classes.txt --gmacs-ratio 0.68\n"
-        "tokengame train --backbone vit_small_patch16_224 --images train/ --target-drop 0.5\n"
         "tokengame train --backbone vit_small_patch14_dinov2 --images photos/ --keep-what features\n"
         "tokengame train --preset rl4evit --backbone deit_base_patch16_224 --images train/\n"
         "tokengame train --backbone vit_base_patch16_224 --weights last.ckpt --model-kwargs img_size=384 "

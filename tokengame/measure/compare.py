@@ -125,8 +125,12 @@ def compare(
     if keep is not None:
         keep(_rows(entries))
     timed_ones = [entry for entry in entries if entry.is_timed]
+
+    def called(form: nn.Module) -> Callable[[Tensor], Any]:
+        return partial(kind.native, wrap(form))
+
     for entry in progress(timed_ones, "timing", len(timed_ones)) if timed_ones else ():
-        entry.scores.seconds, entry.scores.seconds_pytorch = time_method(model, entry.model, images, kind=kind)
+        entry.scores.seconds, entry.scores.seconds_pytorch = time_method(model, entry.model, images, native_of=called)
     return _rows(entries)
 
 
@@ -161,8 +165,9 @@ def _score(
 
 @torch.inference_mode()
 def time_method(
-    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 5, kind: Kind | None = None
-) -> tuple[list[tuple[int, float, float]], list[float]]:
+    model: nn.Module, method: Method, batches: list[Tensor], rounds: int = 5,
+    native_of: Callable[[nn.Module], Callable[[Tensor], Any]] = lambda model: model,
+) -> tuple[list[tuple[int, float, float]], list[float]]:  # fmt: skip
     """Time a method beside the native model, call by call in turn.
 
     Each method is timed on its own: on CPUs the kernels of a shape are compiled at its first call, and among dozens of
@@ -170,14 +175,19 @@ def time_method(
     keeps a different number in every image meets new shapes each time, as in use. The first rounds, for which nearly
     every kernel is new, are not counted (`WARM_UP`).
 
+    Args:
+        model: the native one.
+        method: what is timed.
+        batches: of images.
+        rounds: that are counted.
+        native_of: from a form of the model to what is called of it.
+
     Returns:
         size, native seconds and the method's seconds of each call, native being the faster of its two forms; and where
         compiled kernels run, the method's seconds on PyTorch's.
     """
-    native_of = (kind or kind_of(wrap(model))).native
     calls: dict[str, Callable[[Tensor], Any]] = {
-        "fused": partial(native_of, wrap(model)), "unfused": partial(native_of, wrap(unfused(model))),
-        "method": method.predict,
+        "fused": native_of(model), "unfused": native_of(unfused(model)), "method": method.predict
     }  # fmt: skip
     if kernels.usable(batches[0]):
         calls["on PyTorch's"] = lambda images: _on_pytorch(method, images)
