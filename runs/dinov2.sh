@@ -30,9 +30,9 @@ PYTHON
     touch "$out/$what.done"
   }
   $tokengame compare $small $measure --keep-what $what --policies "$rule" "$learned" --dtype bfloat16 --no-timing \
-    --output "$out/compare_$what"
+    --baselines ToMe EViT rule "attention, merge" --output "$out/compare_$what"
 done
 
 # speed at 1,370 tokens: the native model is the faster one of fused and unfused attention
 $tokengame compare $large $measure --keep-what features --policies "$out/dinov2_features.safetensors" \
-  --dials 0.2 0.35 0.5 0.65 --dtype bfloat16 --batch-size 8 --output "$out/compare_518"
+  --dials 0.2 0.35 0.5 0.65 --baselines ToMe rule --dtype bfloat16 --batch-size 8 --output "$out/compare_518"

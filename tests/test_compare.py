@@ -29,6 +29,7 @@ from tokengame.baselines.reducer import ReducedRows, Reducer
 from tokengame.cli.main import main
 from tokengame.config import GameConfig
 from tokengame.data.batches import Batch
+from tokengame.errors import TokenGameError
 from tokengame.kernels import library
 from tokengame.measure import compare as comparison
 from tokengame.measure.compare import Entry, baseline_entries, compare, speed_at, speeds, time_method
@@ -344,3 +345,11 @@ def test_models_without_a_class_token_can_be_compared():
     rows = compare(model, baseline_entries(model), batches(1), 1)
     exact = next(row for row in rows if row["method"] == "all tokens, exact exit")
     assert exact["gmacs_ratio"] >= 1
+
+
+def test_baselines_are_chosen_by_name(model):
+    chosen = {entry.method for entry in baseline_entries(model, ("ToMe", "rule"))}
+    assert chosen == {"ToMe", "rule"}
+    assert chosen < {entry.method for entry in baseline_entries(model)}
+    with pytest.raises(TokenGameError, match="no baseline 'Tome'; there are: .*ToMe"):
+        baseline_entries(model, ("Tome",))

@@ -54,6 +54,8 @@ class Compare(OnAnyOutput):
     with thresholds that are set on the images not held back"""
     dials: Annotated[tuple[float, ...], SHARE] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
     """of the policies"""
+    baselines: tuple[str, ...] = ()
+    """names of the baselines to run, as the tables have them ("ToMe" "EViT" "rule"); none: all"""
     budgets: bool = False
     """also let attention and random choose as many tokens in each image as each policy keeps: not timed"""
     timing: bool = True
@@ -105,7 +107,9 @@ class Compare(OnAnyOutput):
         model.requires_grad_(False)
         dynamic = self._train(model, learn) if self.dynamicvit_updates else None
         model.to(getattr(torch, self.dtype))
-        entries = baseline_entries(model) + (dynamicvit_entries(model, dynamic) if dynamic is not None else [])
+        entries = baseline_entries(model, self.baselines) + (
+            dynamicvit_entries(model, dynamic) if dynamic is not None else []
+        )
         if self.holdout is not None:
             entries += rule_entries(model, self.for_thresholds(model, learn), progress)
         for name, policy, path in zip(names, policies, paths, strict=True):

@@ -26,6 +26,7 @@ from tokengame.measure.evaluate import at_ratios, timed
 from tokengame.measure.kinds import Kind, kind_of
 from tokengame.measure.scores import Measured, Scores
 from tokengame.policies import Policy
+from tokengame.ranges import require
 from tokengame.runtime import prune
 from tokengame.runtime.method import Method
 
@@ -54,11 +55,19 @@ class Entry:
     scores: Measured = field(default_factory=Scores)
 
 
-def baseline_entries(model: nn.Module) -> list[Entry]:
-    """All baselines that need no training, over their settings."""
+def baseline_entries(model: nn.Module, names: Sequence[str] = ()) -> list[Entry]:
+    """The baselines of these names that need no training, over their settings; without names all.
+
+    Raises:
+        TokenGameError: there is no baseline of a name.
+    """
+    known = [baseline.name for baseline in BASELINES]
+    for name in names:
+        require(name in known, f"no baseline {name!r}; there are: {', '.join(known)}")
     return [
         Entry(baseline.name, setting, method, baseline.published)
         for baseline in BASELINES
+        if not names or baseline.name in names
         for setting, method in baseline.settings(model)
     ]
 
