@@ -351,5 +351,5 @@ def test_baselines_are_chosen_by_name(model):
     chosen = {entry.method for entry in baseline_entries(model, ("ToMe", "rule"))}
     assert chosen == {"ToMe", "rule"}
     assert chosen < {entry.method for entry in baseline_entries(model)}
-    with pytest.raises(TokenGameError, match="no baseline 'Tome'; there are: .*ToMe"):
+    with pytest.raises(TokenGameError, match=r"no baseline 'Tome'; there are: .*ToMe"):
         baseline_entries(model, ("Tome",))
