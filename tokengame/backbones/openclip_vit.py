@@ -26,6 +26,7 @@ from tokengame.backbones.parts import (
     norm_weights,
     packed_key_values,
     packed_projection,
+    patch_weights,
 )
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
@@ -269,14 +270,8 @@ class OpenCLIPViT(Tower):
         if not all(_is_plain_block(block) for block in self.blocks):
             return None
         return ModelWeights(
-            [_block_weights(block) for block in self.blocks], self._patch_weights(), self._head_weights()
+            [_block_weights(block) for block in self.blocks], patch_weights(self.model.conv1), self._head_weights()
         )
-
-    def _patch_weights(self) -> LinearWeights | None:
-        proj = self.model.conv1
-        if type(proj) is not nn.Conv2d or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
-            return None
-        return LinearWeights(proj.weight.flatten(1), proj.bias)
 
     def _head_weights(self) -> tuple[NormWeights, LinearWeights] | None:
         model = self.model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokengame.backbones.base import KeyValueWeights
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import NormWeights
+from tokengame.kernels.weights import LinearWeights, NormWeights
 from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import append_rows
@@ -66,6 +66,13 @@ def is_plain_linear(layer: Any) -> bool:
     """Whether a layer is its weight and bias and nothing else, so that they can be used without calling it."""
     plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
     return plain and not hooks_of(layer) and "forward" not in vars(layer)
+
+
+def patch_weights(proj: nn.Module) -> LinearWeights | None:
+    """The weights of a patch embedding, where it is a convolution with patches that the kernels know."""
+    if type(proj) is not nn.Conv2d or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
+        return None
+    return LinearWeights(proj.weight.flatten(1), proj.bias)
 
 
 def is_plain_norm(norm: Any) -> bool:

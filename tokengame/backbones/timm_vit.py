@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.backbones.parts import INACTIVE, is_plain_norm, norm_weights
+from tokengame.backbones.parts import INACTIVE, is_plain_norm, norm_weights, patch_weights
 from tokengame.backbones.timm_base import TimmBackbone
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
@@ -58,10 +58,7 @@ class TimmViT(TimmBackbone):
         embed = self.model.patch_embed
         if type(embed) is not PatchEmbed or type(embed.norm) is not nn.Identity or embed.dynamic_img_pad:
             return None
-        proj = embed.proj
-        if type(proj) is not nn.Conv2d or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
-            return None
-        return LinearWeights(proj.weight.flatten(1), proj.bias)
+        return patch_weights(embed.proj)
 
     def _head_weights(self) -> tuple[NormWeights, LinearWeights] | None:
         model = self.model
