@@ -3,13 +3,17 @@
 import copy
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokengame.backbones import wrap
 from tokengame.baselines.heuristics import keep_all
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted, check_contract, masked_features, merged_by_loops, played_features
+from tokengame.packed.attention import unfused_attention
 from tokengame.runtime import prune_by
+from tokengame.runtime.macs import native_macs, pruned_macs
 
 STAGES = (1, 2)
 
@@ -81,3 +85,27 @@ def check_gradients(model, images):
     for name, gradient in wanted.items():
         # a key's bias has no gradient but rounding: it cancels in the softmax
         assert (found[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-5, name
+
+
+def check_macs(model, image, mean=False):
+    """Multiply-accumulates of image [1, ...], natively and pruned, are those that PyTorch counts.
+
+    A `mean` over packed rows is a product; natively it is a sum, which is not counted.
+    """
+    backbone = wrap(model)
+    agents = TokenGame(backbone, GameConfig(STAGES)).reset(image).total
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert native_macs(backbone, agents) == counter.get_total_flops() / 2
+    table = torch.randn(len(STAGES), 1, agents, generator=torch.Generator().manual_seed(2))
+    for kind in ("drop", "merge"):
+        game = TokenGame(backbone, GameConfig(STAGES, transition=kind), features=False, attention=unfused_attention)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            state = game.play(image, Scripted(table))
+            game.predict(state)
+        spare = state.x.numel() if mean else 0
+        assert float(pruned_macs(game, None, torch.stack(state.kept), agents)) == counter.get_total_flops() / 2 - spare

@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import needs_kernels, off, randomise
-from exact import check_all_tokens, check_bfloat16, check_gradients, check_random_decisions
+from exact import check_all_tokens, check_bfloat16, check_gradients, check_macs, check_random_decisions
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokengame import TokenGameError
 from tokengame.backbones import preprocessing_of, wrap
@@ -20,10 +18,9 @@ from tokengame.config import GameConfig
 from tokengame.data.transforms import transform_for
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted
-from tokengame.packed.attention import unfused_attention
 from tokengame.packed.layout import RaggedLayout
 from tokengame.runtime import prune_by
-from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.runtime.macs import native_macs
 
 open_clip = pytest.importorskip("open_clip", reason="pip install tokengame[open_clip]")
 from open_clip.timm_model import TimmModel  # noqa: E402
@@ -105,22 +102,7 @@ def test_pooling_weighs_merged_rows(key):
 )
 @torch.inference_mode()
 def test_macs_equal_the_flop_counter(key):
-    model = tiny(**VARIANTS[key]).requires_grad_(False)
-    backbone = wrap(model)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(IMAGES[:1])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    assert native_macs(backbone, 16) == counter.get_total_flops() / 2
-    game = TokenGame(backbone, CONFIG, features=False, attention=unfused_attention)
-    table = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        state = game.play(IMAGES[:1], Scripted(table))
-        game.predict(state)
-    mean = 32 * len(state.x) if key == "average pool" else 0  # on packed rows it is a product, natively a sum
-    assert float(pruned_macs(game, None, torch.stack(state.kept), 16)) == counter.get_total_flops() / 2 - mean
+    check_macs(tiny(**VARIANTS[key]).requires_grad_(False), IMAGES[:1], mean=key == "average pool")
 
 
 @torch.no_grad()

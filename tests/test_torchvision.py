@@ -7,10 +7,8 @@ import timm
 import torch
 from conftest import REAL, layout_of, needs_kernels, off, randomise, tiny_vit
 from converted import to_torchvision
-from exact import check_all_tokens, check_bfloat16, check_gradients, check_random_decisions, distance
+from exact import check_all_tokens, check_bfloat16, check_gradients, check_macs, check_random_decisions, distance
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
@@ -23,9 +21,8 @@ from tokengame.config import GameConfig
 from tokengame.data.transforms import transform_for
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted
-from tokengame.packed.attention import unfused_attention
 from tokengame.runtime import prune_by
-from tokengame.runtime.macs import native_macs, pruned_macs
+from tokengame.runtime.macs import native_macs
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 STEM = [ConvStemConfig(8, 3, 2), ConvStemConfig(12, 3, 2), ConvStemConfig(16, 3, 2)]
@@ -90,21 +87,7 @@ def test_classes_are_those_of_the_head_there_is_now():
 @pytest.mark.parametrize("key", ["plain", "representation", "convolutional stem"])
 @torch.inference_mode()
 def test_macs_equal_the_flop_counter(key):
-    model = tiny(**VARIANTS[key])
-    backbone, config = wrap(model), GameConfig(stages=(1, 2), transition="merge")
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(IMAGES[:1])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    assert native_macs(backbone, 16) == counter.get_total_flops() / 2
-    game = TokenGame(backbone, config, features=False, attention=unfused_attention)
-    table = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        state = game.play(IMAGES[:1], Scripted(table))
-        game.predict(state)
-    assert float(pruned_macs(game, None, torch.stack(state.kept), 16)) == counter.get_total_flops() / 2
+    check_macs(tiny(**VARIANTS[key]), IMAGES[:1])
 
 
 def test_dropout_of_training_is_the_models():
