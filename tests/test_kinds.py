@@ -426,7 +426,7 @@ def test_tables_show_the_measures_of_the_kind():
 def small_flags(tmp_path_factory):
     """Weights of a small model that embeds, a bank of four texts, unlabelled images, and a policy trained on them."""
     root, patch = tmp_path_factory.mktemp("kinds"), pytest.MonkeyPatch()
-    patch.setattr("tokengame.backbones.load.build_embedded", embedder)
+    patch.setattr("tokengame.backbones.embedded.build_embedded", embedder)
     save_file(embedder(seed=1).state_dict(), root / "weights.safetensors")
     save_file({"texts": torch.randn(4, 32)}, root / "bank.safetensors")
     (root / "images").mkdir()
