@@ -1,46 +1,103 @@
-// What the processor can do. Compiled for any x86-64.
+// Which instructions the processor has, and the tables for them. Compiled for any processor.
+#include "interface.h"
+
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <algorithm>
-
-#include "network.h"
+#endif
+#endif
 
 namespace tokengame {
 
-// Bit `at` of register `which` (0: eax, 1: ebx, 2: ecx, 3: edx) of a CPUID leaf.
-static bool bit(unsigned leaf, unsigned subleaf, int which, int at) {
-    unsigned r[4] = {};
-    return __get_cpuid_count(leaf, subleaf, r, r + 1, r + 2, r + 3) && (r[which] >> at & 1);
+enum Level { GENERIC, AVX2, AVX512, AVX512_BF16, AMX };  // as in tokengame/kernels/library.py
+
+#if defined(__x86_64__)
+// Whether the processor has AMX with bfloat16 and the operating system lets this process use tiles.
+static bool has_amx() {
+#if defined(__linux__)
+    unsigned a, b, c, d = 0;
+    const unsigned bf16_bit = 1u << 22, tile_bit = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16_bit | tile_bit)) != (bf16_bit | tile_bit)) return false;
+    const long request = 0x1023, tile_data = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return !syscall(SYS_arch_prctl, request, tile_data);
+#else
+    return false;
+#endif
 }
 
-// Whether the operating system saves these registers (bits of XCR0).
-static bool saved(unsigned long long registers) {
-    unsigned low, high;
-    if (!bit(1, 0, 2, 27)) return false;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & registers) == registers;
+static Level best_level() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return GENERIC;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!avx512) return AVX2;
+    if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
+    return has_amx() ? AMX : AVX512_BF16;
+}
+#else
+static Level best_level() { return GENERIC; }
+#endif
+
+template <class Number>
+static const Table<Number>* first_of(const Table<Number>* best, const Table<Number>* next) {
+    return best ? best : next;
+}
+
+// The best table up to a level; a compiler that lacks an instruction set has made no table for it.
+static const Table<float>* float_table(int level) {
+    const Table<float>* found = generic::table_float();
+    if (level >= AVX2) found = first_of(avx2::table_float(), found);
+    if (level >= AVX512) found = first_of(avx512::table_float(), found);
+    return found;
+}
+static const Table<bf16>* bf16_table(int level) {
+    const Table<bf16>* found = generic::table_bf16();
+    if (level >= AVX2) found = first_of(avx2::table_bf16(), found);
+    if (level >= AVX512) found = first_of(avx512::table_bf16(), found);
+    if (level >= AVX512_BF16) found = first_of(avx512_bf16::table_bf16(), found);
+    if (level >= AMX) found = first_of(amx::table_bf16(), found);
+    return found;
 }
 
 }  // namespace tokengame
 
 using namespace tokengame;
 
-extern "C" {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 
-int set_level(int wanted) {
-    const bool avx512 = bit(7, 0, 1, 16) && bit(7, 0, 1, 17) && bit(7, 0, 1, 30) && bit(7, 0, 1, 31) && bit(7, 1, 0, 5);
-    if (!avx512 || !saved(0xe6) || wanted < 1) return 0;
-    const long request = 0x1023, tile_data = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): permission to use tiles
-    has_amx = wanted > 1 && bit(7, 0, 3, 22) && bit(7, 0, 3, 24) && saved(0x600e6) &&
-              !syscall(SYS_arch_prctl, request, tile_data);
-    return 1 + has_amx;
+// The highest level that this processor has.
+EXPORTED int highest_level() { return best_level(); }
+
+// The fastest level. Processors of Intel multiply bfloat16 in vectors no faster than float32, which AVX-512 uses for both.
+EXPORTED int fastest_level() {
+    const Level best = best_level();
+#if defined(__x86_64__)
+    if (best == AVX512_BF16 && __builtin_cpu_is("intel")) return AVX512;
+#endif
+    return best;
 }
 
-unsigned source_checksum() { return SOURCES; }
+// The table of a level that the processor has, for numbers of so many bytes: 4 float32, 2 bfloat16.
+EXPORTED const void* kernels(int level, int bytes) {
+    return bytes == 4 ? (const void*)float_table(level) : (const void*)bf16_table(level);
+}
 
-unsigned long long weight_version(const bf16* const* tensors, const long* rows, const long* columns, long number) {
+// The checksum of the source files that this library was compiled from.
+EXPORTED unsigned source_checksum() { return SOURCES; }
+
+// Bytes of each struct that Python lays out too, by its place in tokengame/kernels/structs.py; 0 beyond the last.
+EXPORTED long struct_bytes(int which) {
+    const long bytes[] = {sizeof(Norm),           sizeof(Linear),           sizeof(Block),
+                          sizeof(CachedKeysValues<float>), sizeof(ObservationRequest), sizeof(FusedGame<float>),
+                          sizeof(FusedResults<float>),     sizeof(Table<float>)};
+    return which < long(sizeof bytes / sizeof *bytes) ? bytes[which] : 0;
+}
+
+// tensors [number] of [rows, columns] numbers of 16 bits -> a number that changes when tensors are written to: a hash of values
+// spread over each tensor, at least one of every row and column.
+EXPORTED unsigned long long weight_version(const uint16_t* const* tensors, const long* rows, const long* columns, long number) {
     unsigned long long sum = 0;
 #pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum)
     for (long i = 0; i < number; i++) {
@@ -49,15 +106,15 @@ unsigned long long weight_version(const bf16* const* tensors, const long* rows, 
         if (!run) continue;
         const long runs = (width + run - 1) / run, step = 7919 % runs, ahead = 20;
         unsigned long long factor = 0x9e3779b97f4a7c15ull * (2 * i + 1);
-        const bf16* row = tensors[i];
+        const uint16_t* row = tensors[i];
         for (long r = 0, at = 0, next = ahead * step % runs; r < height; r++, row += width) {
             if (r + ahead < height) __builtin_prefetch(row + ahead * width + next * run);
-            const bf16* values = row + at * run;
-            for (long k = std::min(run, width - at * run); k > 0; k--) sum += *values++ * (factor += 0xbf58476d1ce4e5b8ull);
+            const uint16_t* values = row + at * run;
+            const long left = width - at * run;
+            for (long k = run < left ? run : left; k > 0; k--) sum += *values++ * (factor += 0xbf58476d1ce4e5b8ull);
             if ((at += step) >= runs) at -= runs;
             if ((next += step) >= runs) next -= runs;
         }
     }
     return sum;
-}
 }

@@ -9,13 +9,13 @@ small="$model --model-kwargs img_size=224" large="$model --model-kwargs img_size
 learn="--images $data/imagenet_sample.tar" measure="--images $data/flickr_sample.tar"
 mkdir -p "$out"
 
-for what in embedding features; do
+for what in features embedding; do
   learned=$out/dinov2_$what.safetensors rule=$out/rule_$what.safetensors
   [ -f "$out/$what.done" ] || {
     resume=$([ -d "$out/dinov2_${what}_log" ] && echo --resume || true)
     # shellcheck disable=SC2086
-    $tokengame train $small $learn --keep-what $what --game.stages 3 4 5 6 7 8 --actor.keep 0.85 \
-      --updates "${UPDATES:-200}" --output "$learned" $resume
+    $tokengame train $small $learn --keep-what $what --game.stages 3 4 5 6 7 8 --actor.keep 0.92 \
+      --updates "${UPDATES:-400}" --output "$learned" $resume
     python - "$data" "$what" "$rule" <<'PYTHON'
 import sys
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokengame import kernels
 from tokengame.cli.main import main
 from tokengame.config import GAME_VERSION, TrainConfig, with_overrides
-from tokengame.kernels.library import library
+from tokengame.kernels.library import LEVELS, loaded
 from tokengame.learning.trainer import Trainer
 from tokengame.packed.layout import RaggedLayout
 from tokengame.policies import Policy
@@ -110,18 +110,14 @@ def place(tmp_path_factory):
 # Models and rows for the compiled kernels
 
 
-needs_kernels = pytest.mark.skipif(
-    not kernels.available(), reason="no compiled kernels: no AVX-512 bfloat16 in the processor, or no compiler"
-)
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="tokengame was installed without a C++ compiler")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["avx512", "amx"])
+@pytest.fixture(scope="module", params=LEVELS[1 : loaded().highest + 2])
 def level(request):
-    """Instructions that the kernels are held to."""
-    if library().set_level(request.param) != request.param:
-        pytest.skip("no AMX in this processor")
-    yield
-    library().set_level(2)
+    """Instructions that the kernels are held to, of those that this processor has."""
+    with kernels.limited(request.param):
+        yield request.param
 
 
 def half_vit(seed=0, **changes):

@@ -28,7 +28,7 @@ class CompiledDecisions(TorchBackend):
     @classmethod
     def ready(cls, backbone: Backbone, images: Tensor, attention: Kernel) -> TorchBackend | None:
         usual = attention in OPEN_CHOICES and backbone.head_dim % TILE == 0
-        return cls(backbone, attention) if usual and usable(images) else None
+        return cls(backbone, attention) if usual and usable(images) and images.dtype == backbone.dtype else None
 
     def attend(self, qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         return functions.self_attention(qkv, layout, bias) if usable_heads(qkv) else super().attend(qkv, layout, bias)
@@ -88,7 +88,7 @@ class CompiledBlocks(CompiledDecisions):
 
     @classmethod
     def ready(cls, backbone: Backbone, images: Tensor, attention: Kernel) -> TorchBackend | None:
-        if attention not in OPEN_CHOICES or not usable(images):
+        if attention not in OPEN_CHOICES or not usable(images) or images.dtype != backbone.dtype:
             return None
         weights = packed_weights(backbone.model, backbone.watch, backbone.plain_weights)
         return None if weights is None else cls(backbone, attention, weights)

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions of tensors; see csrc/network.h for what each computes."""
+"""The compiled kernels as functions of tensors; see csrc/interface.h for what each computes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from tokengame.packed.layout import RaggedLayout
 
 def normed_linear(x: Tensor, norm: NormStruct, linear: PackedLinear) -> Tensor:
     """linear(norm(x)): [M, inputs] -> [M, outputs]."""
-    width = len(linear.bias)
+    width, struct = len(linear.bias), linear.struct
     out = x.new_empty(len(x), width)
-    weight, bias = (ctypes.c_void_p(pointer) for pointer in (norm.weight, norm.bias))
-    call("normed_linear", x.contiguous(), len(x), linear.inputs, weight, bias, float(norm.eps), linear.packed,
-          linear.bias, width, out, torch.get_num_threads())  # fmt: skip
+    call("normed_linear", x.dtype, x.contiguous(), len(x), linear.inputs, ctypes.addressof(norm),
+          ctypes.addressof(struct), width, out, torch.get_num_threads())  # fmt: skip
     return out[:, : linear.outputs]
 
 
@@ -73,8 +72,8 @@ def run_half_blocks(
     if request is not None and class_query and request.features:
         observation, observed = _observation(request, heads)
     struct, kept_alive = _cached(cached)
-    call("run_half_blocks", blocks, first, last, x, rows, layout.cu_seqlens, layout.images, _floats(bias),
-         ctypes.byref(struct), ctypes.byref(observation), qkv, attended, out, keys_values, query,
+    call("run_half_blocks", x.dtype, ctypes.addressof(blocks), first, last, x, rows, layout.cu_seqlens, layout.images, _floats(bias),
+         ctypes.addressof(struct), ctypes.addressof(observation), qkv, attended, out, keys_values, query,
          torch.get_num_threads())  # fmt: skip
     del kept_alive
     among_rows = any(half % 2 == 0 for half in range(first + (cached is not None), last))
@@ -114,7 +113,7 @@ def last_block(block: Any, qkv: Tensor, x: Tensor, layout: RaggedLayout, prefix:
         bias: [M] added to the attention logits of each key, or None.
     """
     normed, out = torch.empty_like(x), x.new_empty(layout.images * prefix, x.shape[1])
-    call("last_block", ctypes.byref(block), qkv.contiguous(), x.contiguous(), len(x), layout.cu_seqlens,
+    call("last_block", x.dtype, ctypes.addressof(block), qkv.contiguous(), x.contiguous(), len(x), layout.cu_seqlens,
          layout.images, prefix, _floats(bias), normed, out, torch.get_num_threads())  # fmt: skip
     return out
 
@@ -131,7 +130,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """As `packed.attention.cross_attention`; D is a multiple of 32."""
     out = q.new_empty(q.shape)
-    call("attention", *_strided(q), *_strided(k), *_strided(v), query_layout.cu_seqlens, layout.cu_seqlens,
+    call("attention", q.dtype, *_strided(q), *_strided(k), *_strided(v), query_layout.cu_seqlens, layout.cu_seqlens,
          query_layout.images, q.shape[1], q.shape[2], _floats(bias),
          float(q.shape[2] ** -0.5 if scale is None else scale), out, torch.get_num_threads())  # fmt: skip
     return out
@@ -143,23 +142,23 @@ def embed(images: Tensor, linear: PackedLinear, patch: int, start: Tensor, prefi
     Args:
         images: [B, channels, height, width].
         linear: channels * patch^2 inputs.
-        patch: side of a patch: 8, 16 or 32.
+        patch: side of a patch.
         start: [prefix + N, C] prefix tokens, then position embeddings of the patches.
         prefix: rows of `start` that are no patches.
 
     Returns:
         [B, prefix + N, C]
     """
-    out = images.new_empty(len(images), *start.shape)
-    call("embed", images.contiguous(), *images.shape, patch, linear.packed, linear.bias, linear.outputs,
-         start.contiguous(), prefix, out, torch.get_num_threads())  # fmt: skip
+    out, struct = images.new_empty(len(images), *start.shape), linear.struct
+    call("embed", images.dtype, images.contiguous(), *images.shape, patch, ctypes.addressof(struct),
+         linear.outputs, start.contiguous(), prefix, out, torch.get_num_threads())  # fmt: skip
     return out
 
 
 def class_attention(keys: Tensor, query: Tensor, scale: float, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
     """Log of the attention of queries [B, H, D] to each row [M, H, D] of their image: [M, H]."""
     out = keys.new_empty(keys.shape[:2], dtype=torch.float32)
-    call("class_attention", *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.cu_seqlens,
+    call("class_attention", keys.dtype, *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.cu_seqlens,
          layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
     return out
 
@@ -180,7 +179,7 @@ def observe(
     """
     heads, width = keys.shape[1:]
     features = keys.new_empty(request.agents.rows, heads + len(EXTRA_FEATURES), dtype=torch.float32)
-    call("observe", *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale),
+    call("observe", keys.dtype, *_strided(keys), *_strided(values), heads, width, query.contiguous(), float(scale),
          layout.cu_seqlens, layout.images, request.prefix, _floats(bias), request.position, request.dither.float(),
          request.total, int(request.similarity), features, None, 0, 0, torch.get_num_threads())  # fmt: skip
     return features
@@ -206,7 +205,7 @@ def merge(
     rest, sizes = x.new_empty(kept_layout.rows, x.shape[1]), x.new_empty(kept_layout.rows, dtype=torch.float32)
     positions = position.new_empty(kept_layout.rows)
     absorber = position.new_empty(len(keep))
-    call("absorb", *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
+    call("absorb", x.dtype, *_strided(values), *values.shape[1:], x.contiguous(), x.shape[1], _floats(size), position,
          keep.contiguous(), layout.cu_seqlens, kept_layout.cu_seqlens, layout.images, prefix, rest, sizes, positions,
          absorber, torch.get_num_threads())  # fmt: skip
     return rest, sizes, positions, absorber
@@ -236,7 +235,7 @@ def fused_forward(
         images: [B, channels, height, width].
         start: as in `embed`.
         patch, prefix: as in `embed`.
-        stages: blocks that decide; none of them the last.
+        stages: blocks that decide; none of them the last. Without any, all tokens are kept.
         linear: [T, H + 7] weights of the observed features at each stage, a bias last.
         thresholds: [T, B] a token is kept where its logit exceeds it.
         dither: [N].
@@ -245,7 +244,7 @@ def fused_forward(
     assert weights.patches is not None
     assert weights.head is not None
     (norm, head), start, linear, images = weights.head, start.contiguous(), linear.contiguous(), images.contiguous()
-    blocks = torch.tensor(stages, device="cpu")
+    blocks = torch.tensor(stages, device="cpu", dtype=torch.long)
     game = FusedGameStruct(
         ctypes.addressof(weights.blocks), len(weights.blocks), weights.patches.struct, head.struct, norm,
         start.data_ptr(), weights.last_qkv.data_ptr(), *images.shape[1:], patch, prefix, len(head.bias),
@@ -257,9 +256,18 @@ def fused_forward(
     alive = torch.zeros(len(images), len(start) - prefix, dtype=torch.bool, device="cpu")
     results = FusedResultsStruct(*(0 if t is None else t.data_ptr() for t in (logits, tokens, kept, alive)))
     threads = torch.get_num_threads()
-    size = call("fused_workspace", ctypes.byref(game), len(images), threads)
+    size = call("fused_workspace", images.dtype, ctypes.addressof(game), len(images), threads)
     memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    call("fused_forward", ctypes.byref(game), images, len(images), ctypes.byref(results), memory, threads)
+    call(
+        "fused_forward",
+        images.dtype,
+        ctypes.addressof(game),
+        images,
+        len(images),
+        ctypes.addressof(results),
+        memory,
+        threads,
+    )
     return FusedOutput(logits[:, : head.outputs], kept.unbind(0), alive, tokens)
 
 

@@ -1,27 +1,28 @@
-"""Memory layout of the arguments of csrc/, as ctypes structures; field order as in csrc/network.h ."""
+"""Memory layout of the arguments of csrc/, as ctypes structures; field order as in csrc/interface.h ."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 
 class NormStruct(ctypes.Structure):
-    """Norm in csrc/network.h: a LayerNorm."""
+    """Norm in csrc/interface.h: a LayerNorm."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
 
 
 class LinearStruct(ctypes.Structure):
-    """Linear in csrc/network.h: a linear layer with packed weights."""
+    """Linear in csrc/interface.h: a linear layer with packed weights."""
 
     _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
 
 
 class BlockStruct(ctypes.Structure):
-    """Block in csrc/network.h: a pre-norm transformer block."""
+    """Block in csrc/interface.h: a pre-norm transformer block."""
 
     _fields_ = (
         *[(name, NormStruct) for name in ("norm1", "norm2")],
@@ -36,7 +37,7 @@ class PackedLinear:
     """A linear layer's parameters in the order in which the kernels read them."""
 
     packed: Tensor
-    """[outputs * inputs] bfloat16; outputs rounded up to a multiple of 32, with zeros"""
+    """outputs * inputs numbers in bytes, both rounded up to multiples of 32, with zeros"""
     bias: Tensor
     """[outputs] float32"""
     scale: Tensor | None
@@ -52,7 +53,7 @@ class PackedLinear:
 
 
 class CachedKeysValuesStruct(ctypes.Structure):
-    """CachedKeysValues in csrc/network.h."""
+    """CachedKeysValues in csrc/interface.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("keys", "values")],
@@ -62,7 +63,7 @@ class CachedKeysValuesStruct(ctypes.Structure):
 
 
 class ObservationRequestStruct(ctypes.Structure):
-    """ObservationRequest in csrc/network.h."""
+    """ObservationRequest in csrc/interface.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("position", "dither")],
@@ -73,7 +74,7 @@ class ObservationRequestStruct(ctypes.Structure):
 
 
 class FusedGameStruct(ctypes.Structure):
-    """FusedGame in csrc/network.h."""
+    """FusedGame in csrc/interface.h."""
 
     _fields_ = (
         ("blocks", ctypes.c_void_p),
@@ -89,6 +90,46 @@ class FusedGameStruct(ctypes.Structure):
 
 
 class FusedResultsStruct(ctypes.Structure):
-    """FusedResults in csrc/network.h."""
+    """FusedResults in csrc/interface.h."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "tokens_before", "kept", "alive"))
+
+
+SIGNATURES = {
+    "pack_weight": "pllp",
+    "normed_linear": "pllpplpl",
+    "residual_linear": "pllplppl",
+    "residual_mlp": "pllpplppl",
+    "embed": "plllllplplpl",
+    "attention": "pllpllpllpplllpdpl",
+    "class_attention": "pllllpdplppl",
+    "observe": "pllpllllpdpllpppllpplll",
+    "absorb": "pllllplpppppllppppl",
+    "run_half_blocks": "pllplplppppppppl",
+    "last_block": "ppplpllpppl",
+    "fused_workspace": "pll",
+    "fused_forward": "pplppl",
+}
+"""arguments of each function of Table in csrc/interface.h, in order: p pointer, l long, d double"""
+TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "d": ctypes.c_double}
+
+
+def _prototype(name: str, arguments: str) -> Any:
+    returned = ctypes.c_long if name == "fused_workspace" else ctypes.c_int
+    return ctypes.CFUNCTYPE(returned, *[TYPES[kind] for kind in arguments])
+
+
+class TableStruct(ctypes.Structure):
+    """Table in csrc/interface.h: the functions of an instruction set for one number format."""
+
+    _fields_ = (
+        ("operand_bytes", ctypes.c_long),
+        *[(name, _prototype(name, arguments)) for name, arguments in SIGNATURES.items()],
+    )
+
+
+STRUCTS = (
+    NormStruct, LinearStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, FusedGameStruct,
+    FusedResultsStruct, TableStruct,
+)  # fmt: skip
+"""in the order of struct_bytes in csrc/processor.cpp"""

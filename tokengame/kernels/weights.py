@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokengame.kernels.library import TILE, call
+from tokengame.kernels.library import INSTRUCTIONS, TILE, call, level, operand_bytes, weight_version
 from tokengame.kernels.structs import BlockStruct, LinearStruct, NormStruct, PackedLinear
 from tokengame.modules import Watch, global_hooks
 
@@ -81,15 +81,16 @@ class PackedModel:
     """Packed weights of a model, and how to tell that they are still its weights."""
 
     def __init__(self, model: nn.Module, watch: Watch, export: Callable[[], ModelWeights | None]):
-        self.watch, parameters = watch, list(model.parameters())
-        plain = all(_is_plain(p) for p in parameters)
+        self.watch, self.level, parameters = watch, level(), list(model.parameters())
+        plain = all(_is_plain(p) for p in parameters) and len({p.dtype for p in parameters}) == 1
         self.tensors: list[Tensor] = parameters if plain else []  # type: ignore[assignment]
         self.counted = [p for p in self.tensors if not p.is_inference()]
         self.places, self.versions = self._storage_state()
         self.pointers = (ctypes.c_void_p * len(self.places))(*self.places)
         shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p in self.tensors]
+        halves = [p.element_size() // 2 for p in self.tensors]  # numbers of 16 bits
         self.rows = (ctypes.c_long * len(shapes))(*[rows for rows, _ in shapes])
-        self.columns = (ctypes.c_long * len(shapes))(*[columns for _, columns in shapes])
+        self.columns = (ctypes.c_long * len(shapes))(*[n * each for (_, n), each in zip(shapes, halves, strict=True)])
         self.version = self._weight_version()
         exported = export() if plain else None
         self.weights = None if exported is None or not _fits(exported) else _packed(exported)
@@ -99,7 +100,7 @@ class PackedModel:
         return [p.data_ptr() for p in self.tensors], [p._version for p in self.counted]
 
     def _weight_version(self) -> int:
-        return call("weight_version", self.pointers, self.rows, self.columns, len(self.tensors))
+        return weight_version(self.pointers, self.rows, self.columns, len(self.tensors))
 
     def is_current(self, watch: Watch) -> bool:
         """Whether no part or parameter was replaced or written to since, through `.data` either.
@@ -107,7 +108,7 @@ class PackedModel:
         Args:
             watch: of the model, known to be unchanged.
         """
-        if self.watch is not watch and not self.watch.unchanged:
+        if self.level != level() or (self.watch is not watch and not self.watch.unchanged):
             return False
         return self._storage_state() == (self.places, self.versions) and self._weight_version() == self.version
 
@@ -123,7 +124,7 @@ def packed_weights(
     """Weights of `model` for the kernels; None where they cannot do its work, or where it has hooks.
 
     Args:
-        model: in bfloat16.
+        model: in one number format.
         watch: of the model, known to be unchanged.
         export: its plain weights, called when they must be packed (anew).
     """
@@ -139,8 +140,8 @@ def packed_weights(
 
 
 def _is_plain(p: Tensor) -> bool:
-    """Whether a parameter is plain bfloat16 numbers in this machine's memory."""
-    plain = type(p) is nn.Parameter and p.dtype == torch.bfloat16 and p.device.type == "cpu"
+    """Whether a parameter is plain numbers in this machine's memory, in a format that the kernels serve."""
+    plain = type(p) is nn.Parameter and p.dtype in INSTRUCTIONS and p.device.type == "cpu"
     return plain and p.layout == torch.strided and p.is_contiguous()
 
 
@@ -149,7 +150,7 @@ def _fits(model: ModelWeights) -> bool:
     layers = [layer for block in model.blocks for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
     widths = [width for layer in layers for width in layer.weight.shape] + [block.head_dim for block in model.blocks]
     if model.patches is not None:
-        widths += model.patches.weight.shape
+        widths.append(model.patches.weight.shape[0])
     if model.head is not None:
         widths.append(model.head[1].weight.shape[1])
     same = len({(block.heads, block.head_dim) for block in model.blocks}) == 1
@@ -166,13 +167,14 @@ def _packed(model: ModelWeights) -> PackedWeights:
 
 
 def pack(layer: LinearWeights) -> PackedLinear:
-    """Order weight [outputs, inputs] so that the processor reads a tile in sequence; inputs are a multiple of 32."""
-    outputs, inputs = layer.weight.shape
+    """Order weight [outputs, inputs] so that the processor reads it in sequence."""
+    (outputs, inputs), dtype = layer.weight.shape, layer.weight.dtype
     spare = -outputs % TILE
-    packed = layer.weight.new_empty((outputs + spare) * inputs)
-    call("pack_weight", layer.weight.detach().contiguous(), outputs, inputs, packed)
+    numbers = (outputs + spare) * (inputs + -inputs % TILE)
+    packed = torch.empty(numbers * operand_bytes(dtype), dtype=torch.uint8)
+    call("pack_weight", dtype, layer.weight.detach().contiguous(), outputs, inputs, packed)
     if layer.bias is None:
-        bias = layer.weight.new_zeros(outputs + spare, dtype=torch.float32)
+        bias = torch.zeros(outputs + spare)
     else:
         bias = F.pad(layer.bias.detach().float(), (0, spare))
     scale = None if layer.scale is None else layer.scale.detach().float()
@@ -180,7 +182,7 @@ def pack(layer: LinearWeights) -> PackedLinear:
 
 
 def _norm(norm: NormWeights, tensors: list[Tensor]) -> NormStruct:
-    tensors += [norm.weight.detach().float(), norm.bias.detach().float()]
+    tensors += [part.detach().float().contiguous() for part in (norm.weight, norm.bias)]
     return NormStruct(tensors[-2].data_ptr(), tensors[-1].data_ptr(), norm.eps)
 
 

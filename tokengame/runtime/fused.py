@@ -37,12 +37,15 @@ def forward(
     columns = game.backbone.heads + len(EXTRA_FEATURES) + 1
     if linear is None or linear.weights.shape != (len(game.stages), columns):
         return None
+    dither = ordered_dither(*game.backbone.grid(*images.shape[2:]))
+    if threshold == -math.inf:  # dial 0: nothing is decided
+        played = backend.fused(images, FusedRequest((), linear.weights[:0], linear.weights[:0], dither, False))
+        everything = torch.full((len(images),), len(dither))
+        return played and played._replace(kept=(everything,) * len(game.stages))
     thresholds = torch.full((len(game.stages), len(images)), threshold, device="cpu", dtype=torch.float32)
     if linear.shift is not None:
         thresholds += linear.shift
-    weights = linear.weights if threshold > -math.inf else torch.zeros_like(linear.weights)  # dial 0: nothing decides
-    dither = ordered_dither(*game.backbone.grid(*images.shape[2:]))
-    return backend.fused(images, FusedRequest(game.stages, weights, thresholds, dither, tokens_before))
+    return backend.fused(images, FusedRequest(game.stages, linear.weights, thresholds, dither, tokens_before))
 
 
 def fits(game: TokenGame) -> bool:

@@ -1,0 +1,134 @@
+// Several half-blocks in one call: all that is computed between two decisions, without returning to Python.
+#pragma once
+
+#include "decision.h"
+
+namespace tokengame::INSTRUCTIONS {
+
+// Rows of a group, about: enough for the weights, which are read anew for each group, few enough to stay in a core's cache.
+constexpr long ROWS_PER_GROUP = 800;
+
+// x [rows, dim] -> out [rows, last - first, heads, width]: parts first .. last - 1 of the queries (0), keys (1) and values (2)
+// of norm1(x).
+template <class Number>
+void normed_qkv(const Block& b, const Number* x, long rows, long first, long last, Number* out, long threads) {
+    const long inner = b.inner();
+    const auto* packed = (const Operand<Number>*)b.qkv.packed + first * inner * b.dim;
+    const Linear part{packed, b.qkv.bias + first * inner, nullptr};
+    normed_linear(x, rows, b.dim, &b.norm1, &part, (last - first) * inner, out, threads);
+}
+
+// As run_half_blocks, for a group of consecutive images, which all threads take together. cu_seqlens points at the group's
+// first image, and so do cached.cu_seqlens and next_query; `rows` counts the group's rows. All arrays with a row for each
+// token are those of the whole batch, and so are the row numbers in cu_seqlens.
+template <class Number>
+void run_group(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens, long images,
+               const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request, Number* qkv,
+               Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+    static thread_local Buffer first_memory;
+    const long start = cu_seqlens[0];  // attention adds it itself; functions of single rows get pointers to the group's rows
+    for (long half = first; half < last; half++, x = out) {
+        const Block& b = blocks[half / 2];
+        const long inner = b.inner(), offset = start * b.dim;
+        if (half % 2) {
+            residual_mlp(x + offset, rows, b.dim, &b.norm2, &b.fc1, b.hidden, &b.fc2, out + offset, threads);
+            continue;
+        }
+        if (half == first && cached.keys) {
+            Number* q = qkv + 2 * start * inner;  // so that the group's queries begin where its rows of qkv begin
+            normed_qkv(b, x + offset, rows, 0, 1, q + start * inner, threads);
+            attention(q, inner, b.width, cached.keys, cached.key_row, cached.key_head, cached.values, cached.value_row,
+                      cached.value_head, cu_seqlens, cached.cu_seqlens, images, b.heads, b.width, cached.bias, b.scale, attended,
+                      threads);
+        } else {
+            normed_qkv(b, x + offset, rows, 0, 3, qkv + start * 3 * inner, threads);
+            attention<Number>(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width,
+                              cu_seqlens, cu_seqlens, images, b.heads, b.width, bias, b.scale, attended, threads);
+        }
+        residual_linear(attended + start * inner, rows, inner, &b.proj, b.dim, x + offset, out + offset, threads);
+    }
+    if (!next_keys_values && !next_query) return;
+    const Block& b = blocks[last / 2];
+    const long inner = b.inner();
+    if (next_keys_values) normed_qkv(b, x + start * b.dim, rows, 1, 3, next_keys_values + start * 2 * inner, threads);
+    if (next_query) {
+        Number* first_rows = first_memory.take<Number>(images * b.dim);
+        for (long image = 0; image < images; image++)
+            std::memcpy(first_rows + image * b.dim, x + cu_seqlens[image] * b.dim, b.dim * sizeof(Number));
+        normed_qkv<Number>(b, first_rows, images, 0, 1, next_query, threads);
+    }
+    if (request.batch_agents)
+        observe<Number>(next_keys_values, 2 * inner, b.width, next_keys_values + inner, 2 * inner, b.width, b.heads, b.width,
+                        next_query, b.scale, cu_seqlens, images, request.prefix, bias, request.position, request.dither,
+                        request.total_agents, 1, request.features, request.index, request.batch_agents, request.first_image,
+                        threads);
+}
+
+// Number of groups to split the images into. A thread takes one group at a time through several half-blocks. 1 means that
+// all threads work on all images together.
+inline long groups_of(long rows, long images, long threads) {
+    if (images < 2 * threads) return 1;
+    const long fewest = images < 8 * threads ? 1 : 3;  // groups of a thread, so that none waits long for the last group
+    return least(images, threads * most(fewest, std::lround(double(rows) / (ROWS_PER_GROUP * threads))));
+}
+
+template <class Number>
+void run_half_blocks(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens,
+                     long images, const float* bias, const CachedKeysValues<Number>* cached, const ObservationRequest* request,
+                     Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+    const Block& b = blocks[first / 2];
+    const long groups = groups_of(rows, images, threads);
+    if (groups == 1) {
+        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, qkv, attended, out, next_keys_values,
+                  next_query, threads);
+        return;
+    }
+    in_parallel(threads, groups, [&](long group) {
+        const long image = images * group / groups, end = images * (group + 1) / groups;
+        CachedKeysValues<Number> group_cached = *cached;
+        ObservationRequest group_request = *request;
+        if (group_cached.keys) group_cached.cu_seqlens += image;
+        if (group_request.batch_agents) {  // `observe` subtracts the prefix tokens of the group's images only
+            group_request.features -= image * group_request.prefix * (b.heads + EXTRA_FEATURES);
+            group_request.index -= image * group_request.prefix;
+        }
+        group_request.first_image = image;
+        run_group(blocks, first, last, x, cu_seqlens[end] - cu_seqlens[image], cu_seqlens + image, end - image, bias,
+                  group_cached, group_request, qkv, attended, out, next_keys_values,
+                  next_query ? next_query + image * b.inner() : nullptr, 1);
+    });
+}
+
+// Keys and values are not computed: with q.(K n) = (K^T q).n, each query is multiplied by the key matrix of its head instead
+// ("folded"), attends to the normed rows themselves, and what it finds is multiplied by the value matrix.
+template <class Number>
+void last_block(const Block* block, const Number* qkv, const Number* x, long rows, const int64_t* cu_seqlens, long images,
+                long prefix, const float* bias, Number* normed, Number* out, long threads) {
+    static thread_local Buffer query_memory, folded_memory, found_memory, attended_memory, cu_seqlens_memory, packed_memory;
+    const Block& b = *block;
+    const long tokens = images * prefix, inner = b.inner();
+    Number *query = query_memory.take<Number>(tokens * inner), *attended = attended_memory.take<Number>(tokens * inner);
+    Number *folded = folded_memory.take<Number>(tokens * b.heads * b.dim);
+    Number* found = found_memory.take<Number>(tokens * b.heads * b.dim);
+    auto* packed = packed_memory.take<Operand<Number>>(b.width * b.dim);
+    int64_t* query_cu_seqlens = cu_seqlens_memory.take<int64_t>(images + 1);  // every head is a query of its own
+    for (long image = 0; image <= images; image++) query_cu_seqlens[image] = image * prefix * b.heads;
+    for (long image = 0; image < images; image++)
+        std::memcpy(out + image * prefix * b.dim, x + cu_seqlens[image] * b.dim, prefix * b.dim * sizeof(Number));
+    normed_qkv<Number>(b, out, tokens, 0, 1, query, threads);
+    norm_rows(x, rows, b.dim, b.norm1, normed, threads);
+    each_head(query, tokens, b.heads, b.width, b.dim, folded, [&](long head) {
+        pack_columns(qkv + inner * b.dim + head * b.width * b.dim, b.dim, b.width, b.dim, packed);
+        return Linear{packed, nullptr, nullptr};
+    });
+    attention<Number>(folded, b.dim, 0, normed, b.dim, 0, normed, b.dim, 0, query_cu_seqlens, cu_seqlens, images, 1, b.dim, bias,
+                      b.scale, found, threads);
+    each_head(found, tokens, b.heads, b.dim, b.width, attended, [&](long head) {
+        const long first = 2 * inner + head * b.width;
+        return Linear{(const Operand<Number>*)b.qkv.packed + first * b.dim, b.qkv.bias + first, nullptr};
+    });
+    residual_linear<Number>(attended, tokens, inner, &b.proj, b.dim, out, out, threads);
+    residual_mlp(out, tokens, b.dim, &b.norm2, &b.fc1, b.hidden, &b.fc2, out, threads);
+}
+
+}  // namespace tokengame::INSTRUCTIONS

@@ -1,0 +1,221 @@
+// What a block does to each row on its own: norm, linear layers, activation, residual. Weights are packed once.
+#pragma once
+
+#include "parallel.h"
+
+namespace tokengame::INSTRUCTIONS {
+
+// Calls write(k, y) for each k = 0, LANES .. of a row x [width] with y = norm(x)[k ..].
+template <class Number, class Write>
+inline void normed_row(const Number* x, long width, const Norm& norm, Write write) {
+    Vector sum{}, squares{};
+    for (long k = 0; k < width; k += LANES) sum += load(x + k);
+    const Vector mean = same(total(sum) / width);
+    for (long k = 0; k < width; k += LANES) {
+        const Vector off = load(x + k) - mean;
+        squares += off * off;
+    }
+    const Vector scale = same(1 / std::sqrt(total(squares) / width + float(norm.eps)));
+    for (long k = 0; k < width; k += LANES)
+        write(k, (load(x + k) - mean) * scale * load(norm.weight + k) + load(norm.bias + k));
+}
+
+// Where number `column` of row `row` of a staged operand [rows, inputs] is.
+inline long staged_at(long row, long column, long inputs) {
+    return row / SIDE * SIDE * inputs + column / SIDE * BLOCK + row % SIDE * SIDE + column % SIDE;
+}
+
+// from [rows, width] -> to: norm(from), staged.
+template <class Number, class Operand>
+inline void stage_normed(const Number* from, long rows, long width, const Norm& norm, Operand* to) {
+    for (long r = 0; r < rows; r++)
+        normed_row(from + r * width, width, norm, [&](long k, Vector y) { put(to + staged_at(r, k, width), y); });
+}
+
+// Rows that a thread takes at a time. width: numbers of a row at its widest; weights: numbers of all weights. The rows stay
+// in the cache while all weights pass through it; the more weights, the more rows should share one pass.
+template <class Operand>
+inline long rows_at_once(long rows, long width, long weights, long threads) {
+    const long together = ROWS_TOGETHER<Operand>, bytes = least(most(weights * 2, 256 * 1024L), 1024 * 1024L);
+    const long fits = most(SIDE, bytes / (width * long(sizeof(Operand))) / SIDE * SIDE);
+    const long rounds = most(1L, std::lround(double(rows) / (fits * threads)));  // equal ones, so that no thread waits long
+    return up((rows + rounds * threads - 1) / (rounds * threads), together);
+}
+
+// a [rows, inputs] staged, packed [inputs, outputs]: calls epilogue(row, column, c) for each row and every 32nd column, with
+// c [32] of their product. The epilogue of a block runs on the vector units while tiles compute the next block.
+template <class Operand, class Epilogue>
+inline void products(const Operand* a, long rows, long inputs, const void* packed, long outputs, Epilogue epilogue) {
+    alignas(64) float memory[2][BLOCK];
+    const long steps = inputs / SIDE;
+    long row = 0, column = 0, count = 0;  // of the previous block; count: its rows
+    float *now = memory[0], *previous = memory[1];
+    auto finish = [&](long from, long to) {
+        for (long r = from; r < to; r++) epilogue(row + r, column, previous + r * SIDE);
+    };
+    for (long next = 0; next < outputs; next += SIDE)
+        for (long first = 0; first < rows; first += SIDE) {
+            const long some = least(SIDE, rows - first);
+            product(a + first * inputs, (const Operand*)packed + next * inputs, steps, some, now,
+                    [&](long s) { finish(count * s / steps, count * (s + 1) / steps); });
+            float* other = now;
+            now = previous, previous = other;
+            row = first, column = next, count = some;
+        }
+    finish(0, count);
+}
+
+// c: LANES columns, from `column` on, of a row of the product -> (c + bias) * scale
+inline Vector with_bias(const Linear& linear, const float* c, long column) {
+    const Vector y = load(c) + load(linear.bias + column);
+    return linear.scale ? y * load(linear.scale + column) : y;
+}
+
+// c [32]: columns of a row of the product -> out[column ..] = [residual[column ..] +] (c + bias) * scale
+template <class Number>
+inline void write(const Linear& linear, const float* c, long column, const Number* residual, Number* out) {
+    for (long k = 0; k < SIDE; k += LANES) {
+        const Vector y = with_bias(linear, c + k, column + k);
+        store(out + column + k, residual ? y + load(residual + column + k) : y);
+    }
+}
+
+// x [rows, inputs] -> out [rows, outputs]: [residual +] linear([norm](x)); norm and residual may be null.
+template <class Number>
+void linear_rows(const Number* x, long rows, long inputs, const Norm* norm, const Linear& linear, long outputs,
+                 const Number* residual, Number* out, long threads) {
+    static thread_local Buffer staged;
+    const long size = rows_at_once<Operand<Number>>(rows, inputs, inputs * outputs, threads);
+    in_parallel(threads, (rows + size - 1) / size, [&](long task) {
+        auto* a = staged.take<Operand<Number>>(up(size, SIDE) * inputs);
+        const long first = task * size, some = least(size, rows - first);
+        const Number* from = x + first * inputs;
+        if (norm) stage_normed(from, some, inputs, *norm, a);
+        else for (long r = 0; r < some; r += SIDE) stage(from + r * inputs, inputs, least(SIDE, some - r), inputs, a + r * inputs);
+        products(a, some, inputs, linear.packed, outputs, [&](long row, long column, const float* c) {
+            const long at = (first + row) * outputs;
+            write(linear, c, column, residual ? residual + at : nullptr, out + at);
+        });
+    });
+}
+
+template <class Number>
+void pack_weight(const Number* weight, long outputs, long inputs, void* packed) {
+    pack_rows(weight, inputs, nullptr, outputs, inputs, (Operand<Number>*)packed);
+}
+
+template <class Number>
+void normed_linear(const Number* x, long rows, long inputs, const Norm* norm, const Linear* linear, long outputs, Number* out,
+                   long threads) {
+    linear_rows(x, rows, inputs, norm, *linear, outputs, (const Number*)nullptr, out, threads);
+}
+
+template <class Number>
+void residual_linear(const Number* x, long rows, long inputs, const Linear* linear, long outputs, const Number* residual,
+                     Number* out, long threads) {
+    linear_rows(x, rows, inputs, nullptr, *linear, outputs, residual, out, threads);
+}
+
+template <class Number>
+void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
+                  const Linear* linear2, Number* out, long threads) {
+    static thread_local Buffer staged, middle;
+    const long size = rows_at_once<Operand<Number>>(rows, hidden, 2 * dim * hidden, threads);
+    in_parallel(threads, (rows + size - 1) / size, [&](long task) {
+        auto* a = staged.take<Operand<Number>>(up(size, SIDE) * dim);
+        auto* h = middle.take<Operand<Number>>(up(size, SIDE) * hidden);
+        const long first = task * size, some = least(size, rows - first);
+        stage_normed(x + first * dim, some, dim, *norm, a);
+        products(a, some, dim, linear1->packed, hidden, [&](long row, long column, const float* c) {
+            auto* to = h + staged_at(row, column, hidden);
+            for (long k = 0; k < SIDE; k += LANES) put(to + k, gelu<Number>(with_bias(*linear1, c + k, column + k)));
+        });
+        products(h, some, hidden, linear2->packed, dim, [&](long row, long column, const float* c) {
+            const long at = (first + row) * dim;
+            write(*linear2, c, column, x + at, out + at);
+        });
+    });
+}
+
+struct Grid {  // the patches of an image
+    long channels, height, width, patch;
+
+    long columns() const { return width / patch; }
+    long patches() const { return height / patch * columns(); }
+    long inputs() const { return channels * patch * patch; }
+
+    // image [channels, height, width] -> row `row` of a staged operand [.., inputs rounded up to a multiple of 32]: the pixels
+    // of patch `index`, then zeros.
+    template <class Number, class Operand>
+    void stage(const Number* image, long index, long row, Operand* to) const {
+        const Number* corner = image + index / columns() * patch * width + index % columns() * patch;
+        const long padded = up(inputs(), SIDE);
+        for (long k = 0; k < inputs(); k += patch) {  // a line of the patch
+            const Number* line = corner + (k / patch / patch * height + k / patch % patch) * width;
+            if (patch % LANES == 0) {
+                for (long x = 0; x < patch; x += LANES) put(to + staged_at(row, k + x, padded), load(line + x));
+            } else {
+                for (long x = 0; x < patch; x++) one(to + staged_at(row, k + x, padded), line[x]);
+            }
+        }
+        for (long k = inputs(); k < padded; k++) to[staged_at(row, k, padded)] = 0;
+    }
+
+    static void one(float* to, float x) { *to = x; }
+    static void one(float* to, bf16 x) { *to = number(x); }
+    static void one(bf16* to, bf16 x) { *to = x; }
+};
+
+template <class Number>
+void embed(const Number* pixels, long images, long channels, long height, long width, long patch, const Linear* linear,
+           long outputs, const Number* start, long prefix, Number* out, long threads) {
+    static thread_local Buffer staged;
+    const Grid grid{channels, height, width, patch};
+    const long inputs = up(grid.inputs(), SIDE), patches = grid.patches(), rows = images * patches;
+    const long size = rows_at_once<Operand<Number>>(rows, inputs, 0, threads);
+    for (long image = 0; image < images; image++)
+        std::memcpy(out + image * (prefix + patches) * outputs, start, prefix * outputs * sizeof(Number));
+    in_parallel(threads, (rows + size - 1) / size, [&](long task) {
+        auto* a = staged.take<Operand<Number>>(up(size, SIDE) * inputs);
+        const long first = task * size, some = least(size, rows - first);
+        for (long r = 0; r < some; r++)
+            grid.stage(pixels + (first + r) / patches * channels * height * width, (first + r) % patches, r, a);
+        products(a, some, inputs, linear->packed, outputs, [&](long row, long column, const float* c) {
+            const long image = (first + row) / patches, token = prefix + (first + row) % patches;
+            write(*linear, c, column, start + token * outputs, out + (image * (prefix + patches) + token) * outputs);
+        });
+    });
+}
+
+// x [rows, dim] -> out [rows, dim]: norm(x)
+template <class Number>
+void norm_rows(const Number* x, long rows, long dim, const Norm& norm, Number* out, long threads) {
+    const long tasks = least(rows, 4 * threads);
+    in_parallel(threads, tasks, [&](long task) {
+        for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
+            normed_row(x + r * dim, dim, norm, [&](long k, Vector y) { store(out + r * dim + k, y); });
+    });
+}
+
+// x [rows, heads, inner] -> out [rows, heads, outer]: the product of each head with its own packed matrix [inner, outer], of
+// which matrix(head) gives the weight and bias; a null bias is none.
+template <class Number, class Matrix>
+void each_head(const Number* x, long rows, long heads, long inner, long outer, Number* out, Matrix matrix) {
+    static thread_local Buffer staged;
+    Tiles tiles;
+    auto* a = staged.take<Operand<Number>>(SIDE * inner);
+    for (long head = 0; head < heads; head++) {
+        const Linear linear = matrix(head);
+        for (long first = 0; first < rows; first += SIDE) {
+            const long some = least(SIDE, rows - first);
+            stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
+            products(a, some, inner, linear.packed, outer, [&](long row, long column, const float* c) {
+                Number* to = out + ((first + row) * heads + head) * outer;
+                for (long k = 0; k < SIDE; k += LANES)
+                    store(to + column + k, linear.bias ? with_bias(linear, c + k, column + k) : load(c + k));
+            });
+        }
+    }
+}
+
+}  // namespace tokengame::INSTRUCTIONS
