@@ -46,7 +46,7 @@ class Build(build_ext):
         """Compile and link."""
         compile_one = self.compiler._compile
 
-        def compile_file(obj, source, extension, arguments, extra, options):  # noqa: PLR0913
+        def compile_file(obj, source, extension, arguments, extra, options):
             flags = FLAGS.get(Path(source).stem, []) if platform.machine() in ("x86_64", "AMD64") else []
             try:
                 compile_one(obj, source, extension, arguments, [*extra, *flags], options)

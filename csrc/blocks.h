@@ -18,6 +18,28 @@ void normed_qkv(const Block& b, const Number* x, long rows, long first, long las
     normed_linear(x, rows, b.dim, &b.norm1, &part, (last - first) * inner, out, threads);
 }
 
+// x [rows of all images, width] with a stride -> mean [images, width] of the rows of each image.
+template <class Number>
+void mean_rows(const Number* x, long stride, long width, const int64_t* cu_seqlens, long images, Number* mean) {
+    static thread_local Buffer memory;
+    float* sum = memory.take<float>(width);
+    for (long image = 0; image < images; image++) {
+        for (long d = 0; d < width; d++) sum[d] = 0;
+        const long count = cu_seqlens[image + 1] - cu_seqlens[image];
+        for (long row = cu_seqlens[image]; row < cu_seqlens[image + 1]; row++)
+            for (long d = 0; d < width; d += LANES) store(sum + d, load(sum + d) + load(x + row * stride + d));
+        for (long d = 0; d < width; d += LANES) store(mean + image * width + d, load(sum + d) / same(float(count)));
+    }
+}
+
+// rows [images, dim] -> query [images, heads, width] of block b; `normed`: whether the norm has run already.
+template <class Number>
+void queries_of(const Block& b, const Number* rows, long images, bool normed, Number* query, long threads) {
+    if (!normed) return normed_qkv(b, rows, images, 0, 1, query, threads);
+    const Linear part{b.qkv.packed, b.qkv.bias, nullptr};
+    linear_rows(rows, images, b.dim, nullptr, part, b.inner(), (const Number*)nullptr, query, threads);
+}
+
 // As run_half_blocks, for a group of consecutive images, which all threads take together. cu_seqlens points at the group's
 // first image, and so do cached.cu_seqlens and next_query; `rows` counts the group's rows. All arrays with a row for each
 // token are those of the whole batch, and so are the row numbers in cu_seqlens.

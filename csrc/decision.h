@@ -314,4 +314,19 @@ void absorb(const Number* values, long value_row, long value_head, long heads, l
     });
 }
 
+// x [rows, width] -> x_out [kept rows, width], position_out: the prefix tokens and kept agents of the images, as in `absorb`.
+template <class Number>
+void drop(const Number* x, long width, const int64_t* position, const uint8_t* keep, const int64_t* cu_seqlens,
+          const int64_t* kept_cu_seqlens, long images, long prefix, Number* x_out, int64_t* position_out, long threads) {
+    in_parallel(threads, images, [&](long image) {
+        const uint8_t* image_keep = keep + cu_seqlens[image] - (image + 1) * prefix;  // by row of the image
+        long to = kept_cu_seqlens[image];
+        for (long row = 0; row < cu_seqlens[image + 1] - cu_seqlens[image]; row++) {
+            if (row >= prefix && !image_keep[row]) continue;
+            std::memcpy(x_out + to * width, x + (cu_seqlens[image] + row) * width, width * sizeof(Number));
+            position_out[to++] = position[cu_seqlens[image] + row];
+        }
+    });
+}
+
 }  // namespace tokengame::INSTRUCTIONS

@@ -2,6 +2,8 @@
 // from beginning to end while their rows are in its cache, without waiting for other threads.
 #pragma once
 
+#include <algorithm>
+
 #include "blocks.h"
 
 namespace tokengame::INSTRUCTIONS {
@@ -38,42 +40,101 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     const long threads, inner, columns;  // columns: features of an agent
     PackedRows<Number> now, spare;  // spare: receives the kept rows of a decision, then the two are swapped
     Number *qkv, *attended, *next_keys_values, *next_query;  // as in run_half_blocks
-    float* features;  // [agents, columns]
+    Number* normed;  // [rows, dim] of the models whose mean row observes; else null
+    float *features, *logits;  // [agents, columns], [agents]
     uint8_t* keep;  // [agents]
 
-    // features [agents, columns] of an image, policy [columns + 1] -> keep [agents]: whether an agent's logit is above the
-    // threshold; if none is, the agent with the highest logit is kept. Returns how many are kept.
-    long decide(const float* policy, float threshold, const float* features, long agents, uint8_t* keep) const {
-        long kept = 0, best = 0;
-        float highest = -INFINITY;
+    // features [agents, columns] of an image, policy [columns + 1] -> `logits` [agents]. Returns the agent with the highest.
+    long judge(const float* policy, const float* features, long agents) const {
+        long best = 0;
         for (long a = 0; a < agents; a++, features += columns) {
             float logit = policy[columns];
             for (long c = 0; c < columns; c++) logit += policy[c] * features[c];
-            if (logit > highest) highest = logit, best = a;
-            kept += keep[a] = logit > threshold;
+            logits[a] = logit;
+            if (logit > logits[best]) best = a;
         }
+        return best;
+    }
+
+    // Makes `logits` [agents] relative to that of the last of the best ones that make up `share` of them: above 0 within.
+    void relate(float share, long agents) const {
+        static thread_local Buffer memory;
+        const float smallest = 1e-6f;  // as SMALLEST in tokengame/policies/networks.py
+        int* order = memory.take<int>(agents);
+        for (long a = 0; a < agents; a++) order[a] = int(a);
+        const long number = most(1L, long(std::nearbyint(float(agents) * share)));
+        const auto better = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+        std::nth_element(order, order + number - 1, order + agents, better);
+        const float last = logits[order[number - 1]];
+        for (long i = 0; i < agents; i++) {
+            float& logit = logits[order[i]];
+            logit = i < number ? most(logit - last, smallest) : least(logit - last, 0.f);
+        }
+    }
+
+    // Decides on the agents of an image -> keep [agents]; if none is kept, the one with the highest logit is. Returns how many
+    // are kept.
+    long decide(long stage, float threshold, const float* features, long agents, uint8_t* keep) const {
+        const long best = judge(game.linear + stage * (columns + 1), features, agents);
+        if (game.shares) relate(game.shares[stage], agents);
+        long kept = 0;
+        for (long a = 0; a < agents; a++) kept += keep[a] = logits[a] > threshold;
         if (!kept) keep[best] = kept = 1;
         return kept;
     }
 
-    void embed_images(const Number* pixels, long images) {
-        embed(pixels, images, game.channels, game.height, game.width, game.patch, &game.patches, game.dim(), game.start,
-              game.prefix, now.x, threads);
+    void embed_images(const Number* input, long images) {
+        const long size = game.rows() * game.dim();
+        if (game.patches.packed) {
+            embed(input, images, game.channels, game.height, game.width, game.patch, &game.patches, game.dim(), game.start,
+                  game.prefix, now.x, threads);
+        } else {
+            std::memcpy(now.x, input, images * size * sizeof(Number));
+        }
         for (long image = 0; image <= images; image++) now.cu_seqlens[image] = image * game.rows();
         for (long row = 0; row < images * game.rows(); row++) now.position[row] = most(-1L, row % game.rows() - game.prefix);
     }
 
     // Runs the half-blocks between the previous decision and the decision of this stage. Writes `features`.
     void run_to_decision(long stage, long images, const CachedKeysValues<Number>& cached) {
-        const long first = stage ? 2 * game.stages[stage - 1] : 0, rows = now.cu_seqlens[images];
-        const ObservationRequest request{now.position, game.dither, game.agents(), game.prefix, features, nullptr,
+        const long first = stage ? 2 * game.stages[stage - 1] : 0, last = 2 * game.stages[stage], rows = now.cu_seqlens[images];
+        const Block& b = game.blocks[game.stages[stage]];
+        const ObservationRequest request{now.position, game.dither, game.agents, game.prefix, features, nullptr,
                                          rows - game.prefix * images, 0};
-        run_group<Number>(game.blocks, first, 2 * game.stages[stage], now.x, rows, now.cu_seqlens, images, stage ? now.bias : nullptr,
-                  cached, request, qkv, attended, now.x, next_keys_values, next_query, threads);
+        const bool together = game.merges && game.class_query;  // what is observed is computed in the same call
+        run_group<Number>(game.blocks, first, last, now.x, rows, now.cu_seqlens, images, stage && game.merges ? now.bias : nullptr,
+                          cached, together ? request : ObservationRequest{}, qkv, attended, now.x,
+                          game.merges ? next_keys_values : nullptr, together ? next_query : nullptr, threads);
+        if (together) return;
+        if (!game.merges) return observe_past(images, request);
+        norm_rows(now.x, rows, b.dim, b.norm1, normed, threads);  // the mean of the normed rows asks
+        Number* mean = attended;
+        mean_rows(normed, b.dim, b.dim, now.cu_seqlens, images, mean);
+        queries_of(b, mean, images, true, next_query, threads);
+        look(images, next_keys_values, 2 * inner, stage ? now.bias : nullptr, true, request);
     }
 
-    // Decides, and merges the pruned tokens into kept ones. Returns the keys and values of all tokens before the decision:
-    // the next attention still uses them, so that the kept tokens attend to the pruned ones once more.
+    // What agents see of the attention that has just run, whose queries, keys and values are in `qkv`.
+    void observe_past(long images, const ObservationRequest& request) {
+        if (game.class_query) {
+            for (long image = 0; image < images; image++)
+                std::memcpy(next_query + image * inner, qkv + now.cu_seqlens[image] * 3 * inner, inner * sizeof(Number));
+        } else {
+            mean_rows(qkv, 3 * inner, inner, now.cu_seqlens, images, next_query);
+        }
+        look(images, qkv + inner, 3 * inner, nullptr, false, request);
+    }
+
+    // Writes `features` of keys and values [rows, heads, width], the values behind the keys in each row, and `next_query`.
+    void look(long images, const Number* keys, long row, const float* bias, bool compare, const ObservationRequest& request) {
+        const Block& b = *game.blocks;
+        observe<Number>(keys, row, b.width, keys + inner, row, b.width, b.heads, b.width, next_query, b.scale, now.cu_seqlens,
+                        images, request.prefix, bias, request.position, request.dither, request.total_agents, compare,
+                        request.features, nullptr, 0, 0, threads);
+    }
+
+    // Decides, and removes the pruned tokens. When they are merged, returns the keys and values of all tokens before the
+    // decision: the next attention still uses them, so that the kept tokens attend to the pruned ones once more.
     CachedKeysValues<Number> prune(long stage, long images, const float* thresholds, int64_t* kept) {
         const Block& b = *game.blocks;
         const float* sizes = stage ? now.size : nullptr;
@@ -81,33 +142,52 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         for (long image = 0; image < images; image++) {
             const long first = now.cu_seqlens[image] - image * game.prefix;
             const long agents = now.cu_seqlens[image + 1] - now.cu_seqlens[image] - game.prefix;
-            kept[image] = decide(game.linear + stage * (columns + 1), thresholds[image], features + first * columns, agents,
-                                 keep + first);
+            kept[image] = decide(stage, thresholds[image], features + first * columns, agents, keep + first);
             spare.cu_seqlens[image + 1] = spare.cu_seqlens[image] + game.prefix + kept[image];
         }
-        absorb<Number>(next_keys_values + inner, 2 * inner, b.width, b.heads, b.width, now.x, b.dim, sizes, now.position, keep,
-               now.cu_seqlens, spare.cu_seqlens, images, game.prefix, spare.x, spare.size, spare.position, nullptr, threads);
-        for (long row = 0; row < spare.cu_seqlens[images]; row++) spare.bias[row] = std::log(spare.size[row]);
+        if (game.merges) {
+            absorb<Number>(next_keys_values + inner, 2 * inner, b.width, b.heads, b.width, now.x, b.dim, sizes, now.position, keep,
+                           now.cu_seqlens, spare.cu_seqlens, images, game.prefix, spare.x, spare.size, spare.position, nullptr,
+                           threads);
+            for (long row = 0; row < spare.cu_seqlens[images]; row++) spare.bias[row] = std::log(spare.size[row]);
+        } else {
+            drop(now.x, b.dim, now.position, keep, now.cu_seqlens, spare.cu_seqlens, images, game.prefix, spare.x, spare.position,
+                 threads);
+        }
         const PackedRows<Number> before = now;
         now = spare, spare = before;  // now: the kept rows; spare: the rows before the decision
+        if (!game.merges) return {};
         return {next_keys_values, next_keys_values + inner, 2 * inner, b.width, 2 * inner, b.width, spare.cu_seqlens,
                 stage ? spare.bias : nullptr};
     }
 
-    // Runs what follows the last decision -> logits [images, classes]. Overwrites `spare` and `attended`.
-    void finish(long images, const CachedKeysValues<Number>& cached, Number* logits) {
-        const Block& last = game.blocks[game.depth - 1];
+    // Runs what follows the last decision; returns what is added to the attention logits of the rows that are left.
+    const float* run_to_end(long images, const CachedKeysValues<Number>& cached) {
         const long count = game.stage_count, first = count ? 2 * game.stages[count - 1] : 0, rows = now.cu_seqlens[images];
-        const float* bias = count ? now.bias : nullptr;
-        run_group<Number>(game.blocks, first, game.end(), now.x, rows, now.cu_seqlens, images, bias, cached, {}, qkv, attended,
+        const float* bias = count && game.merges ? now.bias : nullptr;
+        run_group<Number>(game.blocks, first, game.end, now.x, rows, now.cu_seqlens, images, bias, cached, {}, qkv, attended,
                           now.x, nullptr, nullptr, threads);
+        return bias;
+    }
+
+    // The last block and the classifier -> logits [images, classes]. Overwrites `spare` and `attended`.
+    void classify(long images, const float* bias, Number* logits) {
         Number *normed = attended, *prefix_rows = spare.x;
-        last_block<Number>(&last, game.last_qkv, now.x, rows, now.cu_seqlens, images, game.prefix, bias, normed, prefix_rows,
-                   threads);
+        last_block<Number>(&game.blocks[game.depth - 1], game.last_qkv, now.x, now.cu_seqlens[images], now.cu_seqlens, images,
+                           game.prefix, bias, normed, prefix_rows, threads);
         for (long image = 1; image < images; image++)  // the class token is the first prefix token
             std::memmove(prefix_rows + image * game.dim(), prefix_rows + image * game.prefix * game.dim(),
                          game.dim() * sizeof(Number));
         normed_linear<Number>(prefix_rows, images, game.dim(), &game.norm, &game.head, game.classes, logits, threads);
+    }
+
+    // Copies the rows that are left, and their sizes if they have any, to those of images `first` .. of a batch.
+    void hand_over(long first, long images, const FusedResults<Number>& results) {
+        for (long image = 0; image < images; image++) {
+            const long from = now.cu_seqlens[image], rows = now.cu_seqlens[image + 1] - from, to = (first + image) * game.rows();
+            std::memcpy(results.rows + to * game.dim(), now.x + from * game.dim(), rows * game.dim() * sizeof(Number));
+            if (game.merges && game.stage_count) std::memcpy(results.sizes + to, now.size + from, rows * sizeof(float));
+        }
     }
 
   public:
@@ -117,25 +197,31 @@ class Worker {  // runs groups of images, one after the other, in its own workin
           now(arena, images * game.rows(), game.dim(), images), spare(arena, images * game.rows(), game.dim(), images),
           qkv(arena.take<Number>(images * game.rows() * 3 * inner)),
           attended(arena.take<Number>(images * game.rows() * most(inner, game.dim()))),
-          next_keys_values(arena.take<Number>(images * game.rows() * 2 * inner)), next_query(arena.take<Number>(images * inner)),
-          features(arena.take<float>(images * game.agents() * columns)), keep(arena.take<uint8_t>(images * game.agents())) {}
+          next_keys_values(arena.take<Number>(game.merges ? images * game.rows() * 2 * inner : 0)),
+          next_query(arena.take<Number>(images * inner)),
+          normed(arena.take<Number>(game.merges && !game.class_query ? images * game.rows() * game.dim() : 0)),
+          features(arena.take<float>(images * game.agents * columns)), logits(arena.take<float>(game.agents)),
+          keep(arena.take<uint8_t>(images * game.agents)) {}
 
-    // The forward pass of images first .. first + images - 1 of a batch of batch_images. pixels and results: of the batch.
-    void forward(const Number* pixels, long first, long images, long batch_images, const FusedResults<Number>& results) {
-        embed_images(pixels + first * game.channels * game.height * game.width, images);
+    // The forward pass of images first .. first + images - 1 of a batch of batch_images. input and results: of the batch.
+    void forward(const Number* input, long first, long images, long batch_images, const FusedResults<Number>& results) {
+        const long size = game.rows() * game.dim();
+        const long input_size = game.patches.packed ? game.channels * game.height * game.width : size;
+        embed_images(input + first * input_size, images);
         CachedKeysValues<Number> cached{};
         for (long stage = 0; stage < game.stage_count; stage++) {
             run_to_decision(stage, images, cached);
-            const long size = game.rows() * game.dim();
             if (!stage && results.tokens_before)
                 std::memcpy(results.tokens_before + first * size, now.x, images * size * sizeof(Number));
             cached = prune(stage, images, game.thresholds + stage * batch_images + first,
                            results.kept + stage * batch_images + first);
         }
-        finish(images, cached, results.logits + first * game.classes);
+        const float* bias = run_to_end(images, cached);
+        if (game.head.packed) classify(images, bias, results.logits + first * game.classes);
+        else hand_over(first, images, results);
         for (long image = 0; image < images; image++)
             for (long row = now.cu_seqlens[image] + game.prefix; row < now.cu_seqlens[image + 1]; row++)
-                results.alive[(first + image) * game.agents() + now.position[row]] = 1;
+                results.alive[(first + image) * game.agents + now.position[row]] = 1;
     }
 };
 
@@ -161,19 +247,19 @@ long fused_workspace(const FusedGame<Number>* game, long images, long threads) {
 }
 
 template <class Number>
-void fused_forward(const FusedGame<Number>* game, const Number* pixels, long images, const FusedResults<Number>* results,
+void fused_forward(const FusedGame<Number>* game, const Number* input, long images, const FusedResults<Number>* results,
                    char* memory, long threads) {
     const Schedule schedule(game->rows(), images, threads);
     if (schedule.groups == 1) {  // all threads work on all images
         Arena arena(memory);
-        Worker<Number>(*game, images, threads, arena).forward(pixels, 0, images, images, *results);
+        Worker<Number>(*game, images, threads, arena).forward(input, 0, images, images, *results);
         return;
     }
     const long bytes = worker_bytes(*game, schedule.group_size);
     in_parallel(schedule.workers, schedule.groups, [&](long group) {
         Arena arena(memory + omp_get_thread_num() * bytes);
         const long first = images * group / schedule.groups, end = images * (group + 1) / schedule.groups;
-        Worker<Number>(*game, schedule.group_size, 1, arena).forward(pixels, first, end - first, images, *results);
+        Worker<Number>(*game, schedule.group_size, 1, arena).forward(input, first, end - first, images, *results);
     });
 }
 

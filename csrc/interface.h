@@ -65,22 +65,24 @@ struct ObservationRequest {  // what `observe` needs and writes after a run of h
 };
 
 template <class Number>
-struct FusedGame {  // a model, and a game with merging whose policy is linear in the features
+struct FusedGame {  // a model, and a game whose policy is linear in the features
     const Block* blocks;  // [depth]
     long depth;
-    Linear patches, head;  // patch embedding; classifier
+    Linear patches, head;  // patch embedding, without weights if tokens are given; classifier, without if rows are wanted
     Norm norm;  // before the classifier
-    const Number *start, *last_qkv;  // [prefix + agents, dim], see `embed`; qkv weight of the last block, see `last_block`
-    long channels, height, width, patch, prefix, classes;
-    const int64_t* stages;  // [stage_count] blocks (from 0) that decide in their attention, between keys, values and queries
+    const Number* start;  // [prefix + agents, dim], see `embed`
+    const Number* last_qkv;  // qkv weight of the last block, see `last_block`
+    long channels, height, width, patch, prefix, agents, classes;  // agents: of an image at the start
+    long merges, class_query;  // whether pruned tokens are merged; whether an image's first row observes, or the mean of all
+    long end;  // half-blocks to run; with a classifier all but the last block's, which `last_block` runs
+    const int64_t* stages;  // [stage_count] blocks (from 0) that decide: when merging in their attention, else before it
     long stage_count;
     const float *linear, *dither;  // [stage_count, heads + EXTRA_FEATURES + 1], the last number is a bias; [agents]
     const float* thresholds;  // [stage_count, images]: tokens with a higher logit are kept, or else the one with the highest
+    const float* shares;  // [stage_count] or null: logits are taken relative to that of the last token in this share of them
 
-    long agents() const { return (height / patch) * (width / patch); }
-    long rows() const { return prefix + agents(); }
+    long rows() const { return prefix + agents; }
     long dim() const { return blocks->dim; }
-    long end() const { return 2 * depth - 2; }  // half-blocks before the last block, which `last_block` runs
 };
 
 template <class Number>
@@ -88,6 +90,8 @@ struct FusedResults {
     Number *logits, *tokens_before;  // [images, classes]; [images, rows, dim] before the first decision, or null
     int64_t* kept;  // [stage_count, images] agents kept by each decision
     uint8_t* alive;  // [images, agents] which agents are left at the end; all zeros before the call
+    Number* rows;  // [images, rows, dim] without a classifier: of each image the tokens that are left, then anything
+    float* sizes;  // [images, rows] their sizes
 };
 
 // The functions of one instruction set for one number format. Each returns 0, or 1 if there was no memory.
@@ -165,9 +169,9 @@ struct Table {
     // Bytes of working memory that fused_forward needs.
     long (*fused_workspace)(const FusedGame<Number>* game, long images, long threads);
 
-    // pixels [images, channels, height, width] -> results: the whole forward pass with all pruning decisions.
-    // memory: fused_workspace bytes.
-    int (*fused_forward)(const FusedGame<Number>* game, const Number* pixels, long images, const FusedResults<Number>* results,
+    // input: pixels [images, channels, height, width], or without patch embedding tokens [images, rows, dim] -> results: the
+    // whole forward pass with all pruning decisions. memory: fused_workspace bytes.
+    int (*fused_forward)(const FusedGame<Number>* game, const Number* input, long images, const FusedResults<Number>* results,
                          char* memory, long threads);
 };
 

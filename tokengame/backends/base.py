@@ -80,14 +80,20 @@ class Kept(NamedTuple):
 
 
 class FusedRequest(NamedTuple):
-    """A whole merge game under a linear policy (see `runtime.fused`)."""
+    """A whole game under a linear policy (see `runtime.fused`)."""
 
     stages: tuple[int, ...]
-    """blocks that decide; none of them the last"""
+    """blocks that decide; without any, all tokens are kept"""
+    merges: bool
+    """whether pruned tokens are merged into kept ones"""
+    end: int
+    """the half-block up to which patches are computed"""
     weights: Tensor
     """[T, H + 7] of the observed features at each stage, a bias last"""
     thresholds: Tensor
     """[T, B] a token is kept where its logit exceeds it"""
+    shares: Tensor | None
+    """[T] logits are taken relative to that of the last token in this share of an image's; None: as they are"""
     dither: Tensor
     """[N]"""
     tokens_before: bool

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tokengame.backbones.base import Backbone
-from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens
+from tokengame.backends.base import FusedRequest, Kept, Stretch, Tokens, predict
 from tokengame.backends.decisions import no_features
 from tokengame.backends.pytorch import TorchBackend
 from tokengame.kernels import functions, usable, usable_heads
-from tokengame.kernels.functions import FusedOutput
+from tokengame.kernels.functions import Entry, FusedOutput
 from tokengame.kernels.library import TILE
 from tokengame.kernels.weights import PackedWeights, packed_weights
 from tokengame.packed.attention import Kernel, deterministic_attention, fastest_attention
@@ -128,10 +129,25 @@ class CompiledBlocks(CompiledDecisions):
         return functions.normed_linear(layout.first(x), *self.weights.head)
 
     def fused(self, images: Tensor, request: FusedRequest) -> FusedOutput | None:
+        backbone, end = self.backbone, 2 * self.backbone.depth - 2
+        entry = self._entry(images)
+        classify = self.weights.head is not None and backbone.has_class_token and request.end == end
+        played = functions.fused_forward(self.weights, entry, classify, *request)
+        logits = played.logits
+        if logits is None:
+            assert played.rows is not None
+            counts = played.kept[-1] if played.kept else torch.full((len(images),), len(entry.start) - backbone.prefix)
+            layout = RaggedLayout((counts + backbone.prefix).tolist(), images.device)
+            bias = None if played.sizes is None else played.sizes.log()
+            logits = predict(self, request.end, played.rows, layout, bias, played.sizes)
+        return FusedOutput(logits, played.kept, played.alive, played.tokens_before)
+
+    def _entry(self, images: Tensor) -> Entry:
+        """Pixels where the kernels embed them as the model does, else tokens."""
         backbone, weights = self.backbone, self.weights
-        if weights.patches is None or weights.head is None or not backbone.embeds_plainly:
-            return None
-        start = backbone.constant_tokens(images) if backbone.has_class_token else None
-        if start is None:
-            return None
-        return functions.fused_forward(weights, images, start, backbone.patch_size[0], backbone.prefix, *request)
+        plain = weights.patches is not None and backbone.embeds_plainly
+        start = backbone.constant_tokens(images) if plain else None
+        if start is not None:
+            return Entry(images, start, backbone.patch_size[0], backbone.prefix, backbone.has_class_token)
+        tokens = self.embed(images)
+        return Entry(tokens, tokens[0], 0, backbone.prefix, backbone.has_class_token)

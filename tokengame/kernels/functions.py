@@ -13,6 +13,7 @@ from tokengame.kernels.structs import (
     CachedKeysValuesStruct,
     FusedGameStruct,
     FusedResultsStruct,
+    LinearStruct,
     NormStruct,
     ObservationRequestStruct,
     PackedLinear,
@@ -72,8 +73,8 @@ def run_half_blocks(
     if request is not None and class_query and request.features:
         observation, observed = _observation(request, heads)
     struct, kept_alive = _cached(cached)
-    call("run_half_blocks", x.dtype, ctypes.addressof(blocks), first, last, x, rows, layout.cu_seqlens, layout.images, _floats(bias),
-         ctypes.addressof(struct), ctypes.addressof(observation), qkv, attended, out, keys_values, query,
+    call("run_half_blocks", x.dtype, ctypes.addressof(blocks), first, last, x, rows, layout.cu_seqlens, layout.images,
+         _floats(bias), ctypes.addressof(struct), ctypes.addressof(observation), qkv, attended, out, keys_values, query,
          torch.get_num_threads())  # fmt: skip
     del kept_alive
     among_rows = any(half % 2 == 0 for half in range(first + (cached is not None), last))
@@ -158,8 +159,8 @@ def embed(images: Tensor, linear: PackedLinear, patch: int, start: Tensor, prefi
 def class_attention(keys: Tensor, query: Tensor, scale: float, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
     """Log of the attention of queries [B, H, D] to each row [M, H, D] of their image: [M, H]."""
     out = keys.new_empty(keys.shape[:2], dtype=torch.float32)
-    call("class_attention", keys.dtype, *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale), layout.cu_seqlens,
-         layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
+    call("class_attention", keys.dtype, *_strided(keys), *keys.shape[1:], query.contiguous(), float(scale),
+         layout.cu_seqlens, layout.images, _floats(bias), out, torch.get_num_threads())  # fmt: skip
     return out
 
 
@@ -224,51 +225,81 @@ class FusedOutput(NamedTuple):
     """[B, prefix + N, C] tokens before the first decision, where they were wanted"""
 
 
+class Played(NamedTuple):
+    """A whole game in one call: `FusedOutput`, with logits or the rows [M, C] that are left and their sizes [M]."""
+
+    logits: Tensor | None
+    kept: tuple[Tensor, ...]
+    alive: Tensor
+    tokens_before: Tensor | None
+    rows: Tensor | None
+    sizes: Tensor | None
+
+
+class Entry(NamedTuple):
+    """How images enter a game in one call."""
+
+    images: Tensor
+    """[B, channels, height, width] pixels, or [B, prefix + N, C] tokens, whose `patch` is 0"""
+    start: Tensor
+    """[prefix + N, C] as in `embed`; only its shape counts for tokens"""
+    patch: int
+    """side of a patch"""
+    prefix: int
+    """prefix tokens of an image"""
+    class_query: bool
+    """whether an image's first row observes; else the mean of all"""
+
+
 def fused_forward(
-    weights: PackedWeights, images: Tensor, start: Tensor, patch: int, prefix: int, stages: tuple[int, ...],
-    linear: Tensor, thresholds: Tensor, dither: Tensor, tokens_before: bool,
-) -> FusedOutput:  # fmt: skip
-    """Whole merge games under a linear policy, from pixels to logits, in one call.
+    weights: PackedWeights, entry: Entry, classify: bool, stages: tuple[int, ...], merges: bool, end: int,
+    linear: Tensor, thresholds: Tensor, shares: Tensor | None, dither: Tensor, tokens_before: bool,
+) -> Played:  # fmt: skip
+    """Whole games under a linear policy in one call.
 
     Args:
-        weights: of the model, with patch embedding and head.
-        images: [B, channels, height, width].
-        start: as in `embed`.
-        patch, prefix: as in `embed`.
-        stages: blocks that decide; none of them the last. Without any, all tokens are kept.
-        linear: [T, H + 7] weights of the observed features at each stage, a bias last.
-        thresholds: [T, B] a token is kept where its logit exceeds it.
-        dither: [N].
-        tokens_before: whether tokens before the first decision are wanted.
+        weights: of the model.
+        entry: the images.
+        classify: whether the last block and the classifier run too; `end` is then the end of the block before.
+        stages, merges, end, linear, thresholds, shares, dither, tokens_before: see `backends.base.FusedRequest`.
     """
-    assert weights.patches is not None
-    assert weights.head is not None
-    (norm, head), start, linear, images = weights.head, start.contiguous(), linear.contiguous(), images.contiguous()
-    blocks = torch.tensor(stages, device="cpu", dtype=torch.long)
+    images, start = entry.images.contiguous(), entry.start.contiguous()
+    number, rows, prefix = len(images), len(start), entry.prefix
+    shape = images.shape[1:] if entry.patch else (0, 0, 0)
+    patches = weights.patches.struct if weights.patches is not None and entry.patch else LinearStruct()
+    norm, head, classes = NormStruct(), LinearStruct(), 0
+    if classify:
+        assert weights.head is not None
+        norm, head, classes = weights.head[0], weights.head[1].struct, len(weights.head[1].bias)
+    blocks, linear = torch.tensor(stages, device="cpu", dtype=torch.long), linear.contiguous()
     game = FusedGameStruct(
-        ctypes.addressof(weights.blocks), len(weights.blocks), weights.patches.struct, head.struct, norm,
-        start.data_ptr(), weights.last_qkv.data_ptr(), *images.shape[1:], patch, prefix, len(head.bias),
-        blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
+        ctypes.addressof(weights.blocks), len(weights.blocks), patches, head, norm, start.data_ptr(),
+        weights.last_qkv.data_ptr(), *shape, entry.patch, prefix, rows - prefix, classes, merges, entry.class_query,
+        end, blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
+        0 if shares is None else shares.data_ptr(),
     )  # fmt: skip
-    logits = images.new_empty(len(images), len(head.bias))
-    tokens = images.new_empty(len(images), *start.shape) if tokens_before else None
-    kept = torch.empty(len(blocks), len(images), dtype=torch.long, device="cpu")
-    alive = torch.zeros(len(images), len(start) - prefix, dtype=torch.bool, device="cpu")
-    results = FusedResultsStruct(*(0 if t is None else t.data_ptr() for t in (logits, tokens, kept, alive)))
-    threads = torch.get_num_threads()
-    size = call("fused_workspace", images.dtype, ctypes.addressof(game), len(images), threads)
+    logits = images.new_empty(number, classes) if classify else None
+    tokens = images.new_empty(number, *start.shape) if tokens_before else None
+    left = None if classify else images.new_empty(number, *start.shape)
+    sizes = torch.empty(number, rows, device="cpu") if merges and stages and not classify else None
+    kept = torch.empty(len(blocks), number, dtype=torch.long, device="cpu")
+    alive = torch.zeros(number, rows - prefix, dtype=torch.bool, device="cpu")
+    pointers = (0 if t is None else t.data_ptr() for t in (logits, tokens, kept, alive, left, sizes))
+    _play(game, images, FusedResultsStruct(*pointers))
+    if left is None:
+        assert weights.head is not None
+        return Played(logits[:, : weights.head[1].outputs], kept.unbind(0), alive, tokens, None, None)  # type: ignore[index]
+    last = kept[-1] if stages else torch.full((number,), rows - prefix)
+    there = torch.arange(rows) < (last + prefix)[:, None]
+    return Played(None, kept.unbind(0), alive, tokens, left[there], None if sizes is None else sizes[there])
+
+
+def _play(game: FusedGameStruct, images: Tensor, results: FusedResultsStruct) -> None:
+    """Run it, with the working memory that it needs."""
+    threads, where = torch.get_num_threads(), ctypes.addressof(game)
+    size = call("fused_workspace", images.dtype, where, len(images), threads)
     memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    call(
-        "fused_forward",
-        images.dtype,
-        ctypes.addressof(game),
-        images,
-        len(images),
-        ctypes.addressof(results),
-        memory,
-        threads,
-    )
-    return FusedOutput(logits[:, : head.outputs], kept.unbind(0), alive, tokens)
+    call("fused_forward", images.dtype, where, images, len(images), ctypes.addressof(results), memory, threads)
 
 
 def _strided(heads: Tensor) -> tuple[Tensor, int, int]:

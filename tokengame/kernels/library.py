@@ -23,7 +23,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from tokengame.kernels.structs import STRUCTS, TableStruct
+from tokengame.kernels.structs import SIGNATURES, STRUCTS, TableStruct
 
 TILE = 32
 """widths must be multiples of it"""
@@ -146,7 +146,7 @@ def usable_heads(heads: Tensor) -> bool:
 def _table(at: int, dtype: torch.dtype) -> dict[str, Any]:
     """The functions of a level, and the bytes of a packed number, by their names in csrc/interface.h."""
     table = TableStruct.from_address(loaded().library.kernels(at, dtype.itemsize))
-    return {name: getattr(table, name) for name, _ in TableStruct._fields_}
+    return {name: getattr(table, name) for name in ("operand_bytes", *SIGNATURES)}
 
 
 def operand_bytes(dtype: torch.dtype) -> int:

@@ -82,17 +82,18 @@ class FusedGameStruct(ctypes.Structure):
         *[(name, LinearStruct) for name in ("patches", "head")],
         ("norm", NormStruct),
         *[(name, ctypes.c_void_p) for name in ("start", "last_qkv")],
-        *[(name, ctypes.c_long) for name in ("channels", "height", "width", "patch", "prefix", "classes")],
+        *[(name, ctypes.c_long) for name in ("channels", "height", "width", "patch", "prefix", "agents", "classes")],
+        *[(name, ctypes.c_long) for name in ("merges", "class_query", "end")],
         ("stages", ctypes.c_void_p),
         ("stage_count", ctypes.c_long),
-        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds")],
+        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares")],
     )
 
 
 class FusedResultsStruct(ctypes.Structure):
     """FusedResults in csrc/interface.h."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "tokens_before", "kept", "alive"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "tokens_before", "kept", "alive", "rows", "sizes"))
 
 
 SIGNATURES = {

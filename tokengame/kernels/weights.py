@@ -171,12 +171,10 @@ def pack(layer: LinearWeights) -> PackedLinear:
     (outputs, inputs), dtype = layer.weight.shape, layer.weight.dtype
     spare = -outputs % TILE
     numbers = (outputs + spare) * (inputs + -inputs % TILE)
-    packed = torch.empty(numbers * operand_bytes(dtype), dtype=torch.uint8)
+    packed = layer.weight.new_empty(numbers * operand_bytes(dtype), dtype=torch.uint8)
     call("pack_weight", dtype, layer.weight.detach().contiguous(), outputs, inputs, packed)
-    if layer.bias is None:
-        bias = torch.zeros(outputs + spare)
-    else:
-        bias = F.pad(layer.bias.detach().float(), (0, spare))
+    none = layer.weight.new_zeros(outputs, dtype=torch.float32)
+    bias = F.pad(none if layer.bias is None else layer.bias.detach().float(), (0, spare))
     scale = None if layer.scale is None else layer.scale.detach().float()
     return PackedLinear(packed, bias, scale, inputs, outputs)
 

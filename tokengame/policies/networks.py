@@ -93,6 +93,8 @@ class LinearDecision(NamedTuple):
     """[T, F] of each stage, a bias last"""
     shift: Tensor | None = None
     """[T, B] subtracted from the logits of each image, or None"""
+    shares: tuple[float, ...] | None = None
+    """of T: logits are taken relative to that of the last token in this share of an image's (see `BudgetActor`)"""
 
 
 def linear_decision(policy: Any) -> LinearDecision | None:
@@ -191,6 +193,11 @@ class BudgetActor(ContextActor):
         relative = padded - ranked.values.gather(1, number - 1)
         within = relative.clamp(min=SMALLEST)
         return layout.unpad(torch.where(rank < number, within, relative.clamp(max=0.0)))
+
+    @property
+    def linear(self) -> LinearDecision:
+        """Of each stage, in features as they are observed."""
+        return super().linear._replace(shares=self.shares)
 
 
 Actor = TokenActor | ContextActor

@@ -1,6 +1,6 @@
-"""Fused forward: a whole game in one call of the compiled kernels (csrc/game.cpp), from pixels to logits.
+"""Fused forward: a whole game in one call of the compiled kernels (csrc/game.h), from pixels to logits.
 
-It does what `cascade.step_by_step` does, with the same kernels, for a merge game under a linear policy. A thread plays
+It does what `cascade.step_by_step` does, with the same kernels, for a game under a linear policy. A thread plays
 a few images to their end while they are in its cache; threads do not wait for each other at decisions, and nothing
 returns to Python in between.
 """
@@ -37,22 +37,25 @@ def forward(
     columns = game.backbone.heads + len(EXTRA_FEATURES) + 1
     if linear is None or linear.weights.shape != (len(game.stages), columns):
         return None
-    dither = ordered_dither(*game.backbone.grid(*images.shape[2:]))
+    grid = game.backbone.grid(*images.shape[2:])
+    request = FusedRequest((), game.merge, game.end, linear.weights, linear.weights, None, ordered_dither(*grid), False)
     if threshold == -math.inf:  # dial 0: nothing is decided
-        played = backend.fused(images, FusedRequest((), linear.weights[:0], linear.weights[:0], dither, False))
-        everything = torch.full((len(images),), len(dither))
+        played = backend.fused(images, request)
+        everything = torch.full((len(images),), math.prod(grid))
         return played and played._replace(kept=(everything,) * len(game.stages))
     thresholds = torch.full((len(game.stages), len(images)), threshold, device="cpu", dtype=torch.float32)
     if linear.shift is not None:
         thresholds += linear.shift
-    return backend.fused(images, FusedRequest(game.stages, linear.weights, thresholds, dither, tokens_before))
+    shares = None if linear.shares is None else torch.tensor(linear.shares, device="cpu")
+    request = request._replace(stages=game.stages, thresholds=thresholds, shares=shares, tokens_before=tokens_before)
+    return backend.fused(images, request)
 
 
 def fits(game: TokenGame) -> bool:
-    """Whether csrc/game.cpp plays such games: merging, observed features, patches not needed in the last block.
+    """Whether csrc/game.h plays such games: observed features, and an attention before each decision.
 
     A game with methods of its own, of a subclass or on the instance, is played step by step.
     """
     usual = type(game) is TokenGame and vars(TokenGame).keys().isdisjoint(vars(game))
-    patches_leave = game.end == 2 * game.backbone.depth - 2
-    return usual and game.merge and game.features and bool(game.stages) and patches_leave
+    seen = game.merge or (bool(game.stages) and game.stages[0] > 0)
+    return usual and seen and game.features and bool(game.stages)
