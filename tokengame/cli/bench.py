@@ -96,7 +96,7 @@ class Bench(WithModel):
             for row in bench(model, self.backbone, plan, next_step):
                 rows.append(row)
                 write_csv(rows, path)  # keep what is measured, whatever happens later
-        own = {"own_kernels_speedup": "all tokens,\nown kernels"} if self.rivals else {}
+        own = {"own_kernels_speedup": "kernels\nalone"} if self.rivals else {}
         show_rows(rows, BENCH_HEADINGS | own | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
         if self.rivals:
             about = [{"format": row["dtype"], "batch": row["batch_size"]} for row in rows]

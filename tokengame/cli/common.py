@@ -361,8 +361,8 @@ def report_bad(tally: BadImages) -> None:
 
 def show_rivals(rows: list[dict[str, Any]]) -> None:
     """A table of those that ran, and a sentence for each that did not; rows may begin with other columns."""
-    columns = {key: key for key in rows[0] if key != "refused"}
-    columns |= {"images_per_second": "img/s"}
+    labels = {"milliseconds": "ms", "images_per_second": "img/s", "agreement": "agree-\nment"}
+    columns = {key: labels.get(key, key) for key in rows[0] if key != "refused"}
     ran = [row | {"fastest": "yes" if row["fastest"] else ""} for row in rows if row["refused"] is None]
     if ran:
         show_rows(ran, columns)
