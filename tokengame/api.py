@@ -29,7 +29,8 @@ from tokengame.errors import TokenGameError, warn
 from tokengame.files import Progress, silent
 from tokengame.learning.learner import check_labels
 from tokengame.learning.run import TrainingRun
-from tokengame.measure.conditions import conditions
+from tokengame.measure.against import RivalRun
+from tokengame.measure.conditions import conditions, engines
 from tokengame.measure.kinds import Kind, kind_of
 from tokengame.packed.attention import deterministic_attention
 from tokengame.policies import Policy
@@ -128,6 +129,7 @@ def evaluate(
     keep_what: KeepWhat | None = None,
     bank: Tensor | None = None,
     decoder: Callable[[Tensor], Tensor] | None = None,
+    rivals: bool = False,
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -139,6 +141,8 @@ def evaluate(
         keep_what: what is compared, as in `train`; by default what the policy was made for.
         bank: of an embedding: [n, D] those of classes or texts, by which zero-shot answers are compared.
         decoder: of features: [B, prefix + N, C] -> [B, ...], whose results are compared.
+        rivals: whether the native model is also timed compiled, in ONNX Runtime and OpenVINO, and in int8, on batches
+            as large as the first; `speedup` is then over the fastest of the same precision (`speedup_over`).
         workers: processes that decode images.
         progress: whether a progress bar is shown.
 
@@ -152,7 +156,10 @@ def evaluate(
     """
     batches = _batches(fast.game.backbone, images, workers, "measuring", progress)
     kind = _kind(fast, keep_what, bank=bank, decoder=decoder)
-    result = measuring.evaluate(fast, batches, kind=kind).summary()
+    run = RivalRun() if rivals else None
+    result = measuring.evaluate(fast, batches, kind=kind, rivals=run).summary()
+    if run is not None:
+        result |= run.summary() | engines()
     dtype = fast.game.backbone.dtype
     about = {"dial": fast.dial, "dtype": str(dtype).removeprefix("torch.")}
     return result | about | conditions(dtype, fast.game.backbone.device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, COMPUTE, WithModel
+from tokengame.cli.common import BATCH, COMPUTE, WithModel, show_rivals
 from tokengame.config import GameConfig, require
 from tokengame.files import require_writable, write_csv
 from tokengame.ranges import Range
@@ -58,6 +58,9 @@ class Bench(WithModel):
     """also time what torch.compile makes of both models; of each the fastest counts"""
     tome: bool = False
     """also time ToMe at equal GMACs: with fused attention, with the game's kernels, and compiled"""
+    rivals: bool = False
+    """also time the native model in torch.compile's max-autotune, ONNX Runtime and OpenVINO, and in int8; the speed-up
+    is over the fastest of the same precision (pip install 'tokengame[engines]')"""
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
@@ -81,18 +84,23 @@ class Bench(WithModel):
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome, keep_freed_memory(), self.policy,
+            self.tome, keep_freed_memory(), self.policy, self.rivals,
         )  # fmt: skip
         model = self.place(model)
         backbone = wrap(model)
         path = csv_path(self.output, self.backbone, plan, plan.game.blocks(backbone.depth), backbone.device)
         require_writable(path)
         rows: list[dict[str, Any]] = []
-        with steps("timing", len(self.dtypes) * len(self.batch_sizes)) as next_step:
+        number = len(self.dtypes) * len(self.batch_sizes) * (2 if self.rivals else 1)
+        with steps("timing", number) as next_step:
             for row in bench(model, self.backbone, plan, next_step):
                 rows.append(row)
                 write_csv(rows, path)  # keep what is measured, whatever happens later
-        show_rows(rows, BENCH_HEADINGS | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
+        own = {"own_kernels_speedup": "kernels\nalone"} if self.rivals else {}
+        show_rows(rows, BENCH_HEADINGS | own | ({"speedup_over_tome": "over\nToMe"} if self.tome else {}))
+        if self.rivals:
+            about = [{"format": row["dtype"], "batch": row["batch_size"]} for row in rows]
+            show_rivals([which | rival for which, row in zip(about, rows, strict=True) for rival in row["rivals"]])
         show_rows([{"format": row["dtype"], "batch": row["batch_size"]} | row["time_shares"] for row in rows])
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
         return rows

@@ -19,7 +19,7 @@ import tyro
 from tokengame.config import KeepWhat, TrainConfig, require
 from tokengame.errors import TokenGameError, first_line
 from tokengame.ranges import Range, check_fields, hints_of
-from tokengame.report.console import console, progress
+from tokengame.report.console import console, progress, show_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tokengame.data.datasets import ImageSource
     from tokengame.data.hub import HuggingFaceStream
     from tokengame.distributed import Processes
+    from tokengame.measure.against import RivalRun
     from tokengame.measure.kinds import Kind
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedViT
@@ -252,7 +253,7 @@ class OnImages(WithModel):
 
     def measure(
         self, fast: PrunedViT, source: ImageSource, batch_size: int, preprocessing: dict[str, Any],
-        reference: nn.Module | None = None, kind: Kind | None = None,
+        reference: nn.Module | None = None, kind: Kind | None = None, rivals: RivalRun | None = None,
     ) -> Any:  # fmt: skip
         """Native beside pruned on all images of `source`, each process on its part."""
         from tokengame.data.batches import BadImages, checked, plain_views
@@ -263,7 +264,7 @@ class OnImages(WithModel):
         keep_freed_memory()
         # on a CPU, decoding in other processes would take the cores from what is timed
         loader = views.loader(batch_size, self.workers if self.torch_device.startswith("cuda") else 0)
-        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference, kind)
+        scores = evaluate(fast, progress(checked(loader, tally), "measuring", len(loader)), reference, kind, rivals)
         if self.processes.size > 1:
             scores.positions = []  # large, and not needed then
         parts = self.processes.gather((scores, list(tally.reasons.items())))
@@ -356,6 +357,22 @@ def report_bad(tally: BadImages) -> None:
         name, reason = next(iter(tally.reasons.items()))
         skipped = f"skipped {len(tally.reasons)} unreadable of {tally.total} images"
         console.print(f"{skipped}, the first is {name}: {reason}", markup=False, soft_wrap=True)
+
+
+def show_rivals(rows: list[dict[str, Any]]) -> None:
+    """A table of those that ran, and a sentence for each that did not; rows may begin with other columns."""
+    labels = {"milliseconds": "ms", "images_per_second": "img/s", "agreement": "agree-\nment"}
+    columns = {key: labels.get(key, key) for key in rows[0] if key != "refused"}
+    ran = [row | {"fastest": "yes" if row["fastest"] else ""} for row in rows if row["refused"] is None]
+    if ran:
+        show_rows(ran, columns)
+    sentences = dict.fromkeys(f"{row['rival']}{_where(row)}: {row['refused']}" for row in rows if row["refused"])
+    for sentence in sentences:
+        console.print(f"not timed: {sentence}", markup=False, soft_wrap=True)
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f" ({row['format']}, batch {row['batch']})" if "format" in row else ""
 
 
 def ratio_headings(row: dict[str, Any]) -> dict[str, str]:

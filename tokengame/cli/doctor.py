@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokengame.backbones.sources import Settings
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow", "tyro")
-EXTRAS = {"hub": "datasets", "hf": "transformers", "open_clip": "open_clip_torch"}
+EXTRAS = {"hub": "datasets", "hf": "transformers", "open_clip": "open_clip_torch", "engines": "onnxruntime"}
 """optional parts, `pip install tokengame[NAME]`, and the package that each brings"""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnAnyOutput, prune_by_name
+from tokengame.cli.common import BATCH, COMPUTE, PART, SHARE, OnAnyOutput, prune_by_name, show_rivals
 from tokengame.config import require
 from tokengame.ranges import Range
 from tokengame.report.console import console, show_table
@@ -45,6 +45,9 @@ class Eval(OnAnyOutput):
     """what both models compute in"""
     holdout: Annotated[float | None, PART] = None
     """measure only on the share that `train` held back with the same --holdout and --seed"""
+    rivals: bool = False
+    """also time the native model compiled, in ONNX Runtime and OpenVINO, and in int8, on the same images; the speed-up
+    is over the fastest of the same precision (pip install 'tokengame[engines]')"""
 
     def check(self) -> None:
         """Also: there is one operating point."""
@@ -55,11 +58,13 @@ class Eval(OnAnyOutput):
 
     def run(self) -> dict[str, Any]:
         """Measure both models on all images."""
+        require(not self.rivals or self.processes.size == 1, "--rivals times in one process, without a launcher")
         import torch
 
         from tokengame.backbones import preprocessing_of
         from tokengame.data.datasets import split_images
-        from tokengame.measure.conditions import conditions
+        from tokengame.measure.against import RivalRun
+        from tokengame.measure.conditions import conditions, engines
         from tokengame.report.html import table, verdict
 
         targets = {"gmacs_ratio": self.gmacs_ratio, "max_drop": self.max_drop, "max_distance": self.max_distance}
@@ -69,9 +74,13 @@ class Eval(OnAnyOutput):
         model = model.to(getattr(torch, self.dtype))
         fast = prune_by_name(model, self.policy, self.dial, keep_what=self.keep_what, **targets)
         kind = self.kind_of(model, fast.card)
-        scores = self.measure(fast, source, self.batch_size, preprocessing_of(model), reference=model, kind=kind)
-        result = scores.summary()
+        rivals = RivalRun(min(self.batch_size, len(source.names)), self.note) if self.rivals else None
+        scores = self.measure(fast, source, self.batch_size, preprocessing_of(model), model, kind, rivals)
+        result = scores.summary() | ({} if rivals is None else rivals.summary())
         result |= {"dial": fast.dial, "dtype": self.dtype} | conditions(fast.game.backbone.dtype, self.torch_device)
         show_table(f"{self.backbone}, dial {fast.dial:.3f}", table(result))
+        if rivals is not None:
+            result |= engines()
+            show_rivals(result["rivals"])
         console.print(verdict(result))
         return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,17 +20,17 @@ from tokengame.backbones import unfused, wrap
 from tokengame.baselines.tome import ToMe, tome_at
 from tokengame.config import GameConfig
 from tokengame.errors import first_line
-from tokengame.measure.conditions import conditions
+from tokengame.measure.against import Rivals
+from tokengame.measure.conditions import conditions, engines
+from tokengame.measure.in_turn import REST, interleave
+from tokengame.measure.kinds import kind_of
 from tokengame.measure.profile import peak_memory, time_shares
 from tokengame.measure.synthetic import SyntheticDecisions, require_shares, synthetic_model
 from tokengame.packed.attention import padded_attention
 from tokengame.runtime import PrunedViT, prune
 from tokengame.runtime.macs import native_macs, pruned_macs
 from tokengame.runtime.rule import RULE, Rule
-from tokengame.timing import now
 
-WARM_UP = 2
-"""rounds thrown away"""
 DRAWS = 8
 """batches of different counts that follow one another"""
 
@@ -54,6 +53,8 @@ class Plan:
     """that `keep_freed_memory` was called, for the file's name"""
     policy: str | None = None
     """rule: the starting rule decides; None: `SyntheticDecisions` do"""
+    rivals: bool = False
+    """also time what other engines make of the native model"""
 
 
 def bench(
@@ -65,14 +66,14 @@ def bench(
         model: of a supported family.
         name: for the rows.
         plan: what to time.
-        report: called with the name of the current row and the share of its time that has passed.
+        report: called with the name of the current step and the share of it that is done: a row, and before it the
+            building of its rivals.
 
     Raises:
         TokenGameError: model not supported, shares do not fit the stages.
     """
     for dtype, batch_size in itertools.product(plan.dtypes, plan.batch_sizes):
         which = f"{str(dtype).removeprefix('torch.')}, batch {batch_size}"
-        report(which, 0.0)
         fast = pruned_by_plan(copy.deepcopy(model).to(dtype), plan)
         settings = {
             "backbone": name,
@@ -81,8 +82,8 @@ def bench(
             "stages": list(fast.game.stages),
             "device": fast.game.backbone.device.type,
         }
-        row = _row(fast, batch_size, plan, partial(report, which))
-        yield settings | row | conditions(dtype, fast.game.backbone.device)
+        row = _row(fast, batch_size, plan, report, which)
+        yield settings | row | conditions(dtype, fast.game.backbone.device) | (engines() if plan.rivals else {})
 
 
 def pruned_by_plan(model: nn.Module, plan: Plan) -> PrunedViT:
@@ -99,7 +100,9 @@ def pruned_by_plan(model: nn.Module, plan: Plan) -> PrunedViT:
 
 
 @torch.inference_mode()
-def _row(fast: PrunedViT, batch_size: int, plan: Plan, tick: Callable[[float], Any]) -> dict[str, Any]:
+def _row(
+    fast: PrunedViT, batch_size: int, plan: Plan, report: Callable[[str, float], Any], which: str
+) -> dict[str, Any]:
     backbone = fast.game.backbone
     generator = torch.Generator().manual_seed(plan.seed)
     x = torch.randn(batch_size, 3, *backbone.input_size, generator=generator)
@@ -111,8 +114,12 @@ def _row(fast: PrunedViT, batch_size: int, plan: Plan, tick: Callable[[float], A
         kept = torch.stack(fast.predict(x).kept).cpu()
     macs, native_cost = float(pruned_macs(fast.game, decisions, kept, total).mean()), native_macs(backbone, total)
     tome = tome_at(backbone.model, macs, total) if plan.tome else None
-    variants = _variants(fast, x, plan, tome)
-    times = interleave(variants, x.device, plan.seconds, tick)
+    if plan.compiled:
+        torch.compiler.reset()
+    rivals = _rivals(fast, x, plan, partial(report, f"{which}: building rivals")) if plan.rivals else None
+    report(which, 0.0)
+    variants = _variants(fast, x, plan, tome, rivals)
+    times = interleave(variants, x.device, plan.seconds, partial(report, which), plan.seed, REST * plan.rivals)
     native, pruned = (_fastest(times, side) for side in ("native", "pruned"))
     slow, quick = statistics.median(times[native]), statistics.median(times[pruned])
     low, _, high = statistics.quantiles([a / b for a, b in zip(times[native], times[pruned], strict=True)], n=4)
@@ -138,9 +145,11 @@ def _row(fast: PrunedViT, batch_size: int, plan: Plan, tick: Callable[[float], A
         "milliseconds": {" ".join(name): statistics.median(t) * 1e3 for name, t in times.items()},
         "tokens_kept": [{"least": int(k.min()), "median": int(k.median()), "most": int(k.max())} for k in kept],
         "time_shares": time_shares(fast, x),
-        "peak_memory_mib_native": peak_memory(variants["native", "fused"], x.device),
+        "peak_memory_mib_native": peak_memory(partial(fast.model, x), x.device),
         "peak_memory_mib_pruned": peak_memory(variants["pruned", "eager"], x.device),
     }
+    if rivals is not None:
+        row |= _of_rivals(rivals, times, native[1])
     if tome is not None:
         best = _fastest(times, "tome")
         row["tome"], row["tome_gmacs_speedup"] = best[1], native_cost / tome.macs_at(total)
@@ -154,43 +163,62 @@ Name = tuple[str, str]
 """which model, and in which form"""
 Variants = dict[Name, Callable[[], Any]]
 """one forward pass each"""
-SDPA: tuple[Name, ...] = (("native", "fused"), ("native", "compiled"))
+SDPA: tuple[Name, ...] = (("native", "fused"), ("native", "eager, fused"), ("native", "compiled"))
 """the native model as timm runs it"""
 UNPRUNED: Name = ("unpruned", "tuned")
 """all tokens on the packed runtime's kernels: the part of a speed-up that is not due to fewer tokens"""
+COMPILED = {"fused": "compiled", "unfused": "unfused compiled"}
+"""names of native forms under torch.compile"""
 
 
 def _fastest(times: dict[Name, list[float]], side: str) -> Name:
     return min((name for name in times if name[0] == side), key=lambda name: statistics.median(times[name]))
 
 
-def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None) -> Variants:
+def _variants(fast: PrunedViT, x: Tensor, plan: Plan, tome: ToMe | None, rivals: Rivals | None) -> Variants:
     """All that is timed; of each model the fastest form counts."""
-    model: Any = fast.model
-    unfused_model = unfused(model)
-    unpruned = ToMe(model, (0,) * fast.game.backbone.depth)
-    variants: Variants = {
-        ("native", "fused"): partial(model, x),
-        ("native", "unfused"): partial(unfused_model, x),
-        ("pruned", "eager"): _drawing(fast, fast, x),
-        UNPRUNED: partial(unpruned, x),
-    }
+    unpruned = ToMe(fast.model, (0,) * fast.game.backbone.depth)
+    variants: Variants = {("pruned", "eager"): _drawing(fast, fast, x), UNPRUNED: partial(unpruned, x)}
+    compiled: Variants = {}
+    if rivals is not None:
+        variants |= {(_side(rivals, name), name): call for name, call in rivals.calls(x).items()}
+    else:
+        for name, form in {"fused": fast.model, "unfused": unfused(fast.model)}.items():
+            variants["native", name] = partial(form, x)
+            if plan.compiled:
+                compiled["native", COMPILED[name]] = partial(torch.compile(form), x)
     if tome is not None:
-        fused = ToMe(model, tome.merges, padded_attention)
+        fused = ToMe(fast.model, tome.merges, padded_attention)
         variants["tome", "fused"] = partial(fused, x)
         variants["tome", "tuned"] = partial(tome, x)  # on the game's own kernels
-    if plan.compiled:
-        torch.compiler.reset()
-        compiled: Variants = {
-            ("native", "compiled"): partial(torch.compile(model), x),
-            ("native", "unfused compiled"): partial(torch.compile(unfused_model), x),
-        }
-        if len(x) == 1:  # batches are pruned eagerly under torch.compile too
-            compiled["pruned", "compiled"] = _drawing(fast, torch.compile(fast), x)
-        if tome is not None:
+        if plan.compiled:
             compiled["tome", "compiled"] = partial(torch.compile(fused), x)
-        variants |= _if_it_compiles(compiled)
-    return variants
+    if plan.compiled and len(x) == 1:  # batches are pruned eagerly under torch.compile too
+        compiled["pruned", "compiled"] = _drawing(fast, torch.compile(fast), x)
+    return variants | _if_it_compiles(compiled)
+
+
+def _rivals(fast: PrunedViT, x: Tensor, plan: Plan, tick: Callable[[float], Any]) -> Rivals:
+    """The rivals of the native model for batches like x."""
+    rivals = Rivals(plan.compiled)
+    rivals.build(fast.model, x, kind_of(fast.game.backbone), tick)
+    return rivals
+
+
+def _side(rivals: Rivals, name: str) -> str:
+    """Of a rival: "native" in the model's own precision, and another one that is never counted as native."""
+    precision = rivals.ready[name].precision
+    return "native" if precision == rivals.precision else precision
+
+
+def _of_rivals(rivals: Rivals, times: dict[Name, list[float]], native: str) -> dict[str, Any]:
+    """What they add to a row, `native` being the fastest."""
+    found = {name: statistics.median(times[_side(rivals, name), name]) for name in rivals.ready}
+    return {
+        "speedup_over": native,
+        "own_kernels_speedup": found[native] / statistics.median(times[UNPRUNED]),
+        "rivals": rivals.rows({name: 1e3 * seconds for name, seconds in found.items()}),
+    }
 
 
 def _drawing(fast: PrunedViT, call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
@@ -216,29 +244,6 @@ def _if_it_compiles(compiled: Variants) -> Variants:
     return compiled
 
 
-def interleave(
-    variants: Variants, device: torch.device, seconds: float, tick: Callable[[float], Any] = lambda _share: None
-) -> dict[Name, list[float]]:
-    """Seconds of each call, taken in turn round after round, so that all suffer the same disturbances.
-
-    Each round begins with another variant, so that none always finds the cache as the same predecessor left it.
-    """
-    times: dict[Name, list[float]] = {name: [] for name in variants}
-    order = list(variants)
-    rounds, stop = -WARM_UP, 0.0
-    while rounds < 5 or time.perf_counter() < stop:
-        for name in order:
-            start = now(device)
-            variants[name]()
-            if rounds >= 0:
-                times[name].append(now(device) - start)
-        order = order[1:] + order[:1]
-        rounds += 1
-        stop = time.perf_counter() + seconds if rounds == 0 else stop
-        tick(min(1.0, max(0.0, 1 - (stop - time.perf_counter()) / seconds)) if rounds > 0 else 0.0)
-    return times
-
-
 def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...], device: torch.device) -> Path:
     """Where a bench of backbone `name` is written; the file name holds the conditions."""
     lists = {
@@ -252,6 +257,7 @@ def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...],
     marks = {
         "rule": plan.policy == RULE,
         "tome": plan.tome,
+        "rivals": plan.rivals,
         "eager": not plan.compiled,
         "keeps-memory": plan.keeps_memory,
     }

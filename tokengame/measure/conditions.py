@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 
 import tokengame
 from tokengame import kernels
+
+ENGINES = ("onnxruntime", "openvino")
+"""packages"""
 
 
 def conditions(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -35,6 +38,17 @@ def conditions(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[s
         "commit": commit(),
         "command": command(),
     }
+
+
+def engines() -> dict[str, str | None]:
+    """Versions of the inference engines that a run with rivals may use; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in ENGINES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 @cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from tokengame.backbones import unfused, wrap
 from tokengame.data.batches import Batch
+from tokengame.measure.against import RivalRun
+from tokengame.measure.in_turn import REST
 from tokengame.measure.kinds import Kind, kind_of
 from tokengame.runtime import PrunedViT
 from tokengame.timing import now
@@ -66,8 +69,9 @@ def keep_freed_memory() -> bool:
 
 @torch.inference_mode()
 def evaluate(
-    fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | None = None, kind: Kind | None = None
-) -> Any:
+    fast: PrunedViT, batches: Iterable[Batch], reference: nn.Module | None = None, kind: Kind | None = None,
+    rivals: RivalRun | None = None,
+) -> Any:  # fmt: skip
     """Measure the pruned model against the model it wraps, or against `reference` where the backbone was tuned.
 
     Every batch goes through both, in alternating order, after a warm-up on the first batch, which also decides whether
@@ -78,6 +82,7 @@ def evaluate(
         batches: of images, labelled or not.
         reference: the native model.
         kind: what is compared; by default what the model gives.
+        rivals: takes the times of other forms of the native model, which then run on each batch too, in random order.
 
     Returns:
         `measure.scores.Scores`, or those of the kind.
@@ -96,13 +101,26 @@ def evaluate(
         calls: dict[str, Callable[[Tensor], Any]] = {
             "native": partial(kind.native, backbone), "pruned": method.predict
         }  # fmt: skip
-        order = sorted(calls, reverse=number % 2 == 0)
-        results = {name: timed(weight.device, calls[name], images) for name in order}
+        if rivals is not None:
+            calls |= rivals.calls(model, images, kind)
+        results = {name: timed(weight.device, calls[name], images) for name in _in_order(calls, number)}
         (native, seconds_native), (output, seconds_pruned) = results["native"], results["pruned"]
         scores.seconds.append((len(images), seconds_native, seconds_pruned))
+        if rivals is not None:
+            rivals.add(native, results)
         scores.add(method, batch, native.float(), output)
         scores.positions += [image.nonzero().squeeze(1) for image in output.alive.cpu()]
     return scores
+
+
+def _in_order(calls: dict[str, Any], number: int) -> Iterator[str]:
+    """The names in the order of batch `number`: two in turn, more at random and with a rest before each."""
+    if len(calls) == 2:
+        yield from sorted(calls, reverse=number % 2 == 0)
+        return
+    for name in random.Random(number).sample(sorted(calls), len(calls)):
+        time.sleep(REST)
+        yield name
 
 
 @torch.inference_mode()

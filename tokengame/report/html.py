@@ -37,6 +37,9 @@ ROWS = [
     ("images_per_second_native", "images per second, native", "{:.0f}"),
     ("images_per_second_pruned", "images per second, pruned", "{:.0f}"),
     ("speedup", "measured speed-up", "{:.2f}x"),
+    ("speedup_over", "over the fastest native form of the same precision", "{}"),
+    ("own_kernels_speedup", "all tokens on the pruned model's kernels, over that", "{:.2f}x"),
+    ("speedup_over_own_kernels", "pruned, over all tokens on the same kernels", "{:.2f}x"),
     ("item_tokens_kept", "item tokens kept to the end", "{:.1%}"),
     ("background_tokens_kept", "background tokens kept to the end", "{:.1%}"),
 ]
@@ -63,7 +66,9 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
 def verdict(result: dict[str, Any]) -> str:
     """The result in one sentence, "slower" when slower."""
     speed = result["speedup"]
-    pace = f"{speed:.2f} times as fast" if speed >= 1 else f"slower ({speed:.2f} times the native speed)"
+    best = result.get("speedup_over")
+    over, which = (f" as native ({best})", f", {best}") if best else ("", "")
+    pace = f"{speed:.2f} times as fast{over}" if speed >= 1 else f"slower ({speed:.2f} times the native speed{which})"
     price = _price(result)
     found = f"{pace} with {result['gmacs_ratio']:.0%} of the compute, {price}"
     if result.get("fallback_share", 0) > OFTEN:
