@@ -6,7 +6,8 @@
 namespace tokengame::INSTRUCTIONS {
 
 // Rows of a group, about: enough for the weights, which are read anew for each group, few enough to stay in a core's cache.
-constexpr long ROWS_PER_GROUP = 800;
+// Products of float32 take several times as long as those of bfloat16, so that reading weights more often costs little.
+template <class Number> constexpr long ROWS_PER_GROUP = sizeof(Operand<Number>) == 2 ? 800 : 200;
 
 // x [rows, dim] -> out [rows, last - first, heads, width]: parts first .. last - 1 of the queries (0), keys (1) and values (2)
 // of norm1(x).
@@ -88,10 +89,11 @@ void run_group(const Block* blocks, long first, long last, const Number* x, long
 
 // Number of groups to split the images into. A thread takes one group at a time through several half-blocks. 1 means that
 // all threads work on all images together.
+template <class Number>
 inline long groups_of(long rows, long images, long threads) {
     if (images < 2 * threads) return 1;
     const long fewest = images < 8 * threads ? 1 : 3;  // groups of a thread, so that none waits long for the last group
-    return least(images, threads * most(fewest, std::lround(double(rows) / (ROWS_PER_GROUP * threads))));
+    return least(images, threads * most(fewest, std::lround(double(rows) / (ROWS_PER_GROUP<Number> * threads))));
 }
 
 template <class Number>
@@ -99,7 +101,7 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
                      long images, const float* bias, const CachedKeysValues<Number>* cached, const ObservationRequest* request,
                      Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
     const Block& b = blocks[first / 2];
-    const long groups = groups_of(rows, images, threads);
+    const long groups = groups_of<Number>(rows, images, threads);
     if (groups == 1) {
         run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, qkv, attended, out, next_keys_values,
                   next_query, threads);

@@ -225,11 +225,12 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     }
 };
 
+template <class Number>
 struct Schedule {  // how the images of a batch are spread over threads
     long groups, group_size, workers;  // groups of images; most images of a group; groups that run at the same time
 
     Schedule(long rows, long images, long threads)  // rows: of an image
-        : groups(groups_of(images * rows, images, threads)), group_size((images + groups - 1) / groups),
+        : groups(groups_of<Number>(images * rows, images, threads)), group_size((images + groups - 1) / groups),
           workers(least(groups, threads)) {}
 };
 
@@ -242,14 +243,14 @@ long worker_bytes(const FusedGame<Number>& game, long images) {  // working memo
 
 template <class Number>
 long fused_workspace(const FusedGame<Number>* game, long images, long threads) {
-    const Schedule schedule(game->rows(), images, threads);
+    const Schedule<Number> schedule(game->rows(), images, threads);
     return schedule.workers * worker_bytes(*game, schedule.group_size);
 }
 
 template <class Number>
 void fused_forward(const FusedGame<Number>* game, const Number* input, long images, const FusedResults<Number>* results,
                    char* memory, long threads) {
-    const Schedule schedule(game->rows(), images, threads);
+    const Schedule<Number> schedule(game->rows(), images, threads);
     if (schedule.groups == 1) {  // all threads work on all images
         Arena arena(memory);
         Worker<Number>(*game, images, threads, arena).forward(input, 0, images, images, *results);

@@ -42,6 +42,7 @@ __attribute__((noinline)) void sums_of(const float* a, const float* b, long step
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = more ? load(c + r * SIDE + v * LANES) : Vector{};
     for (long s = 0; s < steps; s++, a += BLOCK)
+#pragma GCC unroll 4
         for (long k = 0; k < SIDE; k++, b += PANEL) {
             Vector right[VECTORS];
             for (int v = 0; v < VECTORS; v++) right[v] = load(b + v * LANES);
