@@ -1,8 +1,9 @@
-"""The compiled kernels for bfloat16 against float32, float64 and loops, and when PyTorch's run instead."""
+"""The compiled kernels against float32, float64 and loops, and when PyTorch's run instead."""
 
 import copy
 import ctypes
 import mmap
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
@@ -19,7 +20,8 @@ from tokengame.backends import CompiledBlocks
 from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted
-from tokengame.kernels import functions, library
+from tokengame.kernels import functions, library, structs
+from tokengame.kernels.weights import LinearWeights, pack
 
 pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")
@@ -170,6 +172,83 @@ def test_kernels_refuse_what_pytorch_refuses(model):
     model.head.float()
     with pytest.raises(RuntimeError, match="dtype"):
         predicted(game_of(model), normal(2, 3, 32, 32))
+
+
+# The interface
+
+
+def declared():
+    """Arguments of each function in csrc/interface.h, by their C++ types."""
+    table = (library.SOURCES / "interface.h").read_text().split("struct Table {")[1]
+    kinds = {}
+    for name, arguments in re.findall(r"(?:int|long) \(\*(\w+)\)\(([^;]*)\);", table):
+        each = [" ".join(argument.split()) for argument in arguments.split(",")]
+        kinds[name] = "".join("p" if "*" in a else "d" if a.startswith("double ") else "l" for a in each)
+    return kinds
+
+
+def test_python_passes_what_the_functions_take():
+    assert declared() == structs.SIGNATURES
+
+
+def test_structs_of_other_sizes_are_not_used(monkeypatch):
+    monkeypatch.setattr(library, "STRUCTS", structs.STRUCTS[:-1])
+    with pytest.warns(UserWarning, match="install tokengame again"):
+        assert library.loaded.__wrapped__().library is None
+
+
+@torch.no_grad()
+def test_without_memory_the_call_fails_in_a_sentence(model, monkeypatch):
+    table = library._table(library.level(), torch.bfloat16)
+    monkeypatch.setitem(table, "run_half_blocks", lambda *_: 1)
+    with pytest.raises(MemoryError, match="make the batch smaller"):
+        game_of(model).reset(normal(2, 3, 32, 32))
+
+
+# Number formats and instruction sets
+
+
+@both_levels
+@both_transitions
+@pytest.mark.parametrize("key", ARCHITECTURES)
+@torch.no_grad()
+def test_float32_is_the_native_model_and_the_same_game(key, transition):
+    model = half_vit(num_classes=50, **ARCHITECTURES[key]).float()
+    game, images = game_of(model, transition), normal(9, 3, *model.patch_embed.img_size).float()
+    decide = Scripted(normal(2, 9, game.backbone.patches, seed=1).float() + 0.5)
+    assert is_compiled(game, images)
+    assert off(predicted(game, images), model(images)) < 1e-5
+    pruned = predicted(game, images, decide)
+    with kernels.disabled():
+        assert off(pruned, predicted(game, images, decide)) < 1e-5
+
+
+@both_levels
+@given(rows=st.integers(1, 70), inputs=st.integers(1, 100), outputs=st.integers(1, 70), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_products_of_any_size(rows, inputs, outputs, seed):
+    """Rows that fill no block of 32, and weights that are padded to one, against double precision."""
+    inputs = 32 * (inputs // 32 + 1)
+    x, weight = normal(rows, inputs, seed=seed).float(), normal(outputs, inputs, seed=seed + 1).float()
+    norm = structs.NormStruct((ones := torch.ones(inputs)).data_ptr(), (zeros := torch.zeros(inputs)).data_ptr(), 1e-6)
+    found = functions.normed_linear(x, norm, pack(LinearWeights(weight, None)))
+    exact = F.layer_norm(x.double(), (inputs,), ones.double(), zeros.double(), 1e-6) @ weight.double().T
+    assert off(found, exact) < 1e-5
+
+
+@torch.no_grad()
+def test_every_instruction_set_decides_alike(model):
+    model = model.float()
+    game, images = game_of(model, "merge"), normal(6, 3, 32, 32).float()
+    results = {}
+    for name in library.LEVELS[1 : library.loaded().highest + 2]:
+        with kernels.limited(name):
+            state = game.play(images, lambda obs: obs.features[:, 2] + obs.features[:, 6])
+            results[name] = state.alive, game.predict(state)
+    alive, logits = results["generic"]
+    for found, other in results.values():
+        assert torch.equal(found, alive)
+        assert off(other, logits) < 1e-5
 
 
 # When PyTorch runs instead
