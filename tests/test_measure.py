@@ -1,5 +1,6 @@
 """Measurement, its conditions, and pictures, against hand tables."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.measure.conditions import commit, conditions
 from tokengame.measure.evaluate import faster_native
+from tokengame.measure.neighbours import BUSY, neighbours
 from tokengame.measure.risk import interval, upper_bound
 from tokengame.measure.scores import Scores
 from tokengame.measure.synthetic import SPREAD, SyntheticDecisions, synthetic_model
@@ -272,3 +274,17 @@ def test_an_allocator_that_keeps_freed_memory_takes_no_fresh_pages():
     fresh, kept = map(int, done.stdout.split())
     assert fresh > 100, "even if pages are huge"
     assert kept < fresh / 10
+
+
+def children():
+    """Processes that this one has started and that are running."""
+    found = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False
+    )
+    return found.stdout.splitlines()
+
+
+def test_neighbours_are_busy_within_their_context_alone():
+    with neighbours(2):
+        assert sum(BUSY in arguments for arguments in children()) == 2
+    assert not any(BUSY in arguments for arguments in children())

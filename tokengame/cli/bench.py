@@ -33,7 +33,8 @@ class Bench(WithModel):
     first: ClassVar[tuple[str, ...]] = ("weights", "keep", "batch_sizes", "dtypes", "output")
     examples: ClassVar[str] = (
         "tokengame bench --backbone deit_small_patch16_224 --keep 0.7 0.49 0.34 --batch-sizes 1 32\n"
-        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json"
+        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes bfloat16 --tome --json\n"
+        "tokengame bench --backbone vit_tiny_patch16_224 --transition merge --dtypes float32 --neighbours 4"
     )
 
     backbone: str
@@ -61,6 +62,8 @@ class Bench(WithModel):
     rivals: bool = False
     """also time the native model in torch.compile's max-autotune, ONNX Runtime and OpenVINO, and in int8; the speed-up
     is over the fastest of the same precision (pip install 'tokengame[engines]')"""
+    neighbours: Annotated[int, Range(0, 1_024, whole=True)] = 0
+    """busy processes beside what is timed, each of which wants a core: how both models fare on a shared machine"""
     output: Path = Path("results")
     """folder for the CSV, whose name holds the conditions"""
 
@@ -84,7 +87,7 @@ class Bench(WithModel):
         plan = Plan(
             GameConfig(stages=self.stages, stage_count=len(self.keep), transition=self.transition), self.keep,
             self.batch_sizes, tuple(getattr(torch, d) for d in self.dtypes), self.seconds, self.seed, self.compiled,
-            self.tome, keep_freed_memory(), self.policy, self.rivals,
+            self.tome, keep_freed_memory(), self.policy, self.rivals, self.neighbours,
         )  # fmt: skip
         model = self.place(model)
         backbone = wrap(model)

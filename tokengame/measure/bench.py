@@ -24,6 +24,7 @@ from tokengame.measure.against import Rivals
 from tokengame.measure.conditions import conditions, engines
 from tokengame.measure.in_turn import REST, interleave
 from tokengame.measure.kinds import kind_of
+from tokengame.measure.neighbours import neighbours
 from tokengame.measure.profile import peak_memory, time_shares
 from tokengame.measure.synthetic import SyntheticDecisions, require_shares, synthetic_model
 from tokengame.packed.attention import padded_attention
@@ -55,6 +56,8 @@ class Plan:
     """rule: the starting rule decides; None: `SyntheticDecisions` do"""
     rivals: bool = False
     """also time what other engines make of the native model"""
+    neighbours: int = 0
+    """busy processes beside what is timed"""
 
 
 def bench(
@@ -119,12 +122,14 @@ def _row(
     rivals = _rivals(fast, x, plan, partial(report, f"{which}: building rivals")) if plan.rivals else None
     report(which, 0.0)
     variants = _variants(fast, x, plan, tome, rivals)
-    times = interleave(variants, x.device, plan.seconds, partial(report, which), plan.seed, REST * plan.rivals)
+    with neighbours(plan.neighbours):
+        times = interleave(variants, x.device, plan.seconds, partial(report, which), plan.seed, REST * plan.rivals)
     native, pruned = (_fastest(times, side) for side in ("native", "pruned"))
     slow, quick = statistics.median(times[native]), statistics.median(times[pruned])
     low, _, high = statistics.quantiles([a / b for a, b in zip(times[native], times[pruned], strict=True)], n=4)
     row = {
         "batch_size": batch_size,
+        "neighbours": plan.neighbours,
         "keep": [round(float(k.float().mean()) / total, 4) for k in kept],
         "images_per_second_native": batch_size / slow,
         "images_per_second_pruned": batch_size / quick,
@@ -260,6 +265,7 @@ def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...],
         "rivals": plan.rivals,
         "eager": not plan.compiled,
         "keeps-memory": plan.keeps_memory,
+        f"neighbours{plan.neighbours}": plan.neighbours > 0,
     }
     parts += [*(mark for mark, holds in marks.items() if holds), machine]
     return Path(folder) / ("_".join(["bench", *parts]).replace(" ", "-").replace("/", "-") + ".csv")
