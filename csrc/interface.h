@@ -189,4 +189,7 @@ TABLES(avx512_bf16)
 TABLES(amx)
 #undef TABLES
 
+// Whether this process was forked from one that had used threads of the kernels. If not, notes that this one uses them.
+bool is_forked();  // in processor.cpp
+
 }  // namespace tokengame

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <omp.h>
-#include <unistd.h>
 
 #include <type_traits>
 #if defined(__SANITIZE_THREAD__)
@@ -14,22 +13,9 @@
 
 namespace tokengame::INSTRUCTIONS {
 
-// Whether this process was forked from one whose kernels had used threads. Notes that this process uses them, if not.
-inline bool is_forked() {
-    static pid_t process = 0;  // that has used threads
-    const pid_t now = getpid();
-    pid_t before;
-#pragma omp atomic read
-    before = process;
-    if (before && before != now) return true;
-#pragma omp atomic write
-    process = now;
-    return false;
-}
-
 // Calls body(task) or body(task, worker) for tasks 0 .. tasks - 1, in any order, on up to `threads` threads; worker is the
-// number of the thread, from 0. Throws std::bad_alloc or Violated if a body did. In a process that was forked from one which had
-// used threads, the calling thread does everything: the others do not exist there, and OpenMP would wait for them.
+// number of the thread, from 0. Throws std::bad_alloc or Violated if a body did. In a process that was forked from one that
+// had used threads, the calling thread does everything: the others do not exist there, and OpenMP would wait for them.
 template <class Body>
 inline void in_parallel(long threads, long tasks, Body body) {
     const auto run = [&](long task, [[maybe_unused]] long worker) {

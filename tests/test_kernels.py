@@ -3,8 +3,12 @@
 import copy
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +166,29 @@ def test_two_callers_at_once_get_the_same_bytes(model):
         tasks = pool.map(lambda n: contexts[n].run(predicted, game, images[: n % 6 + 1], decide), range(60))
         for index, found in enumerate(tasks):
             assert torch.equal(found, expected[index % 6])
+
+
+FORKS = """
+import os, sys, torch
+from conftest import half_vit, layout_of, normal
+from test_kernels import functions, game_of, predicted
+
+torch.set_num_threads(2)
+game, images, layout = game_of(half_vit(), "merge"), normal(6, 3, 32, 32), layout_of([40, 60])
+q, k, v = normal(100, 3, 2, 32).float().unbind(1)
+with torch.no_grad():
+    predicted(game, images)
+    child = os.fork()
+    game.backend_for(images)  # compares the weights
+    functions.attention(q, k, v, layout, layout)  # in the number format that the parent did not use
+os._exit(0 if not child or not os.waitpid(child, 0)[1] else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_runs_without_threads():
+    """Those of its parent do not exist in it, and to wait for them would be for ever."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, cwd=Path(__file__).parent)
 
 
 @torch.no_grad()
