@@ -2,7 +2,7 @@
 
 import platform
 from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
+from os import cpu_count, environ
 from pathlib import Path
 from zlib import crc32
 
@@ -33,8 +33,9 @@ kernels = Extension(
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
         "-Wno-psabi",
+        *environ.get("TOKENGAME_FLAGS", "").split(),  # of scripts/sanitize
     ],
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp", *environ.get("TOKENGAME_FLAGS", "").split()],
     optional=True,  # where they do not compile, the package works without
 )
 

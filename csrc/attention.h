@@ -73,6 +73,8 @@ template <class Number>
 void attention(const Number* q, long q_row, long q_head, const Number* k, long k_row, long k_head, const Number* v, long v_row,
                long v_head, const int64_t* query_cu_seqlens, const int64_t* key_cu_seqlens, long images, long heads, long width,
                const float* bias, double scale, Number* out, long threads) {
+    EXPECT(threads >= 1 && heads >= 0 && in_tiles(width));
+    EXPECT(are_packed(query_cu_seqlens, images, ANY_ROWS, 0) && are_packed(key_cu_seqlens, images, ANY_ROWS, 0));
     static thread_local Buffer bias_memory;
     const float log2e = 1.44269504f;  // the softmax uses powers of 2
     long longest = 0;  // queries of an image

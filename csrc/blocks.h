@@ -100,6 +100,12 @@ template <class Number>
 void run_half_blocks(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens,
                      long images, const float* bias, const CachedKeysValues<Number>* cached, const ObservationRequest* request,
                      Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+    EXPECT(threads >= 1 && rows >= 0 && 0 <= first && first <= last && are_packed(cu_seqlens, images, rows, 0));
+    for ([[maybe_unused]] long half = first; half < last; half++) EXPECT(in_tiles(blocks[half / 2]));
+    EXPECT(!cached->keys || (first % 2 == 0 && are_packed(cached->cu_seqlens, images, ANY_ROWS, 0)));
+    EXPECT(!next_query || are_packed(cu_seqlens, images, rows, 1));
+    EXPECT(!request->batch_agents || (next_keys_values && next_query && last % 2 == 0 && request->prefix >= 0));
+    EXPECT(!request->batch_agents || are_packed(cu_seqlens, images, rows, request->prefix));
     const Block& b = blocks[first / 2];
     const long groups = groups_of<Number>(rows, images, threads);
     if (groups == 1) {
@@ -128,6 +134,7 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
 template <class Number>
 void last_block(const Block* block, const Number* qkv, const Number* x, long rows, const int64_t* cu_seqlens, long images,
                 long prefix, const float* bias, Number* normed, Number* out, long threads) {
+    EXPECT(threads >= 1 && rows >= 0 && prefix >= 0 && are_packed(cu_seqlens, images, rows, prefix) && in_tiles(*block));
     static thread_local Buffer query_memory, folded_memory, found_memory, attended_memory, cu_seqlens_memory, packed_memory;
     const Block& b = *block;
     const long tokens = images * prefix, inner = b.inner();

@@ -229,6 +229,7 @@ void merge(const ImageRows<Number>& rows, long row, const int* absorbed, long co
 template <class Number>
 void class_attention(const Number* keys, long key_row, long key_head, long heads, long width, const Number* query,
                      double scale, const int64_t* cu_seqlens, long images, const float* bias, float* out, long threads) {
+    EXPECT(threads >= 0 && heads >= 0 && in_tiles(width) && are_packed(cu_seqlens, images, ANY_ROWS, 1));
     const Heads<Number> h{keys, nullptr, key_row, key_head, 0, 0, heads, width};
     in_parallel(threads, images, [&](long image) {
         const long first = cu_seqlens[image], rows = cu_seqlens[image + 1] - first;
@@ -245,6 +246,9 @@ void observe(const Number* keys, long key_row, long key_head, const Number* valu
              long heads, long width, const Number* query, double scale, const int64_t* cu_seqlens, long images, long prefix,
              const float* bias, const int64_t* position, const float* dither, long total_agents, long with_similarity,
              float* features, int64_t* index, long batch_agents, long first_image, long threads) {
+    EXPECT(threads >= 0 && heads >= 0 && in_tiles(width) && prefix >= 0 && total_agents >= 1 && first_image >= 0);
+    EXPECT(are_packed(cu_seqlens, images, ANY_ROWS, most(1L, prefix)));
+    EXPECT(!index || cu_seqlens[images] - (first_image + images) * prefix <= batch_agents);
     static thread_local Buffer mean_memory;
     const Heads<Number> h{keys, values, key_row, key_head, value_row, value_head, heads, width};
     const long columns = heads + EXTRA_FEATURES;
@@ -291,12 +295,15 @@ void absorb(const Number* values, long value_row, long value_head, long heads, l
             const float* size, const int64_t* position, const uint8_t* keep, const int64_t* cu_seqlens,
             const int64_t* kept_cu_seqlens, long images, long prefix, Number* x_out, float* size_out, int64_t* position_out,
             int64_t* absorber, long threads) {
+    EXPECT(threads >= 0 && heads >= 0 && in_tiles(width) && in_tiles(dim) && prefix >= 0);
+    EXPECT(are_packed(cu_seqlens, images, ANY_ROWS, prefix) && are_packed(kept_cu_seqlens, images, ANY_ROWS, prefix));
     static thread_local Buffer memory;
     const Heads<Number> h{nullptr, values, 0, 0, value_row, value_head, heads, width};
     in_parallel(threads, images, [&](long image) {
         const long first = cu_seqlens[image], agents = cu_seqlens[image + 1] - first - prefix;
         const long first_agent = first - image * prefix;  // agents of earlier images
         Decided d(keep + first_agent, agents, memory);
+        EXPECT(kept_cu_seqlens[image + 1] - kept_cu_seqlens[image] == prefix + d.kept_count && (d.kept_count || !agents));
         if (d.pruned_count) find_targets(h, first + prefix, agents, d.pruned, d.pruned_count, d.kept, d.kept_count, d.target);
         d.sort(prefix);
         if (absorber) {

@@ -250,6 +250,10 @@ long fused_workspace(const FusedGame<Number>* game, long images, long threads) {
 template <class Number>
 void fused_forward(const FusedGame<Number>* game, const Number* input, long images, const FusedResults<Number>* results,
                    char* memory, long threads) {
+    EXPECT(images >= 0 && threads >= 1 && game->prefix >= 0 && game->agents >= 1);
+    EXPECT(in_tiles(*game->blocks) && in_tiles(game->classes) && 0 <= game->end && game->end <= 2 * game->depth);
+    for ([[maybe_unused]] long i = 0; i < game->stage_count; i++)
+        EXPECT((i ? game->stages[i - 1] : -1) < game->stages[i] && game->stages[i] < game->depth);
     const Schedule<Number> schedule(game->rows(), images, threads);
     if (schedule.groups == 1) {  // all threads work on all images
         Arena arena(memory);
@@ -257,8 +261,8 @@ void fused_forward(const FusedGame<Number>* game, const Number* input, long imag
         return;
     }
     const long bytes = worker_bytes(*game, schedule.group_size);
-    in_parallel(schedule.workers, schedule.groups, [&](long group) {
-        Arena arena(memory + omp_get_thread_num() * bytes);
+    in_parallel(schedule.workers, schedule.groups, [&](long group, long worker) {
+        Arena arena(memory + worker * bytes);
         const long first = images * group / schedule.groups, end = images * (group + 1) / schedule.groups;
         Worker<Number>(*game, schedule.group_size, 1, arena).forward(input, first, end - first, images, *results);
     });

@@ -94,7 +94,8 @@ struct FusedResults {
     float* sizes;  // [images, rows] their sizes
 };
 
-// The functions of one instruction set for one number format. Each returns 0, or 1 if there was no memory.
+// The functions of one instruction set for one number format. Each returns 0, or 1 if there was no memory, or
+// 2 if it was called with something else than is said here, which only a debug build finds (EXPECT in csrc/vectors.h).
 template <class Number>
 struct Table {
     long operand_bytes;  // of a number of a packed weight
@@ -187,5 +188,8 @@ TABLES(avx512)
 TABLES(avx512_bf16)
 TABLES(amx)
 #undef TABLES
+
+// Whether this process was forked from one that had used threads of the kernels. If not, notes that this one uses them.
+bool is_forked();  // in processor.cpp
 
 }  // namespace tokengame

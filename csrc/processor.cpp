@@ -1,11 +1,12 @@
 // Which instructions the processor has, and the tables for them. Compiled for any processor.
 #include "interface.h"
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #endif
 
@@ -61,6 +62,18 @@ static const Table<bf16>* bf16_table(int level) {
     return found;
 }
 
+bool is_forked() {
+    static pid_t process = 0;  // that has used threads
+    const pid_t now = getpid();
+    pid_t before;
+#pragma omp atomic read  // callers may come from several threads
+    before = process;
+    if (before && before != now) return true;
+#pragma omp atomic write
+    process = now;
+    return false;
+}
+
 }  // namespace tokengame
 
 using namespace tokengame;
@@ -87,6 +100,15 @@ EXPORTED const void* kernels(int level, int bytes) {
 // The checksum of the source files that this library was compiled from.
 EXPORTED unsigned source_checksum() { return SOURCES; }
 
+// Whether every function of the tables checks its arguments: see EXPECT in csrc/vectors.h.
+EXPORTED int checks_bounds() {
+#if defined(TOKENGAME_DEBUG)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Bytes of each struct that Python lays out too, by its place in tokengame/kernels/structs.py; 0 beyond the last.
 EXPORTED long struct_bytes(int which) {
     const long bytes[] = {sizeof(Norm),           sizeof(Linear),           sizeof(Block),
@@ -99,7 +121,9 @@ EXPORTED long struct_bytes(int which) {
 // spread over each tensor, at least one of every row and column.
 EXPORTED unsigned long long weight_version(const uint16_t* const* tensors, const long* rows, const long* columns, long number) {
     unsigned long long sum = 0;
-#pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum)
+#if !defined(__SANITIZE_THREAD__)  // see csrc/parallel.h; these threads write nothing but their sums
+#pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum) if (!is_forked())
+#endif
     for (long i = 0; i < number; i++) {
         // Of each row a run of neighbours, a cache line mostly; the runs of all rows hold every column.
         const long height = rows[i], width = columns[i], run = height ? (width + height - 1) / height : 0;

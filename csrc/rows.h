@@ -84,6 +84,7 @@ inline void write(const Linear& linear, const float* c, long column, const Numbe
 template <class Number>
 void linear_rows(const Number* x, long rows, long inputs, const Norm* norm, const Linear& linear, long outputs,
                  const Number* residual, Number* out, long threads) {
+    EXPECT(rows >= 0 && threads >= 1 && inputs > 0 && in_tiles(inputs) && in_tiles(outputs));
     static thread_local Buffer staged;
     const long size = rows_at_once<Operand<Number>>(rows, inputs, inputs * outputs, threads);
     in_parallel(threads, (rows + size - 1) / size, [&](long task) {
@@ -101,6 +102,7 @@ void linear_rows(const Number* x, long rows, long inputs, const Norm* norm, cons
 
 template <class Number>
 void pack_weight(const Number* weight, long outputs, long inputs, void* packed) {
+    EXPECT(outputs >= 0 && inputs >= 0);
     pack_rows(weight, inputs, nullptr, outputs, inputs, (Operand<Number>*)packed);
 }
 
@@ -119,6 +121,7 @@ void residual_linear(const Number* x, long rows, long inputs, const Linear* line
 template <class Number>
 void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
                   const Linear* linear2, Number* out, long threads) {
+    EXPECT(rows >= 0 && threads >= 1 && dim > 0 && in_tiles(dim) && hidden > 0 && in_tiles(hidden));
     static thread_local Buffer staged, middle;
     const long size = rows_at_once<Operand<Number>>(rows, hidden, 2 * dim * hidden, threads);
     in_parallel(threads, (rows + size - 1) / size, [&](long task) {
@@ -169,6 +172,8 @@ struct Grid {  // the patches of an image
 template <class Number>
 void embed(const Number* pixels, long images, long channels, long height, long width, long patch, const Linear* linear,
            long outputs, const Number* start, long prefix, Number* out, long threads) {
+    EXPECT(images >= 0 && threads >= 1 && prefix >= 0 && in_tiles(outputs));
+    EXPECT(channels > 0 && patch > 0 && height >= patch && width >= patch);
     static thread_local Buffer staged;
     const Grid grid{channels, height, width, patch};
     const long inputs = up(grid.inputs(), SIDE), patches = grid.patches(), rows = images * patches;

@@ -5,12 +5,15 @@
 
 namespace tokengame::INSTRUCTIONS {
 
-// Calls a function; 1 if it threw, which it does without memory. No exception leaves the library.
+// Calls a function; 1 if it threw, which it does without memory, or 2 in a debug build where an argument is not as
+// csrc/interface.h says. No exception leaves the library.
 template <auto function, class... Arguments>
 int guarded(Arguments... arguments) {
     try {
         function(arguments...);
         return 0;
+    } catch (const Violated&) {
+        return 2;
     } catch (...) {
         return 1;
     }

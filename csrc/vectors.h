@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -167,6 +168,34 @@ inline Vector gelu(Vector x) {
     for (float c : GELU_FLOAT) y = y * t + c;
     return x * (inner * y + 0.5f);
 }
+
+// What a debug build (-DTOKENGAME_DEBUG, as by scripts/sanitize) checks of the arguments of every function of the table, and
+// of what these functions pass to each other. In any other build nothing is left of it.
+struct Violated {};
+#if defined(TOKENGAME_DEBUG)
+#define EXPECT(condition)                                                                            \
+    do {                                                                                             \
+        if (!(condition)) {                                                                          \
+            std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);       \
+            throw Violated();                                                                        \
+        }                                                                                            \
+    } while (0)
+#else
+#define EXPECT(condition) ((void)0)
+#endif
+
+inline bool in_tiles(long width) { return width >= 0 && width % 32 == 0; }
+inline bool in_tiles(const Block& b) {
+    return in_tiles(b.dim) && in_tiles(b.width) && in_tiles(b.hidden) && b.dim > 0 && b.heads > 0;
+}
+// Whether images follow each other in an array of so many rows, each with at least `fewest` of them.
+inline bool are_packed(const int64_t* cu_seqlens, long images, long rows, long fewest) {
+    if (images < 0 || (images > 0 && (cu_seqlens[0] < 0 || cu_seqlens[images] > rows))) return false;
+    for (long image = 0; image < images; image++)
+        if (cu_seqlens[image + 1] - cu_seqlens[image] < fewest) return false;
+    return true;
+}
+constexpr long ANY_ROWS = INT64_MAX;  // of functions that are not told how many there are
 
 // Working memory of a thread, kept from call to call, aligned to 64 bytes. Without memory std::bad_alloc is thrown.
 class Buffer {

@@ -31,6 +31,8 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 """the kernels' sources, in a checkout of the repository"""
 LEVELS = ("none", "generic", "avx2", "avx512", "avx512_bf16", "amx")
 """instructions to use, or the best ones below, by the environment variable TOKENGAME_KERNELS"""
+VIOLATED = 2
+"""what a function returns that was called with what it does not allow, see csrc/table.h"""
 INSTRUCTIONS = {
     torch.float32: ("the compiler's vectors", "AVX2", "AVX-512", "AVX-512", "AVX-512"),
     torch.bfloat16: ("the compiler's vectors", "AVX2", "AVX-512", "AVX-512 bfloat16", "AMX"),
@@ -159,12 +161,15 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
 
     Raises:
         MemoryError: there was none for the kernels' own use.
+        AssertionError: an argument is not as csrc/interface.h says; only a debug build finds it (scripts/sanitize).
     """
     function: Callable[..., int] = _table(level(), dtype)[name]
     found = function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
-    if found and name != "fused_workspace":
-        raise MemoryError("no memory for the compiled kernels: make the batch smaller")
-    return found
+    if name == "fused_workspace" or not found:
+        return found
+    if found == VIOLATED:
+        raise AssertionError(f"{name} of the compiled kernels was called with what csrc/interface.h does not allow")
+    raise MemoryError("no memory for the compiled kernels: make the batch smaller")
 
 
 def weight_version(pointers: Any, rows: Any, columns: Any, number: int) -> int:
