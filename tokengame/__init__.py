@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
-__version__ = "0.13.0"
+__version__ = "0.14.0"
 __all__ = [
     "Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "calibrate", "evaluate", "kernels", "prune", "train",
 ]  # fmt: skip
