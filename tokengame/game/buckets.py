@@ -35,7 +35,7 @@ class BucketGame(TokenGame):
             return state
         half = 2 * self.stages[state.stage - 1]
         ran = state.backend.run(half, half + 1, state.x, state.layout, state.bias, state.cached)
-        return replace(state, x=ran.x, heads=None, cached=None)
+        return replace(state, x=ran.x, cached=None)
 
     def finish(self, state: State) -> tuple[Tensor, Tensor]:
         """[B, classes] the prediction, and [B, N] bool, which agents are left."""
@@ -53,27 +53,27 @@ class BucketGame(TokenGame):
 
 
 def removed(state: State, keep: Tensor, logits: Tensor, merge: bool) -> State:
-    """As `game.transition.remove`, in as many rows as before: those that are left come first, the others are padding."""
+    """As `game.transition.remove`, in as many rows as before: those that are left come first, padding follows."""
     agents, layout, prefix = state.agents, state.layout, state.prefix
     keep = keep & agents.filled if isinstance(agents, BucketLayout) else keep
     keep = keep_at_least_one(keep, logits, agents)
     stays, count = keep_with_prefix(state, keep), agents.pad(keep, False).sum(1)
-    # Padding holds an agent's row, whose position is one of the grid, so that what is computed of it is harmless.
+    # Padding holds an agent's row, whose position is one of the grid.
     rows = torch.nonzero_static(stays, size=layout.rows, fill_value=prefix).squeeze(1)
     x, size, cached = state.x.index_select(0, rows), None, None
     if merge:
         assert state.heads is not None
         x, size = merged(state, keep, stays)
         cached = CachedKeysValues(state.heads.keys, state.heads.values, layout, state.bias)
-    return State(
-        state.backend, x, state.position.index_select(0, rows), BucketLayout(count + prefix, layout.rows, layout.longest),
-        BucketLayout(count, agents.rows, agents.longest), state.total, state.dither, size, cached=cached,
-        kept=(*state.kept, count),
+    return replace(
+        state, x=x, position=state.position.index_select(0, rows), size=size, heads=None, observed=None, cached=cached,
+        layout=BucketLayout(count + prefix, layout.rows, layout.longest),
+        agents=BucketLayout(count, agents.rows, agents.longest), kept=(*state.kept, count),
     )  # fmt: skip
 
 
 def merged(state: State, keep: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
-    """As `backends.decisions.merge`, in as many rows as before: [M, C] rows and [M] sizes, zeros and ones at the end."""
+    """As `backends.decisions.merge`, in as many rows as before: [M, C] rows and [M] sizes."""
     agents, own = state.agents, torch.arange(len(stays), device=stays.device)
     assert state.observed is not None
     assert state.observed.similarity is not None

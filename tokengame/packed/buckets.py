@@ -7,6 +7,7 @@ the rows of a batch and those of an image, and only the bounds are known to the 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokengame.packed.layout import RaggedLayout
@@ -20,8 +21,9 @@ def bucket(number: int, step: int, most: int) -> int:
 class BucketLayout(RaggedLayout):
     """A ragged layout of M rows of which the last are padding: those past the rows of the last image.
 
-    Padding is a sequence of its own to variable-length attention, and is left out of padded batches. It counts as the
-    last image's in `image`, so sums over the rows of an image must leave it out (see `filled`).
+    Padding is left out of padded batches and of variable-length attention, which writes nothing there: what is computed
+    of it may be any number. In `image` it counts as the last image's, so sums over the rows of an image must leave it
+    out (see `filled`).
 
     Args:
         count: [B] rows of each image, on the device.
@@ -39,14 +41,8 @@ class BucketLayout(RaggedLayout):
     def _start(self) -> Tensor:
         return self.count.cumsum(0) - self.count
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """[B + 2] int32, cumulative row counts from 0; the last sequence is padding"""
-        return self._once("cu_seqlens", self._cu_seqlens)
-
     def _cu_seqlens(self) -> Tensor:
-        ends = self.count.cumsum(0, dtype=torch.int32)
-        return torch.cat([torch.zeros_like(ends[:1]), ends, torch.full_like(ends[:1], self.rows)])
+        return F.pad(self.count.cumsum(0, dtype=torch.int32), (1, 0))
 
     @property
     def filled(self) -> Tensor:

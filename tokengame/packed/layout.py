@@ -81,9 +81,12 @@ class RaggedLayout:
     @property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] cumulative row counts, from 0: the first row of each image, and the number of rows"""
-        return self._once(
-            "cu_seqlens", lambda: torch.tensor(list(accumulate(self.counts, initial=0)), device=self.device)
-        )
+        return self._once("cu_seqlens", self._cu_seqlens)
+
+    def _cu_seqlens(self) -> Tensor:
+        if self.uniform:
+            return torch.arange(self.images + 1, device=self.device) * self.longest
+        return torch.tensor(list(accumulate(self.counts, initial=0)), device=self.device)
 
     @property
     def image(self) -> Tensor:

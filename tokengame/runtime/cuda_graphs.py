@@ -63,13 +63,14 @@ class CudaGraphs:
     Args:
         fast: the pruned model; it stays usable.
         capture: whether launches are captured; by default where the model is on a CUDA GPU.
+        compiled: whether output projections and MLPs are compiled first (timm's models).
 
     Raises:
         TokenGameError: the game cannot be captured; the sentence says why.
     """
 
-    def __init__(self, fast: PrunedViT, capture: bool | None = None):
-        self.fast, self.capture = fast, capture
+    def __init__(self, fast: PrunedViT, capture: bool | None = None, compiled: bool = False):
+        self.fast, self.capture, self.compiled = fast, capture, compiled
         self._read()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class CudaGraphs:
         self.fast._check(images)
         if not len(images):
             return self.fast.predict(images)
-        if self._signature() != self._known:
+        if self._signature() != self._read_from:
             self._read()
         with torch.inference_mode(False), torch.no_grad():
             return self._play(images)
@@ -89,14 +90,15 @@ class CudaGraphs:
     def _read(self) -> None:
         """Take over the pruned model as it is now; what was captured of an earlier one is given up."""
         game = self.fast.game
-        check(self.fast)
+        check(self.fast, self.compiled)
         game.backbone.refresh()
-        self.game = BucketGame(game.backbone, game.config, game.features)
-        self.backend = TorchBackend(game.backbone, attend)
+        backbone: Any = CompiledParts(game.backbone) if self.compiled else game.backbone
+        self.game = BucketGame(backbone, game.config, game.features)
+        self.backend = TorchBackend(backbone, attend)
         self.captures = game.backbone.device.type == "cuda" if self.capture is None else self.capture
         parts = [part for part in (game.backbone.model, self.fast.actor) if isinstance(part, nn.Module)]
         self._tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-        self._known = self._signature()
+        self._read_from = self._signature()
         self._buffers: dict[Any, Buffers] = {}
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self.captures else None
@@ -185,8 +187,26 @@ def attend(qkv: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Ten
     return (by_rule(layout, Shape.of(qkv)) if qkv.is_cuda else padded_attention)(qkv, layout, bias)
 
 
-def check(fast: PrunedViT) -> None:
-    """Refuse what cannot be captured.
+class CompiledParts:
+    """A backbone of timm's whose output projections and MLPs are compiled, once for all blocks and numbers of rows."""
+
+    def __init__(self, backbone: Any):
+        self.backbone, kind = backbone, type(backbone.parts[0])
+        self._add_attention = torch.compile(kind.add_attention, dynamic=True)
+        self._feed_forward = torch.compile(kind.feed_forward, dynamic=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
+        return self._add_attention(self.backbone.parts[block], x, attended, layout)
+
+    def feed_forward(self, block: int, x: Tensor, layout: RaggedLayout) -> Tensor:
+        return self._feed_forward(self.backbone.parts[block], x, layout)
+
+
+def check(fast: PrunedViT, compiled: bool = False) -> None:
+    """Refuse what cannot be captured, or compiled first.
 
     Raises:
         TokenGameError: says what it is.
@@ -198,5 +218,7 @@ def check(fast: PrunedViT) -> None:
         reason = "lets images fall back to all tokens: prune with cascade_margin 0"
     elif backbone.positional or not backbone.has_class_token:
         reason = "has rotary or relative positions, or no class token: call the pruned model itself"
+    elif compiled and len({type(part) for part in getattr(backbone, "parts", ())}) != 1:
+        reason = "is not made of one kind of timm's blocks: leave out compiled"
     if reason:
         raise TokenGameError(f"{type(backbone.model).__name__} is not captured in CUDA graphs, since it {reason}")
