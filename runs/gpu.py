@@ -111,7 +111,7 @@ SHAPES = {
     ),
     "tiny": (Shape("vit_tiny_patch16_224", 2, BOTH, TINY), Shape("vit_tiny_patch16_224", 1, settings=TINY)),
 }  # fmt: skip
-"""in order of importance, for whoever is cut short"""
+"""in order of importance: the time may end before the last"""
 
 
 # Rows
