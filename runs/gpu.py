@@ -576,7 +576,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"), help="folder of the results")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--models", choices=SHAPES, default="usual", help=argparse.SUPPRESS)
-    return run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    try:
+        return run(args)
+    except KeyboardInterrupt:  # of `timeout` in runs/gpu.sh
+        print(f"stopped; what was measured until then is in {args.output}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
