@@ -377,7 +377,12 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = call()
-    return lambda: (graph.replay(), kept)
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def pruned_variants(fast: PrunedViT, transition: str, x: Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
@@ -512,7 +517,11 @@ def profiles(rows: Rows, shape: Shape, device: torch.device) -> None:
     model = random_model(shape.model, shape.settings, dtype, device)
     x = noise(model, shape.batch)
     fast, _ = pruned(model, "merge", x)
-    for name, form in {"eager": lambda: fast, "captured": lambda: CudaGraphs(fast)}.items():
+    forms: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
+        "eager": lambda: fast,
+        "captured": lambda: CudaGraphs(fast),
+    }
+    for name, form in forms.items():
         call = drawing(fast, form, x)
         path = rows.folder / f"profile_{shape.model}_batch{shape.batch}_{name}.txt"
         path.write_text(profile_of(call, device))

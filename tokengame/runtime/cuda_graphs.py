@@ -106,8 +106,8 @@ class CudaGraphs:
     def _signature(self) -> tuple[Any, ...]:
         """What captured launches depend on; values of weights may change, their memory may not."""
         fast, memory = self.fast, tuple(tensor.data_ptr() for tensor in self._tensors)
-        same = fast.game.backbone.watch.unchanged
-        return fast.game, fast.game.attention, fast.actor, fast.threshold, fast.training, same, memory
+        watch = fast.game.backbone.watch  # another one where the model was read anew
+        return fast.game, fast.actor, fast.threshold, fast.training, watch, watch.unchanged, memory
 
     def _play(self, images: Tensor) -> PrunedOutput:
         key = images.shape, images.dtype
@@ -147,7 +147,8 @@ class CudaGraphs:
             with torch.cuda.device(self.game.backbone.device):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool):  # records launches, computes nothing
-                    self._graphs[known] = graph, call()
+                    static = call()
+                self._graphs[known] = graph, static
         return output
 
     def _stretch(self, buffers: Buffers, stage: int, rows: int, longest: int) -> tuple[Tensor, Tensor] | None:
