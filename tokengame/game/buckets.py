@@ -55,7 +55,6 @@ class BucketGame(TokenGame):
 def removed(state: State, keep: Tensor, logits: Tensor, merge: bool) -> State:
     """As `game.transition.remove`, in as many rows as before: those that are left come first, padding follows."""
     agents, layout, prefix = state.agents, state.layout, state.prefix
-    keep = keep & agents.filled if isinstance(agents, BucketLayout) else keep
     keep = keep_at_least_one(keep, logits, agents)
     stays, count = keep_with_prefix(state, keep), agents.pad(keep, False).sum(1)
     # Padding holds an agent's row, whose position is one of the grid.
