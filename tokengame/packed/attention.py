@@ -155,7 +155,8 @@ def cross_attention(
     half = q.dtype in (torch.float16, torch.bfloat16) and not dropout
     if half and scale is None and not query_layout.uniform and has_varlen(q.device, q.shape[2]):
         return _varlen(q, k, v, query_layout, layout, bias)
-    if q.device.type == "cpu" and not query_layout.uniform and layout.longest <= LONG and not dropout:
+    ragged = query_layout.counts and not query_layout.uniform  # a `BucketLayout` has its counts on the device
+    if q.device.type == "cpu" and ragged and layout.longest <= LONG and not dropout:
         return _one_by_one(q, k, v, query_layout, layout, bias, scale)
     if bias is None and not layout.uniform:
         bias = q.new_zeros(layout.rows)

@@ -61,20 +61,32 @@ class RaggedLayout:
     @property
     def count(self) -> Tensor:
         """[B] rows of each image"""
-        return self._once("count", lambda: torch.tensor(self.counts, device=self.device))
+        return self._once("count", self._count)
+
+    def _count(self) -> Tensor:
+        if self.uniform:  # copies nothing from the host, so that it can be captured in a CUDA graph
+            return torch.full((self.images,), self.longest, device=self.device)
+        return torch.tensor(self.counts, device=self.device)
 
     @property
     def start(self) -> Tensor:
         """[B] first row of each image"""
-        starts = lambda: list(accumulate(self.counts, initial=0))[:-1]  # noqa: E731
-        return self._once("start", lambda: torch.tensor(starts(), device=self.device))
+        return self._once("start", self._start)
+
+    def _start(self) -> Tensor:
+        if self.uniform:
+            return torch.arange(self.images, device=self.device) * self.longest
+        return torch.tensor(list(accumulate(self.counts, initial=0))[:-1], device=self.device)
 
     @property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] cumulative row counts, from 0: the first row of each image, and the number of rows"""
-        return self._once(
-            "cu_seqlens", lambda: torch.tensor(list(accumulate(self.counts, initial=0)), device=self.device)
-        )
+        return self._once("cu_seqlens", self._cu_seqlens)
+
+    def _cu_seqlens(self) -> Tensor:
+        if self.uniform:
+            return torch.arange(self.images + 1, device=self.device) * self.longest
+        return torch.tensor(list(accumulate(self.counts, initial=0)), device=self.device)
 
     @property
     def image(self) -> Tensor:

@@ -182,7 +182,7 @@ class BudgetActor(ContextActor):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
-        layout, share = obs.layout, torch.tensor(self.shares, device=obs.stage.device)[obs.stage]  # [B]
+        layout, share = obs.layout, self._share(obs)
         assert layout is not None
         logits = self.by_rows(obs).float()
         padded = layout.pad(logits, float("-inf"))  # [B, longest]
@@ -198,6 +198,12 @@ class BudgetActor(ContextActor):
     def linear(self) -> LinearDecision:
         """Of each stage, in features as they are observed."""
         return super().linear._replace(shares=self.shares)
+
+    def _share(self, obs: Observation) -> Tensor | float:
+        """Of each image [B], or one of all of them, which copies nothing from the host."""
+        if obs.at_stage is not None:
+            return self.shares[obs.at_stage]
+        return torch.tensor(self.shares, device=obs.stage.device)[obs.stage]
 
 
 Actor = TokenActor | ContextActor
