@@ -160,7 +160,7 @@ def test_saved_and_loaded_it_decides_the_same(images, tmp_path):
     assert torch.equal(prune(model, loaded)(others), fast(others))
     assert loaded.card["training"]["rule"] == "the starting rule, nothing was learned"
     assert type(loaded.actor) is (BudgetActor if images is None else ContextActor)
-    assert (linear_decision(loaded.actor) is None) == (images is None), "with thresholds a fused forward may run it"
+    assert linear_decision(loaded.actor) is not None, "a game in one call may run it"
 
 
 @torch.inference_mode()

@@ -225,7 +225,7 @@ class FusedOutput(NamedTuple):
     """[B, prefix + N, C] tokens before the first decision, where they were wanted"""
 
 
-class Played(NamedTuple):
+class FusedGame(NamedTuple):
     """A whole game in one call: `FusedOutput`, with logits or the rows [M, C] that are left and their sizes [M]."""
 
     logits: Tensor | None
@@ -254,7 +254,7 @@ class Entry(NamedTuple):
 def fused_forward(
     weights: PackedWeights, entry: Entry, classify: bool, stages: tuple[int, ...], merges: bool, end: int,
     linear: Tensor, thresholds: Tensor, shares: Tensor | None, dither: Tensor, tokens_before: bool,
-) -> Played:  # fmt: skip
+) -> FusedGame:  # fmt: skip
     """Whole games under a linear policy in one call.
 
     Args:
@@ -288,10 +288,10 @@ def fused_forward(
     _play(game, images, FusedResultsStruct(*pointers))
     if left is None:
         assert weights.head is not None
-        return Played(logits[:, : weights.head[1].outputs], kept.unbind(0), alive, tokens, None, None)  # type: ignore[index]
+        return FusedGame(logits[:, : weights.head[1].outputs], kept.unbind(0), alive, tokens, None, None)  # type: ignore[index]
     last = kept[-1] if stages else torch.full((number,), rows - prefix)
     there = torch.arange(rows) < (last + prefix)[:, None]
-    return Played(None, kept.unbind(0), alive, tokens, left[there], None if sizes is None else sizes[there])
+    return FusedGame(None, kept.unbind(0), alive, tokens, left[there], None if sizes is None else sizes[there])
 
 
 def _play(game: FusedGameStruct, images: Tensor, results: FusedResultsStruct) -> None:

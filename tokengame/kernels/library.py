@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
     highest: int
     """the highest level of the processor, counted from "generic" """
     fastest: int
-    """the level that is used unless another one is asked for"""
+    """the level that is used unless another one is chosen"""
     reason: str
     """why it cannot be used; empty where it can"""
 
