@@ -189,6 +189,7 @@ def test_methods_are_timed_by_turns_on_full_batches_dealt_anew(monkeypatch):
 
     monkeypatch.setattr(comparison, "unfused", lambda _: "unfused")
     monkeypatch.setattr(comparison, "timed", timed)
+    monkeypatch.setattr(kernels, "usable", lambda _: False)
     numbers, method = torch.arange(7.0), SimpleNamespace(predict="method")
     assert time_method("fused", method, [numbers[:3], numbers[3:]], rounds=2) == ([(4, 3.0, 1.5)] * 2, [])
     assert [name for name, _ in called[:2]] == ["method"] * 2

@@ -131,7 +131,9 @@ def test_the_rule_with_budgets_is_played_in_one_call(monkeypatch):
     fast, images = prune(model), images_for(model, 5)
     expected = step_by_step(fast.game, images, fast.actor)
     monkeypatch.setattr(TokenGame, "observe", lambda *_: pytest.fail("step by step"))
-    assert_same(fast.predict(images), expected)
+    found = fast.predict(images)
+    assert torch.equal(found.alive, expected.alive)
+    assert off(found.logits, expected.logits) < 1e-5
 
 
 @pytest.mark.usefixtures("level", "two_threads")
