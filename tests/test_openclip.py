@@ -209,7 +209,7 @@ def test_forward_intermediates(timm, arguments):
     model.visual = prune_by(model.visual, CONFIG, keep_all)
     found = model.forward_intermediates(images, WORDS[:2], **arguments)
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)  # of numbers up to some tens
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)  # sums of another order
 
 
 def test_an_embedding_of_an_early_block_is_refused():
