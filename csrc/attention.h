@@ -85,7 +85,7 @@ void attention(const Number* q, long q_row, long q_head, const Number* k, long k
         const long image = task / (heads * parts), h = task / parts % heads, part = task % parts;
         const long start = key_cu_seqlens[image], n = key_cu_seqlens[image + 1] - start;
         const long all = query_cu_seqlens[image + 1] - query_cu_seqlens[image];
-        const long part_size = up((all + parts - 1) / parts, SIDE), begin = least(all, part * part_size);
+        const long part_size = up((all + parts - 1) / parts, ROWS_TOGETHER<Operand<Number>>), begin = least(all, part * part_size);
         const long first = query_cu_seqlens[image] + begin, queries = least(part_size, all - begin);
         if (queries <= 0 || n <= 0) return;
         float* key_bias = bias_memory.take<float>(up(n, SIDE));

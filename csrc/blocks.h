@@ -41,50 +41,89 @@ void queries_of(const Block& b, const Number* rows, long images, bool normed, Nu
     linear_rows(rows, images, b.dim, nullptr, part, b.inner(), (const Number*)nullptr, query, threads);
 }
 
+// A group of consecutive images on its way through half-blocks first .. last - 1; see run_half_blocks. All arrays with a row
+// for each token are those of the whole batch, and so are row numbers; the group's rows are start .. start + rows - 1.
+template <class Number>
+struct Group {
+    const Block* blocks;
+    long first, last, start, rows, threads;
+    bool cached;  // whether half-block `first`, an attention, needs queries alone
+    Number *qkv, *attended, *out, *next_keys_values;
+
+    // Queries [.., heads, width] of such an attention, by row number.
+    Number* queries() const { return qkv + 2 * start * blocks->inner(); }
+
+    // Rows begin .. begin + count - 1 of x, from half-block `half` to what the next attention reads. After an attention,
+    // `half` is that attention, and what it gave is in `attended`.
+    void run_rows(long half, bool after_attention, const Number* x, long begin, long count) const {
+        const Block* b = blocks + half / 2;
+        const long inner = b->inner();
+        Number* to = out + begin * b->dim;
+        x += begin * b->dim;
+        if (after_attention) {
+            residual_linear<Number>(attended + begin * inner, count, inner, &b->proj, b->dim, x, to, 1);
+            x = to, half++;
+        }
+        if (half % 2 && half < last) {
+            residual_mlp<Number>(x, count, b->dim, &b->norm2, &b->fc1, b->hidden, &b->fc2, to, 1);
+            x = to, half++, b++;
+        }
+        if (half % 2) return;
+        if (half < last && half == first && cached) normed_qkv(*b, x, count, 0, 1, queries() + begin * inner, 1);
+        else if (half < last) normed_qkv(*b, x, count, 0, 3, qkv + begin * 3 * inner, 1);
+        else if (next_keys_values) normed_qkv(*b, x, count, 1, 3, next_keys_values + begin * 2 * inner, 1);
+    }
+
+    // The same for all rows. A thread takes its rows through all of it, so that they stay in its cache, and threads wait for
+    // each other only before and after attention.
+    void run_all_rows(long half, bool after_attention, const Number* x) const {
+        const long parts = threads == 1 ? 1 : threads * most(1L, rows / (256 * threads));
+        const long size = up((rows + parts - 1) / parts, ROWS_TOGETHER<Operand<Number>>);
+        in_parallel(threads, (rows + size - 1) / size, [&](long task) {
+            run_rows(half, after_attention, x, start + task * size, least(size, rows - task * size));
+        });
+    }
+};
+
 // As run_half_blocks, for a group of consecutive images, which all threads take together. cu_seqlens points at the group's
-// first image, and so do cached.cu_seqlens and next_query; `rows` counts the group's rows. All arrays with a row for each
-// token are those of the whole batch, and so are the row numbers in cu_seqlens.
+// first image, and so do cached.cu_seqlens and next_query; `rows` counts the group's rows.
 template <class Number>
 void run_group(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens, long images,
                const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request, Number* qkv,
                Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
     static thread_local Buffer first_memory;
-    const long start = cu_seqlens[0];  // attention adds it itself; functions of single rows get pointers to the group's rows
-    for (long half = first; half < last; half++, x = out) {
+    const bool cached_first = first < last && first % 2 == 0 && cached.keys;
+    const Group<Number> group{blocks, first, last, cu_seqlens[0], rows, threads, cached_first, qkv, attended, out,
+                              next_keys_values};
+    group.run_all_rows(first, false, x);
+    if (first % 2 && first < last) x = out;
+    for (long half = first + first % 2; half < last; half += 2, x = out) {
         const Block& b = blocks[half / 2];
-        const long inner = b.inner(), offset = start * b.dim;
-        if (half % 2) {
-            residual_mlp(x + offset, rows, b.dim, &b.norm2, &b.fc1, b.hidden, &b.fc2, out + offset, threads);
-            continue;
-        }
-        if (half == first && cached.keys) {
-            Number* q = qkv + 2 * start * inner;  // so that the group's queries begin where its rows of qkv begin
-            normed_qkv(b, x + offset, rows, 0, 1, q + start * inner, threads);
-            attention(q, inner, b.width, cached.keys, cached.key_row, cached.key_head, cached.values, cached.value_row,
-                      cached.value_head, cu_seqlens, cached.cu_seqlens, images, b.heads, b.width, cached.bias, b.scale, attended,
-                      threads);
-        } else {
-            normed_qkv(b, x + offset, rows, 0, 3, qkv + start * 3 * inner, threads);
+        const long inner = b.inner();
+        if (half == first && cached_first)
+            attention<Number>(group.queries(), inner, b.width, cached.keys, cached.key_row, cached.key_head, cached.values,
+                              cached.value_row, cached.value_head, cu_seqlens, cached.cu_seqlens, images, b.heads, b.width,
+                              cached.bias, b.scale, attended, threads);
+        else
             attention<Number>(qkv, 3 * inner, b.width, qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width,
                               cu_seqlens, cu_seqlens, images, b.heads, b.width, bias, b.scale, attended, threads);
-        }
-        residual_linear(attended + start * inner, rows, inner, &b.proj, b.dim, x + offset, out + offset, threads);
+        group.run_all_rows(half, true, x);
     }
-    if (!next_keys_values && !next_query) return;
-    const Block& b = blocks[last / 2];
-    const long inner = b.inner();
-    if (next_keys_values) normed_qkv(b, x + start * b.dim, rows, 1, 3, next_keys_values + start * 2 * inner, threads);
     if (next_query) {
+        const Block& b = blocks[last / 2];
         Number* first_rows = first_memory.take<Number>(images * b.dim);
         for (long image = 0; image < images; image++)
             std::memcpy(first_rows + image * b.dim, x + cu_seqlens[image] * b.dim, b.dim * sizeof(Number));
         normed_qkv<Number>(b, first_rows, images, 0, 1, next_query, threads);
     }
-    if (request.batch_agents)
+    if (request.batch_agents) {
+        const Block& b = blocks[last / 2];
+        const long inner = b.inner();
         observe<Number>(next_keys_values, 2 * inner, b.width, next_keys_values + inner, 2 * inner, b.width, b.heads, b.width,
                         next_query, b.scale, cu_seqlens, images, request.prefix, bias, request.position, request.dither,
                         request.total_agents, 1, request.features, request.index, request.batch_agents, request.first_image,
                         threads);
+    }
 }
 
 // Number of groups to split the images into. A thread takes one group at a time through several half-blocks. 1 means that
