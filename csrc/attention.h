@@ -21,7 +21,7 @@ inline void softmax(float* scores, long rows, long n, float factor, const float*
         float* row = scores + r * SIDE;
         Vector top = same(-1e30f), sum{};
         for (long block = 0; block < padded; block += SIDE)
-            for (long k = 0; k < SIDE; k += LANES) {
+            for (long k = 0; k < SIDE && block + k < n; k += LANES) {
                 float* piece = row + block * SIDE + k;
                 const Vector logit = load(piece) * factor + load(bias + block + k);
                 store(piece, logit);
@@ -45,7 +45,7 @@ template <class Number>
 void head_attention(Strided<Number> q, Strided<Number> k, Strided<Number> v, long queries, long n, long width,
                     const float* bias, float factor, Number* out, long out_row) {
     static thread_local Buffer key_memory, value_memory, query_memory, share_memory, score_memory;
-    const long padded = up(n, SIDE), steps = width / SIDE;
+    const long padded = up(n, SIDE);
     auto *keys = key_memory.take<Operand<Number>>(padded * width), *values = value_memory.take<Operand<Number>>(padded * width);
     auto *query = query_memory.take<Operand<Number>>(SIDE * width), *shares = share_memory.take<Operand<Number>>(SIDE * padded);
     float* scores = score_memory.take<float>(SIDE * padded);
@@ -54,12 +54,13 @@ void head_attention(Strided<Number> q, Strided<Number> k, Strided<Number> v, lon
     for (long first = 0; first < queries; first += SIDE) {
         const long rows = least(SIDE, queries - first);
         stage(q.at + first * q.row, q.row, rows, width, query);
-        for (long key = 0; key < padded; key += SIDE) product(query, keys + key * width, steps, rows, scores + key * SIDE);
+        for (long key = 0; key < padded; key += SIDE)
+            product(query, keys + key * width, width, rows, least(SIDE, n - key), scores + key * SIDE);
         float sums[SIDE];
         softmax<Number>(scores, rows, n, factor, bias, shares, sums);
         alignas(64) float c[BLOCK];
         for (long column = 0; column < width; column += SIDE) {
-            product(shares, values + column * padded, padded / SIDE, rows, c);
+            product(shares, values + column * padded, n, rows, SIDE, c);
             for (long r = 0; r < rows; r++) {
                 const Vector share = same(1 / sums[r]);
                 for (long d = 0; d < SIDE; d += LANES)
@@ -85,7 +86,8 @@ void attention(const Number* q, long q_row, long q_head, const Number* k, long k
         const long image = task / (heads * parts), h = task / parts % heads, part = task % parts;
         const long start = key_cu_seqlens[image], n = key_cu_seqlens[image + 1] - start;
         const long all = query_cu_seqlens[image + 1] - query_cu_seqlens[image];
-        const long part_size = up((all + parts - 1) / parts, ROWS_TOGETHER<Operand<Number>>), begin = least(all, part * part_size);
+        const long part_size = up((all + parts - 1) / parts, ROWS_TOGETHER<Operand<Number>>);
+        const long begin = least(all, part * part_size);
         const long first = query_cu_seqlens[image] + begin, queries = least(part_size, all - begin);
         if (queries <= 0 || n <= 0) return;
         float* key_bias = bias_memory.take<float>(up(n, SIDE));

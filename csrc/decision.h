@@ -58,7 +58,7 @@ void cosines(const Operand* metric, long width, const int* left, long rows, cons
             for (long r = 0; r < some; r++)
                 std::memcpy(staged + k * SIDE + r * SIDE, metric + left[row + r] * width + k, SIDE * sizeof(Operand));
         for (long column = 0; column < columns; column += SIDE)
-            product(staged, packed + column * width, width / SIDE, some, c + column * SIDE);
+            product(staged, packed + column * width, width, some, least(SIDE, columns - column), c + column * SIDE);
         for (long r = 0; r < some; r++) consume(row + r, c + r * SIDE);
     }
 }
@@ -133,7 +133,7 @@ void similarities(const Heads<Number>& h, long first, long n, const float* atten
             for (long r = 0; r < some; r++)
                 std::memcpy(staged + k * SIDE + r * SIDE, rows + (row + r) * width + k, SIDE * sizeof(*staged));
         for (long column = row; column < n; column += SIDE) {
-            product(staged, packed + column * width, width / SIDE, some, c);
+            product(staged, packed + column * width, width, some, least(SIDE, n - column), c);
             for (long k = column; k < least(n, column + SIDE); k += LANES) {
                 const Integers lanes = lane_numbers() + int(k);  // agents of the columns
                 const Vector column_attention = load(attention + k);

@@ -34,25 +34,29 @@ constexpr long CHUNK = 8;  // steps whose part of a panel stays in the first cac
 // Rows that products compute together: work is split at multiples of it.
 template <class Operand> constexpr long ROWS_TOGETHER = ROWS;
 
-// a [R of the rows, K] staged, b one panel, `steps` steps of both -> c [R, PANEL of 32]; added to what c holds, if `more`.
+// a [R of the rows, K] staged, b one panel [K, PANEL] -> c [R, V vectors of 32]; added to what c holds, if `more`.
 // A function of its own, so that the compiler keeps all sums in registers.
-template <int R>
-__attribute__((noinline)) void sums_of(const float* a, const float* b, long steps, float* c, bool more) {
-    Vector sums[R][VECTORS];
+template <int R, int V>
+__attribute__((noinline)) void sums_of(const float* a, const float* b, long inner, float* c, bool more) {
+    Vector sums[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = more ? load(c + r * SIDE + v * LANES) : Vector{};
-    for (long s = 0; s < steps; s++, a += BLOCK)
-#pragma GCC unroll 4
-        for (long k = 0; k < SIDE; k++, b += PANEL) {
-            Vector right[VECTORS];
-            for (int v = 0; v < VECTORS; v++) right[v] = load(b + v * LANES);
-            for (int r = 0; r < R; r++) {
-                const Vector left = same(a[r * SIDE + k]);
-                for (int v = 0; v < VECTORS; v++) sums[r][v] += left * right[v];
-            }
+        for (int v = 0; v < V; v++) sums[r][v] = more ? load(c + r * SIDE + v * LANES) : Vector{};
+    const auto add = [&](long k) {
+        Vector right[V];
+        for (int v = 0; v < V; v++) right[v] = load(b + v * LANES);
+        for (int r = 0; r < R; r++) {
+            const Vector left = same(a[r * SIDE + k]);
+            for (int v = 0; v < V; v++) sums[r][v] += left * right[v];
         }
+        b += PANEL;
+    };
+    for (; inner >= SIDE; inner -= SIDE, a += BLOCK) {
+#pragma GCC unroll 4
+        for (long k = 0; k < SIDE; k++) add(k);
+    }
+    for (long k = 0; k < inner; k++) add(k);
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) store(c + r * SIDE + v * LANES, sums[r][v]);
+        for (int v = 0; v < V; v++) store(c + r * SIDE + v * LANES, sums[r][v]);
 }
 
 // How many of n rows, of which the last may not be beyond `room`, are computed next.
@@ -61,25 +65,31 @@ inline int rows_next(long n, long room) {
     return n > 2 && room >= 4 ? 4 : n > 1 ? 2 : 1;
 }
 
-// a [32, K] staged, b [K, 32] packed -> c [32, 32] = a b; only the first `rows` rows need be right. K is 32 * steps.
-// between(step) is called once for each step: other work for the vector units, where they are idle while tiles compute.
+// As sums_of, for `rows` rows of a block.
+template <int V>
+inline void sums_of_rows(const float* a, const float* b, long inner, long rows, float* c, bool more) {
+    for (long row = 0, taken; row < rows; row += taken, a += taken * SIDE, c += taken * SIDE) {
+        switch (taken = rows_next(rows - row, SIDE - row)) {
+            case ROWS: sums_of<ROWS, V>(a, b, inner, c, more); break;
+            case 2: sums_of<2, V>(a, b, inner, c, more); break;
+            case 1: sums_of<1, V>(a, b, inner, c, more); break;
+            default: sums_of<4, V>(a, b, inner, c, more);
+        }
+    }
+}
+
+// a [32, K] staged, b [K, 32] packed -> c [32, 32] = a b; only the first `rows` rows and `columns` columns need be right. K is
+// `inner`. between(step) is called once for each step: other work for the vector units, where they are idle while tiles compute.
 template <class Between>
-inline void product(const float* a, const float* b, long steps, long rows, float* c, Between between) {
+inline void product(const float* a, const float* b, long inner, long rows, long columns, float* c, Between between) {
+    const long steps = up(inner, SIDE) / SIDE;
     for (long s = 0; s < steps; s++) between(s);
-    for (long s = 0; s < steps; s += CHUNK) {
-        const long some = least(CHUNK, steps - s);
-        for (long column = 0; column < SIDE; column += PANEL) {
-            const float* panel = b + column * steps * SIDE + s * SIDE * PANEL;
-            for (long row = 0, taken; row < rows; row += taken) {
-                const float* left = a + s * BLOCK + row * SIDE;
-                float* sums = c + row * SIDE + column;
-                switch (taken = rows_next(rows - row, SIDE - row)) {
-                    case ROWS: sums_of<ROWS>(left, panel, some, sums, s); break;
-                    case 2: sums_of<2>(left, panel, some, sums, s); break;
-                    case 1: sums_of<1>(left, panel, some, sums, s); break;
-                    default: sums_of<4>(left, panel, some, sums, s);
-                }
-            }
+    for (long k = 0; k < inner; k += CHUNK * SIDE) {
+        const long some = least(CHUNK * SIDE, inner - k);
+        for (long column = 0; column < columns; column += PANEL) {
+            const float *left = a + k * SIDE, *panel = b + column * steps * SIDE + k * PANEL;
+            if (columns - column <= LANES) sums_of_rows<1>(left, panel, some, rows, c + column, k);
+            else sums_of_rows<VECTORS>(left, panel, some, rows, c + column, k);
         }
     }
 }
@@ -149,7 +159,8 @@ template <> constexpr long ROWS_TOGETHER<bf16> = 16;
 #endif
 
 template <class Between>
-inline void product(const bf16* a, const bf16* b, long steps, long rows, float* c, Between between) {
+inline void product(const bf16* a, const bf16* b, long inner, long rows, long, float* c, Between between) {
+    const long steps = up(inner, SIDE) / SIDE;
     const bf16* second = b + steps * PAIR_STEP;
 #if defined(__AMX_BF16__)
     __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are read from memory
@@ -240,8 +251,8 @@ inline void put(bf16* to, Vector x) { store(to, x); }
 #endif
 
 template <class Operand>
-inline void product(const Operand* a, const Operand* b, long steps, long rows, float* c) {
-    product(a, b, steps, rows, c, [](long) {});
+inline void product(const Operand* a, const Operand* b, long inner, long rows, long columns, float* c) {
+    product(a, b, inner, rows, columns, c, [](long) {});
 }
 
 // from [rows, columns] with a stride, up to 32 rows -> to [32, columns] staged; the remaining rows are not written.

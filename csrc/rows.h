@@ -56,7 +56,7 @@ inline void products(const Operand* a, long rows, long inputs, const void* packe
     for (long next = 0; next < outputs; next += SIDE)
         for (long first = 0; first < rows; first += SIDE) {
             const long some = least(SIDE, rows - first);
-            product(a + first * inputs, (const Operand*)packed + next * inputs, steps, some, now,
+            product(a + first * inputs, (const Operand*)packed + next * inputs, inputs, some, SIDE, now,
                     [&](long s) { finish(count * s / steps, count * (s + 1) / steps); });
             float* other = now;
             now = previous, previous = other;
