@@ -264,8 +264,10 @@ def test_which_rows_the_kernels_can_run(monkeypatch):
         assert not kernels.usable(normal(2, 32))
     with torch.enable_grad():
         assert not kernels.usable(normal(2, 32))
+    assert len(kernels.status(torch.float32).step_by_step) == 4
     with kernels.limited("none"):
         assert not kernels.usable(normal(2, 32))
+        assert kernels.status(torch.float32).step_by_step == ("everything",)
     monkeypatch.setenv("TOKENGAME_KERNELS", "none")
     monkeypatch.setattr(library, "_limit_of_process", library._limit_of_process.__wrapped__)
     assert not kernels.usable(normal(2, 32))

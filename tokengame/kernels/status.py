@@ -16,6 +16,13 @@ FAST = {
     torch.float16: {"avx512_fp16": "AVX-512 float16", "amx_fp16": "AMX float16"},
 }
 """number formats that are slow on a processor without one of these, by PyTorch's name of it"""
+STEP_BY_STEP = (
+    "training, which draws its actions",
+    "policies that are not linear in what they observe (the paper's actor)",
+    "games that drop tokens before the first block",
+    "blocks with rotary or relative positions, other activations than exact GELU, or hooks",
+)
+"""what the compiled kernels do not run as one call from pixels to the last decision"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class Status:
     """the number format in question; None for all"""
     device: str = "cpu"
     """the kind of device in question"""
+
+    @property
+    def step_by_step(self) -> tuple[str, ...]:
+        """What is not one call of the compiled kernels here, in words."""
+        return STEP_BY_STEP if self.active else ("everything",)
 
     @property
     def active(self) -> bool:
