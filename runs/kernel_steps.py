@@ -43,13 +43,13 @@ class KernelSteps:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Print thousands of millions of multiply-accumulates a second, and what they were measured on."""
+        """Print GMACs a second, and what they were measured on."""
         torch.set_num_threads(self.threads)
         with kernels.limited(self.instructions):
             calls, macs = self.steps(getattr(torch, self.dtype))
             times = interleave(calls, torch.device("cpu"), self.seconds)
             for name, taken in times.items():
-                print(f"{name}: {1000 * median(taken):.3f} ms, {macs[name] / median(taken) / 1e9:.1f} GMAC/s")
+                print(f"{name}: {1000 * median(taken):.3f} ms, {macs[name] / median(taken) / 1e9:.1f} GMACs a second")
             print(conditions(getattr(torch, self.dtype), "cpu"))
 
     def steps(self, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
