@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	BIN=$(BIN) scripts/check
 
-$(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing tokengame into $(VENV). PyTorch is some gigabytes: this takes one to five minutes."
 	$(PIP) --editable . | scripts/brief

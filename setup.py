@@ -1,12 +1,18 @@
-"""Compiles the kernels of csrc/; whatever else is to be said of the package is in pyproject.toml."""
+"""Compiles the kernels of csrc/; whatever else is to be said of the package is in pyproject.toml.
+
+Python never imports the library: ctypes opens it by its path (tokengame/kernels/library.py). So its name, and that of
+the wheel, say nothing of a version of Python.
+"""
 
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count, environ
 from pathlib import Path
 from zlib import crc32
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 AVX512 = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -17,6 +23,10 @@ FLAGS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """what the source file of an instruction set may use; a compiler that lacks it makes an empty table of it"""
+
+FOR_DEBUGGING = environ.get("TOKENGAME_FLAGS", "").split()
+"""of scripts/sanitize, which shows lines of the sources"""
+STRIPPED = [] if FOR_DEBUGGING or not sys.platform.startswith("linux") else ["-Wl,--strip-all"]
 
 sources = sorted(Path("csrc").glob("*.cpp"))
 headers = sorted(Path("csrc").glob("*.h"))
@@ -33,15 +43,21 @@ kernels = Extension(
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
         "-Wno-psabi",
-        *environ.get("TOKENGAME_FLAGS", "").split(),  # of scripts/sanitize
+        "-g0",
+        *FOR_DEBUGGING,
     ],
-    extra_link_args=["-fopenmp", *environ.get("TOKENGAME_FLAGS", "").split()],
+    # without -fopenmp: the functions of OpenMP are PyTorch's, whatever its file is called; a second one has own threads
+    extra_link_args=[*STRIPPED, *FOR_DEBUGGING],
     optional=True,  # where they do not compile, the package works without
 )
 
 
 class Build(build_ext):
     """Gives each source file the flags of its instruction set, and compiles several at once."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The same for any Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link."""
@@ -67,4 +83,12 @@ class Build(build_ext):
         super().build_extension(ext)
 
 
-setup(ext_modules=[kernels], cmdclass={"build_ext": Build})
+class Wheel(bdist_wheel):
+    """One for any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, its binary interface, the platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

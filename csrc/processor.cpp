@@ -117,28 +117,36 @@ EXPORTED long struct_bytes(int which) {
     return which < long(sizeof bytes / sizeof *bytes) ? bytes[which] : 0;
 }
 
-// tensors [number] of [rows, columns] numbers of 16 bits -> a number that changes when tensors are written to: a hash of values
-// spread over each tensor, at least one of every row and column.
-EXPORTED unsigned long long weight_version(const uint16_t* const* tensors, const long* rows, const long* columns, long number) {
-    unsigned long long sum = 0;
-#if !defined(__SANITIZE_THREAD__)  // see csrc/parallel.h; these threads write nothing but their sums
-#pragma omp parallel for schedule(dynamic, 8) reduction(+ : sum) if (!is_forked())
-#endif
-    for (long i = 0; i < number; i++) {
-        // Of each row a run of neighbours, a cache line mostly; the runs of all rows hold every column.
-        const long height = rows[i], width = columns[i], run = height ? (width + height - 1) / height : 0;
-        if (!run) continue;
-        const long runs = (width + run - 1) / run, step = 7919 % runs, ahead = 20;
-        unsigned long long factor = 0x9e3779b97f4a7c15ull * (2 * i + 1);
-        const uint16_t* row = tensors[i];
-        for (long r = 0, at = 0, next = ahead * step % runs; r < height; r++, row += width) {
-            if (r + ahead < height) __builtin_prefetch(row + ahead * width + next * run);
-            const uint16_t* values = row + at * run;
-            const long left = width - at * run;
-            for (long k = run < left ? run : left; k > 0; k--) sum += *values++ * (factor += 0xbf58476d1ce4e5b8ull);
-            if ((at += step) >= runs) at -= runs;
-            if ((next += step) >= runs) next -= runs;
+struct Sampled {  // rows of tensors [number] of [rows, columns] numbers of 16 bits
+    const uint16_t* const* tensors;
+    const long *rows, *columns, number, part, parts;
+
+    // Calls visit(values, how many): of each sampled row a run of neighbours, a cache line mostly. Of tensors with many
+    // rows, those of one of `parts` parts are sampled; the runs of all rows hold every column.
+    template <class Visit>
+    void each(Visit visit) const {
+        for (long i = 0; i < number; i++) {
+            const long height = rows[i], width = columns[i], run = height ? (width + height - 1) / height : 0;
+            if (!run) continue;
+            const bool many = height >= parts;
+            const long runs = (width + run - 1) / run;
+            for (long r = many ? part : 0; r < height; r += many ? parts : 1) {
+                const long at = r * 7919 % runs * run, left = width - at;
+                visit(tensors[i] + r * width + at, run < left ? run : left);
+            }
         }
     }
+};
+
+// tensors [number] of [rows, columns] numbers of 16 bits -> a number that changes when tensors are written to: a hash of the
+// values that are sampled of them.
+EXPORTED unsigned long long weight_version(const uint16_t* const* tensors, const long* rows, const long* columns, long number,
+                                           long part, long parts) {
+    const Sampled sampled{tensors, rows, columns, number, part, parts};
+    sampled.each([](const uint16_t* values, long) { __builtin_prefetch(values); });
+    unsigned long long sum = 0, factor = 0;
+    sampled.each([&](const uint16_t* values, long count) {
+        for (long k = 0; k < count; k++) sum += values[k] * (factor += 0xbf58476d1ce4e5b9ull);
+    });
     return sum;
 }

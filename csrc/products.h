@@ -32,7 +32,7 @@ constexpr long PANEL = VECTORS * LANES;
 constexpr long CHUNK = 8;  // steps whose part of a panel stays in the first cache
 
 // Rows that products compute together: work is split at multiples of it.
-template <class Operand> constexpr long ROWS_TOGETHER = ROWS;
+template <class Operand> constexpr long ROWS_TOGETHER = 4;
 
 // a [R of the rows, K] staged, b one panel [K, PANEL] -> c [R, V vectors of 32]; added to what c holds, if `more`.
 // A function of its own, so that the compiler keeps all sums in registers.

@@ -8,7 +8,9 @@ Writes the float16 weights and the packaged subset of photos (a fixed seed picks
 """
 
 import argparse
+import io
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,11 @@ def package_photos(folder: str, train: int = 5000, test: int = 2000):
         photos = load_photos(split, folder)
         chosen = np.sort(np.random.default_rng(0).choice(len(photos.labels), count, replace=False))
         arrays |= {f"{split}_images": photos.images[chosen], f"{split}_labels": photos.labels[chosen]}
-    np.savez_compressed(ASSETS / "fashion_photos.npz", **arrays)
+    with zipfile.ZipFile(ASSETS / "fashion_photos.npz", "w") as file:  # as np.savez, which has no LZMA: 0.4 MB less
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.save(content, array)
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_LZMA)
 
 
 def main():

@@ -1,10 +1,11 @@
-"""EViT and a policy in random order in one process, so that disturbances of the machine affect all of them alike:
+"""Published methods and a policy in random order in one process, so that disturbances affect all of them alike:
 
     python runs/interleaved.py --images imagenet_sample.tar --weights vit_tiny_patch16_224.safetensors
     python runs/speed_at_agreement.py build/interleaved.csv results/quality*bfloat16*
 
-Each method at several settings, the policy without and with the cascade, native in its fused form; medians over the
-rounds, on other images every time. With --step-by-step the policy returns to Python at its decisions, as the peers do.
+ToMe, EViT and attention that merges, on the same kernels as the policy, each at its settings; the policy without and
+with the cascade; native in its fused form. Medians over the rounds, on other images every time. With --step-by-step the
+policy returns to Python at its decisions, as the peers do.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ import torch
 import tyro
 
 from tokengame.backbones import load_model, preprocessing_of
-from tokengame.baselines.evit import EViT
-from tokengame.baselines.reducer import KEEP
 from tokengame.data.batches import plain_views
 from tokengame.data.datasets import open_images
 from tokengame.files import write_csv
-from tokengame.measure.compare import CASCADE_MARGIN, with_margin
+from tokengame.measure.compare import CASCADE_MARGIN, baseline_entries, with_margin
 from tokengame.measure.conditions import conditions
 from tokengame.measure.evaluate import keep_freed_memory, timed
 from tokengame.policies import Policy
 from tokengame.policies.policy import find_policy
 from tokengame.report.console import progress, show_rows
 from tokengame.runtime import prune
+
+PEERS = ("ToMe", "EViT", "EViT, not fusing", "attention, merge")
 
 
 @dataclass
@@ -57,7 +58,7 @@ def main(args: Interleaved) -> None:
     pool = torch.cat([batch.images for batch, _ in zip(views.loader(32, 1), range(5), strict=False)])
     pool = pool.to(next(model.parameters()).dtype)
     policy = Policy.load(find_policy(args.policy))
-    methods = {("EViT, not fusing", f"keep {k}"): EViT(model, k, fuse=False) for k in KEEP}
+    methods = {(entry.method, entry.setting): entry.model for entry in baseline_entries(model, PEERS)}
     for name, margin, dials in ((args.policy, 0.0, (0.27, 0.38, 0.5, 0.62, 0.73)),
                                 (f"{args.policy}, cascade", CASCADE_MARGIN, (0.5, 0.62, 0.73, 0.8))):  # fmt: skip
         for dial in dials:

@@ -27,6 +27,7 @@ ORDER = [
     {"runtime"},
     {"baselines"},
     {"measure"},
+    {"deploy"},
     {"learning"},
     {"report"},
     {"api"},
@@ -138,7 +139,7 @@ HARMLESS = {"tests/test_architecture.py", "runs/fashion_backbone.py"}
 
 def texts():
     """Every Python comment and docstring, and every document, as (place, text)."""
-    for folder in ("tokengame", "tests", "runs"):
+    for folder in ("tokengame", "tests", "runs", "examples"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = str(path.relative_to(ROOT))
             if name in HARMLESS:

@@ -109,7 +109,7 @@ def test_help_has_what_matters_first_and_the_defaults_of_the_preset(capsys, monk
     ]  # fmt: skip
     assert re.search(r"^  --rollouts INT +[^-]+ \[4\]$", text, re.M)
     other = shown(["train", "--preset", "rl4evit", "--help-all"], capsys)[1]
-    assert "--ppo.lr FLOAT          Adam step size at the start; falls linearly to 0 [0.0003]" in other
+    assert "--ppo.lr FLOAT          Adam step size at the start; see sched [0.0003]" in other
 
 
 def sentence(arguments, capsys):

@@ -10,6 +10,7 @@ import torch
 from tokengame.config import (
     PRESETS,
     ActorConfig,
+    AugmentConfig,
     FinetuneConfig,
     GameConfig,
     PPOConfig,
@@ -20,7 +21,7 @@ from tokengame.config import (
 from tokengame.errors import TokenGameError
 from tokengame.ranges import Range, require_in, shown
 
-CONFIGS = (GameConfig, ActorConfig, RewardConfig, PPOConfig, TrainConfig, FinetuneConfig)
+CONFIGS = (GameConfig, ActorConfig, RewardConfig, PPOConfig, TrainConfig, AugmentConfig, FinetuneConfig)
 FIELDS = [(config, f.name, f.type) for config in CONFIGS for f in fields(config)]
 NUMBERS = [(config, name) for config, name, kind in FIELDS if "int" in kind or "float" in kind]
 NEVER = [math.nan, math.inf, -math.inf, 1e30, -1e30, 10**400, True, "1", torch.tensor(0.5), [0.5], {}]
@@ -76,6 +77,10 @@ def test_there_are_numbers_to_try():
         (FinetuneConfig, {"crop": 0.0}, "--crop must be a number above 0 and at most 1, not 0.0"),
         (FinetuneConfig, {"ema": 1.0}, "--ema must be a number of at least 0 and below 1, not 1.0"),
         (FinetuneConfig, {"opt": None}, "--opt must be text, not None"),
+        (FinetuneConfig, {"augment": AugmentConfig(mixup=0.8)}, "--augment.mixup, cutmix and smoothing change labels"),
+        (AugmentConfig, {"mixup": -1}, "--augment.mixup must be a number from 0 to 100, not -1"),
+        (PPOConfig, {"critic_id": 1}, "--ppo.critic-id must be True or False, not 1"),
+        (PPOConfig, {"sched": "cosine"}, "--ppo.sched must be 'linear' or 'constant', not 'cosine'"),
         (FinetuneConfig, {"distill": 0.0}, "give --distill or --labels a weight above 0"),
     ],
 )

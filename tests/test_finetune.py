@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from tokengame.baselines import BASELINES
 from tokengame.cli.main import main
-from tokengame.config import FinetuneConfig
+from tokengame.config import AugmentConfig, FinetuneConfig
+from tokengame.data.transforms import seeded
 from tokengame.errors import TokenGameError
-from tokengame.learning.finetune import Tuner
+from tokengame.learning.finetune import Tuner, mixing
 from tokengame.policies import Policy
 from tokengame.runtime import prune
 
@@ -51,6 +52,98 @@ def test_labels_are_learned_where_they_have_a_weight(model):
     assert metrics[0]["tune/top1"] < metrics[-1]["tune/top1"]
     with pytest.raises(TokenGameError, match="needs labelled images"):
         tuner.update(images(8), None)
+
+
+RECIPE = {
+    "distill": 0.0, "labels": 1.0, "augment": AugmentConfig(mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.3)
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_resumed_tuning_by_the_papers_recipe_repeats_what_it_mixes_and_drops(model):
+    config, wanted = replace(SMALL, updates=6, **RECIPE), torch.arange(8) % 5
+    whole, part, resumed = (Tuner(model, policy_for(model), 0.5, config, seed=3) for _ in range(3))
+    found = [whole.update(images(8), wanted) for _ in range(6)]
+    for _ in range(2):
+        part.update(images(8), wanted)
+    torch.manual_seed(99)  # what was drawn elsewhere does not matter
+    resumed.load_state_dict(copy.deepcopy(part.state_dict()))
+    for step in range(2, 6):
+        assert resumed.update(images(8), wanted)["tune/loss"] == found[step]["tune/loss"]
+    assert len({m["tune/loss"] for m in found}) == 6
+    for one, other in zip(whole.tuned().parameters(), resumed.tuned().parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_mixed_labels_are_those_of_mixed_images():
+    """Cutmix of images that are each one colour: a label's weight is the share of the pixels that show its colour."""
+    config = replace(SMALL, labels=1.0, distill=0.0, augment=AugmentConfig(cutmix=1.0))
+    shown = torch.arange(4.0).view(4, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
+    with seeded(5):
+        mixed, weights = mixing(config, 4, 4)(shown, torch.arange(4))
+    share = torch.stack([(mixed == c).float().mean((1, 2, 3)) for c in range(4)], 1)
+    torch.testing.assert_close(weights, share, atol=1e-3, rtol=0)
+    assert ((share > 0).sum(1) > 1).any()
+
+
+def test_the_loss_is_the_cross_entropy_with_soft_labels(model):
+    config = replace(SMALL, labels=1.0, distill=0.0, augment=AugmentConfig(mixup=0.8, smoothing=0.1))
+    tuner, wanted = Tuner(model, policy_for(model), 0.5, config), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    with seeded(hash((0, 0, 0)) & 0x7FFFFFFF):
+        mixed, soft = mixing(config, 5, 8)(images(8), wanted)
+    logits = tuner.fast.predict(mixed).logits
+    slow = sum(-float(soft[i, c] * logits[i].log_softmax(0)[c]) for i in range(8) for c in range(5)) / 8
+    assert tuner.update(images(8), wanted)["tune/loss"] == pytest.approx(slow, rel=1e-4)
+
+
+def test_labels_are_smoothed_where_nothing_is_mixed(model):
+    config = replace(SMALL, labels=1.0, distill=0.0, augment=AugmentConfig(smoothing=0.2))
+    tuner, wanted = Tuner(model, policy_for(model), 0.5, config), torch.arange(8) % 5
+    logs = tuner.fast.predict(images(8)).logits.log_softmax(1)
+    soft = torch.full((8, 5), 0.2 / 5).scatter_add_(1, wanted[:, None], torch.full((8, 1), 0.8))
+    assert tuner.update(images(8), wanted)["tune/loss"] == pytest.approx(float(-(soft * logs).sum(1).mean()), rel=1e-4)
+
+
+def test_stochastic_depth_drops_whole_images_while_tuning_and_nothing_after(model):
+    """At a rate of nearly 1 in the last block, that block adds nothing; measured, the model is as it was."""
+    config = replace(SMALL, augment=AugmentConfig(drop_path=0.999), lr=1e-9)
+    tuner = Tuner(model, policy_for(model, "drop"), 0.5, config)
+    native = tuner.fast.predict(images(8)).logits
+    rates = [drop.drop_prob for drop in tuner.drops]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0.0, 0.999)
+    with tuner._dropping(), seeded(0):
+        dropped = tuner.fast.predict(images(8)).logits
+    assert not torch.allclose(dropped, native)
+    tuner.update(images(8), None)
+    torch.testing.assert_close(tuner.fast.predict(images(8)).logits, native)
+    assert not any(module.training for module in tuner.student.modules())
+    assert tuner.tuned().state_dict().keys() == model.state_dict().keys()
+
+
+def test_recipes_are_refused_in_one_sentence(model):
+    with pytest.raises(TokenGameError, match="mix pairs, and a process has 7 images"):
+        Tuner(model, policy_for(model), 0.5, replace(SMALL, batch_size=7, labels=1.0, augment=AugmentConfig(0.8)))
+    for block in model.blocks:
+        del block.drop_path1, block.drop_path2
+        block.drop_path1 = block.drop_path2 = torch.nn.Dropout(0.0)
+    with pytest.raises(TokenGameError, match="no place for stochastic depth"):
+        Tuner(model, policy_for(model), 0.5, replace(SMALL, augment=AugmentConfig(drop_path=0.1)))
+    with pytest.raises(TokenGameError, match="no recipe 'deit'; there are: tokengame, paper"):
+        FinetuneConfig.from_recipe("deit")
+
+
+def test_the_papers_recipe_scales_the_step_size(place, capsys):
+    """5e-4 for 512 images is 3.75e-4 for their 384; the figures are from a log of theirs."""
+    assert FinetuneConfig.from_recipe("paper").step_size == pytest.approx(3.75e-4)
+    root, flags, small = place
+    run = ["finetune", *flags, *small, "--policy", str(root / "policy.safetensors"), "--output", str(root / "recipe")]
+    assert main([*run, "--recipe", "paper", "--dial", "0.8", "--json"]) == 0
+    capsys.readouterr()
+    settings = json.loads((root / "recipe" / "log" / "config.json").read_text())["settings"]
+    assert settings["augment"] == {"mixup": 0.8, "cutmix": 1, "smoothing": 0.1, "drop_path": 0.1, "remode": "pixel"}
+    assert settings["reprob"] == 0.25
+    assert (settings["distill"], settings["labels"], settings["recipe"], settings["batch_size"]) == (0, 1, "paper", 4)
 
 
 def test_the_dial_holds_the_compute(model):

@@ -160,10 +160,10 @@ def test_overlay_fades_exactly_the_pruned_patches():
 
 def test_as_many_strips_side_by_side_as_fit():
     row = strip(np.zeros((16, 16, 3), np.uint8), np.ones((2, 4), bool), (2, 2), ["a", "b", "c"], side=100)
-    assert row.size == (3 * 106 - 6, 118)
+    assert row.size == (3 * 106 - 6, 120)
     page = stack([row] * 4)
     assert page.width > 3 * row.width > 900
-    assert page.height == 2 * 118 + 6
+    assert page.height == 2 * 120 + 6
     assert stack([Image.new("RGB", (3000, 10))]).width == 3000
 
 

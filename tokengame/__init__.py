@@ -15,17 +15,20 @@ from tokengame.errors import TokenGameError
 if TYPE_CHECKING:
     from tokengame import kernels
     from tokengame.api import calibrate, evaluate, train
+    from tokengame.deploy import export
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
-__version__ = "0.14.0"
+__version__ = "0.17.0"
 __all__ = [
-    "Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "calibrate", "evaluate", "kernels", "prune", "train",
+    "Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "calibrate", "evaluate", "export", "kernels", "prune",
+    "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Policy": "tokengame.policies",
     **dict.fromkeys(("PrunedOutput", "PrunedViT", "prune"), "tokengame.runtime"),
+    "export": "tokengame.deploy",
     **dict.fromkeys(("calibrate", "evaluate", "train"), "tokengame.api"),
 }
 

@@ -1,16 +1,28 @@
 """Every setting, as frozen dataclasses; the command line is generated from them. Presets are a table of overrides.
 
-What `rl4evit` takes from the paper (Lu et al., ICME 2025, arXiv 2503.23459), numbered:
+What the presets `rl4evit` and `rl4evit-code` take from where (Lu et al., ICME 2025, arXiv 2503.23459), numbered. Of the
+paper, both presets:
  1. Stages before blocks 3, 6, 9 of 12; evenly spaced likewise in other depths.          `GameConfig.stage_count`
  2. Pruned tokens leave for good (`drop`); the class token is never pruned.              `GameConfig.transition`
  3. Observation: the agent's own token and a one-hot agent id.                           `ActorConfig.observation`
  4. Actor shared by all agents, C + N -> 64 -> 256 -> 64 -> 2, tanh, orthogonal.         `ActorConfig.hidden`
  5. Critic on the agent-specific global state [x_i ; x_CLS], same hidden sizes.          `policies.networks.Critic`
- 6. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `learning.rewards.share`
- 7. PPO clip 0.2, gamma 0.99, GAE lambda 0.95, entropy 0.01, 4 epochs, gradient norm 10, Adam.
-Ours, since we know no published value: alpha = 100 and beta = 1 (about half of 196 tokens in equilibrium), learning
-rate 3e-4, 2 minibatches, 32 images an update. Where their code and paper differ we follow the paper; preset
-`rl4evit-code` has the reward that the code runs.
+ 6. PPO clip 0.2, gamma 0.99, entropy 0.01, 4 epochs, gradient norm 10, Adam.            `PPOConfig`
+Of the paper, `rl4evit` alone:
+ 7. Reward `share`: alive * (alpha * [prediction correct] / survivors - beta).           `learning.rewards.share`
+ 8. GAE with lambda 0.95 and normalised advantages; the critic sees no id.
+Of the authors' published code, both presets:
+ 9. 64 images an update in four minibatches.
+10. alpha 24; in `rl4evit` also beta 0.1, from lines of the code that are commented out (beside it 0.106, 0.031 and
+    alpha 22). The unit is tokens: in equilibrium about 240 times the share of right predictions are kept, of 196.
+Of the code, `rl4evit-code` alone:
+11. Reward `target`: the share of alpha, and e^d off for the kept or the pruned tokens.  `learning.rewards.target`
+12. Constant step size 5e-6, Adam's epsilon 1e-8.                                        `PPOConfig.sched`, `.eps`
+13. The critic sees the one-hot id as well.                                              `PPOConfig.critic_id`
+14. GAE is commented out, and so is normalisation: the advantage is one temporal difference, r + gamma V' - V, which is
+    GAE with lambda 0. The critic's loss is not halved.                          `PPOConfig.gae_lambda`, `.normalise`
+Ours, in `rl4evit`: step size 3e-4 falling to 0, since the paper states none that we know. docs/paper.md has what the
+code does otherwise and we do not.
 """
 
 from __future__ import annotations
@@ -120,11 +132,11 @@ class RewardConfig:
     kind: Literal["share", "target", "fidelity"] = "share"
     """see `tokengame.learning.rewards`"""
     alpha: Annotated[float, WEIGHT] = 100.0
-    """share, target: the sum that all kept tokens of a correctly classified image share equally"""
+    """share, target: the sum that the tokens kept at a stage share equally where the image is classified correctly"""
     beta: Annotated[float, WEIGHT] = 1.0
     """share: what a kept token pays at each stage"""
     keep_target: Annotated[float, SHARE] = 0.7
-    """target: share of the tokens kept at each stage, of those alive before it"""
+    """target: share of the tokens wanted at each stage, of those wanted before it"""
     target_kl: Annotated[float, Range(0, 100, above=True), tyro.conf.arg(aliases=("--target-kl",))] = TYPICAL_LOSS
     """fidelity: mean KL(native || pruned) that the controller steers the sampled game to; of embeddings and features
     the mean 1 - cosine in units of `scale`"""
@@ -145,8 +157,14 @@ class RewardConfig:
     """fidelity, embeddings and features: 1 - cosine is divided by this, so that prices and targets mean the same for
     every model. None: measured in the first update, so that the games of the untrained policy lose 0.06 on average"""
 
+    native_every: Annotated[int, Range(1, 10**8, whole=True)] = 1
+    """share, target: updates between those whose games are also compared with the native prediction, for the metrics
+    alone; those rewards need none, and a native forward takes a third of the time"""
+
     def __post_init__(self) -> None:
         check_settings(self, "reward.")
+        unpaid = "--reward.native-every leaves native predictions out, which --reward.kind fidelity pays for; use 1"
+        require(self.native_every == 1 or self.kind != "fidelity", unpaid)
         unsteered = f"--target-drop steers --reward.kind fidelity, not {self.kind}"
         require(self.target_drop is None or self.kind == "fidelity", unsteered)
 
@@ -154,13 +172,19 @@ class RewardConfig:
 @dataclass(frozen=True)
 class PPOConfig:
     lr: Annotated[float, STEP] = 3e-4
-    """Adam step size at the start; falls linearly to 0"""
+    """Adam step size at the start; see sched"""
+    sched: Literal["linear", "constant"] = "linear"
+    """linear: step sizes fall to 0 over all updates. constant: they stay"""
+    eps: Annotated[float, STEP] = 1e-5
+    """Adam's epsilon"""
     critic_lr: Annotated[float | None, STEP] = None
     """the critic's; None: as the actor's"""
     gamma: Annotated[float, SHARE] = 0.99
     """discount through the stages"""
     gae_lambda: Annotated[float, SHARE] = 0.95
-    """generalised advantage estimation's lambda"""
+    """generalised advantage estimation's lambda; 0: the advantage is one temporal difference"""
+    normalise: bool = True
+    """advantages get mean 0 and deviation 1 over all decisions of an update"""
     clip: Annotated[float, POSITIVE] = 0.2
     """PPO's clip range"""
     epochs: Annotated[int, Range(1, 1_000, whole=True)] = 4
@@ -175,6 +199,8 @@ class PPOConfig:
     """gradient norm is clipped to this"""
     critic: Literal["central", "local"] = "central"
     """central: sees the class token as well (MAPPO). local: the agent's own token and features alone (IPPO)"""
+    critic_id: bool = False
+    """the critic sees the one-hot agent id too, which ties it to one resolution"""
     agents: Literal["tokens", "image"] = "tokens"
     """tokens: every token is an agent, with a probability ratio of its own. image: one agent decides for all tokens of
     an image at once, so that their ratios multiply (single-agent PPO)"""
@@ -236,7 +262,27 @@ def check_without_classes(config: TrainConfig, keep_what: str) -> None:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    mixup: Annotated[float, Range(0, 100)] = 0.0
+    """alpha of timm's mixup of two images and their labels; 0: none"""
+    cutmix: Annotated[float, Range(0, 100)] = 0.0
+    """alpha of timm's cutmix; where there is mixup too, each batch has one of both, by chance"""
+    smoothing: Annotated[float, BELOW_ONE] = 0.0
+    """of labels: so much of their weight is spread over all classes"""
+    drop_path: Annotated[float, BELOW_ONE] = 0.0
+    """stochastic depth of the tuned model, rising to this from its first block to its last. It changes what the policy
+    observes, and with that what is pruned"""
+    remode: Literal["const", "rand", "pixel"] = "const"
+    """what random erasing (--reprob) puts into an image: black, one random colour, or one at each pixel"""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "augment.")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
+    recipe: str = "tokengame"
+    """tokengame, or paper: labels alone, as RL4EViT's authors tune"""
     updates: Annotated[int, UPDATES] = 500
     """optimiser steps"""
     batch_size: Annotated[int, BATCH] = 32
@@ -244,33 +290,55 @@ class FinetuneConfig:
     distill: Annotated[float, WEIGHT] = 1.0
     """weight of KL(native || pruned)"""
     labels: Annotated[float, WEIGHT] = 0.0
-    """weight of the cross-entropy with the labels; the paper's fine-tuning has 1, with distill 0"""
+    """weight of the cross-entropy with the labels"""
     opt: str = "adamw"
     """timm's name of the optimiser"""
     lr: Annotated[float, Range(0, 10, above=True)] = 2e-5
     """step size at its highest"""
+    lr_batch: Annotated[int | None, BATCH, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """of a recipe: lr is for so many images an update, and is scaled to batch_size. None: it is not"""
     weight_decay: Annotated[float, Range(0, 10)] = 0.01
     """of matrices; biases and norms have none"""
     sched: str = "cosine"
     """timm's name of the schedule, which runs over all updates"""
     warmup: Annotated[float, BELOW_ONE] = 0.05
     """share of the updates in which the step size rises"""
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0
-    """gradient norm is clipped to this"""
+    max_grad_norm: Annotated[float | None, POSITIVE] = 1.0
+    """gradient norm is clipped to this; None: it is not"""
     ema: Annotated[float | None, BELOW_ONE] = None
-    """decay of timm's moving average of the weights, which then is what is kept; e.g. 0.999"""
+    """decay of timm's moving average of weights, which is then kept; e.g. 0.999"""
     aa: str | None = None
     """timm's name of an auto-augmentation, e.g. rand-m9-mstd0.5-inc1"""
     reprob: Annotated[float, BELOW_ONE] = 0.0
     """chance of timm's random erasing"""
     crop: Annotated[float, Range(0, 1, above=True)] = 0.6
     """smallest share of an image that a random crop shows"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """what is computed in; weights stay float32; auto: bfloat16 where the device computes in it"""
+    """weights stay float32; auto: bfloat16 where the device computes in it"""
 
     def __post_init__(self) -> None:
         check_settings(self)
         require(self.distill + self.labels > 0, "give --distill or --labels a weight above 0")
+        mixed = self.augment.mixup or self.augment.cutmix or self.augment.smoothing
+        unlabelled = "--augment.mixup, cutmix and smoothing change labels: give --labels a weight, or leave them out"
+        require(self.labels > 0 or not mixed, unlabelled)
+
+    @property
+    def step_size(self) -> float:
+        """At its highest."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
+
+    @staticmethod
+    def from_recipe(name: str) -> FinetuneConfig:
+        """Settings of recipe `name`.
+
+        Raises:
+            TokenGameError: there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise TokenGameError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+        return with_overrides(FinetuneConfig(recipe=name), RECIPES[name])
 
 
 def check_settings(config: Any, section: str = "") -> None:
@@ -321,6 +389,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "rollouts": 4,
     },
-    "rl4evit": {},
-    "rl4evit-code": {"reward": {"kind": "target", "alpha": 24.0}},
+    "rl4evit": {"reward": {"alpha": 24.0, "beta": 0.1}, "ppo": {"minibatches": 4}, "batch_size": 64},
+    "rl4evit-code": {
+        "reward": {"kind": "target", "alpha": 24.0},
+        "ppo": {
+            "lr": 5e-6,
+            "sched": "constant",
+            "eps": 1e-8,
+            "gae_lambda": 0.0,
+            "normalise": False,
+            "minibatches": 4,
+            "value": 1.0,
+            "critic_id": True,
+        },
+        "batch_size": 64,
+    },
 }
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tokengame": {},
+    # a log of the authors, and the defaults of their code, which is DeiT's: 300 epochs on 6 GPUs x 64 images
+    "paper": {
+        "batch_size": 384,
+        "distill": 0.0,
+        "labels": 1.0,
+        "lr": 5e-4,
+        "lr_batch": 512,
+        "weight_decay": 0.05,
+        "warmup": 5 / 300,
+        "max_grad_norm": None,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "reprob": 0.25,
+        "augment": {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "drop_path": 0.1, "remode": "pixel"},
+        "crop": 0.08,
+    },
+}
+"""of fine-tuning"""

@@ -93,15 +93,18 @@ def join_processes(device: str) -> Processes:
     """The processes that `accelerate launch` (or torchrun) started with this one; alone without a launcher.
 
     Raises:
-        TokenGameError: what a launcher sets in the environment is not a number, or is not complete.
+        TokenGameError: what a launcher sets in the environment is not a number, or is not complete; or Accelerate is
+            not installed.
     """
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         if not os.environ.get(name, "0").isdecimal():
             raise TokenGameError(f"{name} in the environment must be a number, not {os.environ[name]!r}; {ADVICE}")
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Processes()
-    from accelerate import Accelerator
-
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise TokenGameError("several processes are joined by Accelerate: pip install 'tokengame[train]'") from None
     try:
         accelerator = Accelerator(cpu=device == "cpu")
     except (ValueError, RuntimeError) as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
@@ -23,6 +26,9 @@ SETTINGS = (
 """attributes of modules that change what they compute"""
 
 
+_is_training = attrgetter("training")
+
+
 class Watch:
     """Notices cheaply that a model has changed: parts, hooks, methods and settings, not the values of weights.
 
@@ -34,11 +40,13 @@ class Watch:
         _, *self.modules = model.modules()  # without the model itself, so that what is kept of it can outlive it
         self.kinds, owners = [*map(type, self.modules)], [vars(part) for part in (model, *self.modules)]
         self.root = owners[0]
-        held = [own[kind] for own in owners for kind in ("_modules", "_parameters") if own[kind]]
-        self.parts = [(parts, name, part) for parts in held for name, part in parts.items()]
-        self.held = held + owners
+        self.part_dicts = [own[kind] for own in owners for kind in ("_modules", "_parameters") if own[kind]]
+        self.parts = [*_values(self.part_dicts)]
+        self.held = self.part_dicts + owners
         self.sizes = [*map(len, self.held)]
-        self.settings = [(own, name, own[name]) for own in owners for name in SETTINGS if name in own]
+        places = [(own, name) for own in owners for name in SETTINGS if name in own]
+        self.owners, self.names = [own for own, _ in places], [name for _, name in places]
+        self.settings = [own[name] for own, name in places]
         self.hooks = [own[kind] for own in owners for kind in HOOKS]
         self.hook_ids = self._hook_ids()
         self.hooked = any(hooks_of(part) or "forward" in vars(part) for part in model.modules())
@@ -47,12 +55,10 @@ class Watch:
     @property
     def unchanged(self) -> bool:
         """Whether no part, class, hook, method or setting was added, replaced or removed since."""
-        for parts, name, part in self.parts:  # plain loops: this runs for every batch
-            if parts.get(name) is not part:
-                return False
-        for own, name, value in self.settings:
-            if own.get(name) != value:
-                return False
+        if not all(map(is_, _values(self.part_dicts), self.parts)):  # no loops in Python: this runs for every batch
+            return False
+        if [*map(dict.get, self.owners, self.names)] != self.settings:
+            return False
         same = [*map(len, self.held)] == self.sizes and [*map(type, self.modules)] == self.kinds
         return same and (self._hook_ids() == self.hook_ids if any(self.hooks) else not self.hook_ids)
 
@@ -62,10 +68,11 @@ class Watch:
     @property
     def training(self) -> bool:
         """Whether some module is in training mode."""
-        for part in self.modules:
-            if part.training:
-                return True
-        return self.root["training"]
+        return self.root["training"] or any(map(_is_training, self.modules))
+
+
+def _values(dicts: Iterable[dict]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, dicts))
 
 
 def hooks_of(module: nn.Module) -> list[str]:
@@ -82,6 +89,12 @@ def computes_weights(module: nn.Module) -> bool:
     before = vars(module)["_forward_pre_hooks"].values()
     own = all(type(hook).__module__.startswith("torch.nn.utils") for hook in before)
     return own and len(hooks_of(module)) == bool(before)
+
+
+def in_int8(model: nn.Module) -> bool:
+    """Whether layers are quantised, by torchao or by torch.ao."""
+    kinds = [(type(part).__module__, type(getattr(part, "weight", None)).__module__) for part in model.modules()]
+    return any(of.startswith("torch.ao.nn.quantized") or weight.startswith("torchao.") for of, weight in kinds)
 
 
 def global_hooks() -> bool:

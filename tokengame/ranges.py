@@ -73,7 +73,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(kind: type, values: Mapping[str, Any], name: Callable[[str], str]) -> None:
-    """Compare settings with what the annotations of a dataclass allow: `Range`, `Literal`, str, None, tuples.
+    """Compare settings with what the annotations of a dataclass allow: `Range`, `Literal`, bool, str, None, tuples.
 
     Args:
         kind: the dataclass.
@@ -103,6 +103,8 @@ def _check(hint: Any, value: Any, name: str) -> None:
         require(isinstance(value, (tuple, list)), f"{name} must be a list of numbers, not {shown(value)}")
         for item in value:
             require_in(allowed, item, f"each of {name}")
+    elif hint is bool:
+        require(isinstance(value, bool), f"{name} must be True or False, not {shown(value)}")
     elif hint is str or is_dataclass(hint):
         kind = "text" if hint is str else f"a {hint.__name__}"  # type: ignore[union-attr]
         require(isinstance(value, hint), f"{name} must be {kind}, not {shown(value)}")  # type: ignore[arg-type]

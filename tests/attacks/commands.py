@@ -38,6 +38,7 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
         "ppo.clip": ("nan", "-1"), "ppo.gamma": ("nan", "-1", "2"), "ppo.gae-lambda": ("nan", "-1", "2"),
         "ppo.epochs": ("0", "-1", "abc"), "ppo.minibatches": ("0", "-1"), "ppo.entropy": ("nan", "inf"),
         "ppo.value": ("nan", "inf", "-1"), "ppo.max-grad-norm": ("nan", "-1", "0"), "ppo.critic": ("both",),
+        "ppo.sched": ("cosine",), "ppo.eps": ("nan", "0", "2"), "reward.native-every": ("0", "-1", "2"),
         "reward.temperature": ("nan", "0", "inf"), "reward.kl-weight": ("nan", "0", "inf"),
         "reward.kl-clamp": ("nan", "-1", "0"), "reward.kind": ("Share",), "actor.keep": ("nan", "0", "1", "2"),
         "actor.hidden": ("0", "-5", "abc"), "game.stages": ("99", "-1", "2 1", "1 1", "1.5"),
@@ -69,6 +70,9 @@ FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "finetune": {
         "opt": ("nope",), "sched": ("nope",), "aa": ("nope",), "lr": (*POSITIVE, "inf", "1e30"),
         "ema": ("nan", "-1", "1"), "warmup": ("nan", "-1", "2"), "crop": ("nan", "0", "2"),
+        "augment.mixup": ("nan", "-1", "0.8"), "augment.cutmix": ("nan", "-1", "1"),
+        "augment.smoothing": ("nan", "1"), "recipe": ("nope",),
+        "augment.drop-path": ("nan", "-1", "1"), "augment.remode": ("black",),
         "reprob": ("nan", "-1", "2"), "distill": ("nan", "-1"), "labels": ("nan", "-1", "inf"),
         "weight-decay": ("nan", "-1", "inf"), "max-grad-norm": ("nan", "0", "-1"), "updates": COUNT,
         "batch-size": ("0", "-1"), "checkpoint-every": ("0", "-1"), "dial": ("nan", "-1", "2"), "seed": ("-1",),

@@ -83,8 +83,7 @@ def _pooler(backbone: Any, x: Tensor, layout: RaggedLayout, size: Tensor | None)
 
 
 def _both_heads(backbone: Any, x: Tensor, layout: RaggedLayout, _size: Tensor | None) -> Tensor:
-    rows = x.index_select(0, layout.first_rows(backbone.prefix)).unflatten(0, (layout.images, backbone.prefix))
-    one, other = both_logits(backbone, backbone.final_norm(rows))
+    one, other = both_logits(backbone, backbone.final_norm(layout.firsts(x, backbone.prefix)))
     return (one + other) / 2
 
 

@@ -138,7 +138,7 @@ class HuggingFaceViT(Backbone):
 
     def _order(self, images: Tensor) -> Tensor:
         patches = math.prod(self.grid(*images.shape[2:]))
-        return torch.arange(patches, device=images.device).expand(len(images), -1)
+        return torch.arange(patches, device=images.device).expand(images.shape[0], -1)
 
     # Blocks
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tokengame.backbones.base import KeyValueWeights
 from tokengame.errors import TokenGameError
@@ -40,6 +41,27 @@ def drop_paths(drop: nn.Module, update: Tensor, layout: RaggedLayout) -> Tensor:
     return update * append_rows(factor.index_select(0, layout.image), len(update) - layout.rows)
 
 
+DROPS = ("drop_path", "drop_path1", "drop_path2")
+"""names of stochastic depth in blocks"""
+
+
+def set_drop_path(model: nn.Module, rate: float) -> list[nn.Module]:
+    """Give every block of `model` stochastic depth, at a rate that rises from 0 at the first to `rate` at the last.
+
+    Returns:
+        the modules that drop, in evaluation mode; empty where the model has no place for any.
+    """
+    blocks = [module for module in model.modules() if any(map(module._modules.__contains__, DROPS))]
+    found: list[nn.Module] = []
+    for number, block in enumerate(blocks):
+        for name in DROPS:
+            if isinstance(getattr(block, name, None), (nn.Identity, DropPath)):
+                drop = DropPath(rate * number / max(len(blocks) - 1, 1)).eval()
+                setattr(block, name, drop)
+                found.append(drop)
+    return found
+
+
 def dropped_patches(drop: nn.Module, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """What the patch dropout `drop` leaves of embedded tokens [B, prefix + N, C], and the place of each [B, rows].
 
@@ -64,8 +86,22 @@ def masked_pool(kind: str, rows: Tensor, mask: Tensor, size: Tensor | None) -> T
 
 def is_plain_linear(layer: Any) -> bool:
     """Whether a layer is its weight and bias and nothing else, so that they can be used without calling it."""
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    kinds = nn.Parameter, Tensor, FakeTensor  # fake while it is exported
+    plain = type(layer) is nn.Linear and type(layer.weight) in kinds
     return plain and not hooks_of(layer) and "forward" not in vars(layer)
+
+
+def is_int8_linear(layer: Any) -> bool:
+    """Whether a layer is in int8 by torchao, a scale for each output: some outputs can be computed alone.
+
+    Not where a program is traced: a part of such weights cannot be exported.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    kind = type(getattr(layer, "weight", None))
+    plain = type(layer) is nn.Linear and kind.__module__.startswith("torchao.") and kind.__name__ == "Int8Tensor"
+    by_output = plain and tuple(layer.weight.block_size) == (1, layer.weight.shape[1])
+    return by_output and not hooks_of(layer) and "forward" not in vars(layer)
 
 
 def patch_weights(proj: nn.Module) -> LinearWeights | None:

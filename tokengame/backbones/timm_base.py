@@ -115,7 +115,7 @@ class TimmBackbone(Backbone):
         return self.parts[block].norm_attention(x)
 
     def project(self, block: int, normed: Tensor, layout: RaggedLayout, first: int = 0, last: int = 3) -> Tensor:
-        return self.parts[block].project(normed, first, last, self.angles(block, layout, len(normed)))
+        return self.parts[block].project(normed, first, last, self.angles(block, layout, normed.shape[0]))
 
     def angles(self, _block: int, _layout: RaggedLayout, _rows: int) -> Tensor | None:
         """Sines and cosines [rows, 1 or H, 2 D] by which queries and keys of `block` are rotated; None: not at all."""
@@ -147,7 +147,7 @@ class TimmBackbone(Backbone):
         if self._attention_pool is not None:
             return self._pool_by_attention(x, layout, size)
         if model.global_pool == "token":
-            return model.forward_head(x[layout.first_rows(self.prefix)].unflatten(0, (layout.images, self.prefix)))
+            return model.forward_head(layout.firsts(x, self.prefix))
         rows, mask = layout.pad(x), layout.mask.clone()
         mask[:, : self.pooled_from] = False
         pooled = masked_pool(model.global_pool, rows, mask, None if size is None else layout.pad(size))

@@ -20,7 +20,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from tokengame.backbones.base import BlockCosts, KeyValueWeights
-from tokengame.backbones.parts import check_rowwise, drop_paths, is_plain_linear, linear_macs
+from tokengame.backbones.parts import check_rowwise, drop_paths, is_int8_linear, is_plain_linear, linear_macs
 from tokengame.errors import TokenGameError
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
@@ -96,8 +96,8 @@ def _project_fused(attn: Any, normed: Tensor, first: int, last: int) -> Tensor:
 
 
 def linear_part(layer: Any, rows: Tensor, some: slice) -> Tensor:
-    """Some outputs of a layer; of a plain linear layer only these are computed."""
-    if not is_plain_linear(layer):
+    """Some outputs of a layer; of a plain linear layer, or one in int8 by torchao, only these are computed."""
+    if not is_plain_linear(layer) and not is_int8_linear(layer):
         return layer(rows)[:, some]
     return F.linear(rows, layer.weight[some], None if layer.bias is None else layer.bias[some])
 

@@ -45,7 +45,7 @@ class TimmRelPos(TimmBackbone):
 
     def embed(self, images: Tensor) -> Tensor:
         tokens, first = self.model.patch_embed(images), self.model.cls_token
-        return tokens if first is None else torch.cat([first.expand(len(tokens), -1, -1), tokens], 1)
+        return tokens if first is None else torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], 1)
 
     def pair_bias(self, block: int, _grid: tuple[int, int]) -> Tensor | None:
         own, shared = self.model.blocks[block].attn.rel_pos, self.model.shared_rel_pos

@@ -185,5 +185,5 @@ def predict(
     if half < 2 * backend.backbone.depth:
         x = backend.finish(half, x, layout, bias)
     else:
-        x = x.index_select(0, layout.first_rows(backend.backbone.prefix))
+        x = layout.firsts(x, backend.backbone.prefix).flatten(0, 1)
     return backend.head(x, layout.prefixes(backend.backbone.prefix))

@@ -95,11 +95,18 @@ class CompiledBlocks(CompiledDecisions):
         return None if weights is None else cls(backbone, attention, weights)
 
     def embed(self, images: Tensor) -> Tensor:
-        start = self.backbone.constant_tokens(images) if self.weights.patches is not None else None
+        start = self._start(images) if self.weights.patches is not None else None
         if start is None or self.weights.patches is None:
             return super().embed(images)
         patch, prefix = self.backbone.patch_size[0], self.backbone.prefix
         return self.backbone.after_embedding(functions.embed(images, self.weights.patches, patch, start, prefix))
+
+    def _start(self, images: Tensor) -> Tensor | None:
+        """`Backbone.constant_tokens` of images of this shape, computed once for these weights."""
+        known = self.weights.start.get(images.shape[1:])
+        if known is None and (known := self.backbone.constant_tokens(images)) is not None:
+            known = self.weights.start[images.shape[1:]] = known.contiguous()
+        return known
 
     def run(
         self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None,
@@ -146,7 +153,7 @@ class CompiledBlocks(CompiledDecisions):
         """Pixels where the kernels embed them as the model does, else tokens."""
         backbone, weights = self.backbone, self.weights
         plain = weights.patches is not None and backbone.embeds_plainly
-        start = backbone.constant_tokens(images) if plain else None
+        start = self._start(images) if plain else None
         if start is not None:
             return Entry(images, start, backbone.patch_size[0], backbone.prefix, backbone.has_class_token)
         tokens = self.embed(images)

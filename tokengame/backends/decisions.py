@@ -51,6 +51,9 @@ def similarity_of(values: Tensor, rows: Tensor, agents: RaggedLayout) -> Tensor:
     else:
         padding = (agents.mask[:, None].to(metric.dtype) - 1).mul_(2)
         similarity = torch.baddbmm(padding, metric, metric.transpose(1, 2))
+    if torch.compiler.is_exporting():  # engines have no strides
+        own = torch.arange(metric.shape[1], device=metric.device)
+        return similarity.masked_fill(own[:, None] == own, -1)
     similarity.flatten(1)[:, :: metric.shape[1] + 1].fill_(-1)  # the diagonal
     return similarity
 

@@ -25,7 +25,7 @@ from tokengame.packed.attention import (
 )
 from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
 from tokengame.packed.layout import RaggedLayout
-from tokengame.packed.rows import append_rows, padding_rows
+from tokengame.packed.rows import append_rows, compiles_per_shape, padding_rows, without_padding
 
 
 class TorchBackend:
@@ -53,20 +53,21 @@ class TorchBackend:
         self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None,
         cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
     ) -> Stretch:  # fmt: skip
-        backbone, rows, qkv = self.backbone, len(x), None
-        spare = padding_rows(x) if layout.images > 1 else 0
+        backbone, rows, qkv = self.backbone, x.shape[0], None
+        spare = padding_rows(x) if compiles_per_shape(x) and layout.images > 1 else 0
         x = append_rows(x, spare)
         while first < last:
             end = min(first + 2 - first % 2, last)  # of this block
             x, found = self._checkpointed(self._halves, first, end, x, layout, bias, cached)
             first, cached, qkv = end, None, qkv if found is None else found
         if request is None:
-            return Stretch(x[:rows], qkv)
-        keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), layout, 1, 3)[:rows]
-        heads = backbone.next_heads(last // 2, x[:rows], layout, keys_values)
+            return Stretch(without_padding(x, rows), qkv)
+        keys_values = backbone.project(last // 2, backbone.norm_attention(last // 2, x), layout, 1, 3)
+        x = without_padding(x, rows)
+        heads = backbone.next_heads(last // 2, x, layout, without_padding(keys_values, rows))
         with self.section("policy"), torch.no_grad():  # decisions have no gradient
             observed = self.observe(heads, layout, bias, request)
-        return Stretch(x[:rows], qkv, heads, observed)
+        return Stretch(x, qkv, heads, observed)
 
     def _checkpointed(self, call: Callable, *arguments: Any) -> Any:
         """The result of `call`, computed again for the gradient where the model checkpoints."""
@@ -82,7 +83,7 @@ class TorchBackend:
         backbone, block, qkv = self.backbone, first // 2, None
         if first % 2 == 0:
             attended, qkv = self._attention(block, backbone.norm_attention(block, x), layout, bias, cached)
-            x = backbone.add_attention(block, x, append_rows(attended, len(x) - layout.rows), layout)
+            x = backbone.add_attention(block, x, append_rows(attended, x.shape[0] - layout.rows), layout)
         return (x if last % 2 else backbone.feed_forward(block, x, layout)), qkv
 
     def _attention(
@@ -91,11 +92,11 @@ class TorchBackend:
         """[M, H * D] attention of normed rows, and qkv [M, 3, H, D] where it is among themselves."""
         backbone, dropout = self.backbone, self.backbone.attention_dropout(block)
         if cached is not None:
-            query = backbone.project(block, normed, layout, 0, 1)[: layout.rows, 0]
+            query = without_padding(backbone.project(block, normed, layout, 0, 1), layout.rows)[:, 0]
             of = cached.keys, cached.values, layout, cached.layout, cached.bias
             with self.section("attention"):
                 return self._cross_attend(block, query, *of).flatten(1), None
-        qkv = backbone.project(block, normed, layout)[: layout.rows]
+        qkv = without_padding(backbone.project(block, normed, layout), layout.rows)
         with self.section("attention"):
             pairs = self._pair_bias(block, layout)
             if pairs is not None:
@@ -111,11 +112,12 @@ class TorchBackend:
 
     def _finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None) -> Tensor:
         backbone, block = self.backbone, self.backbone.depth - 1
-        own, prefix_layout = layout.first_rows(backbone.prefix), layout.prefixes(backbone.prefix)
-        prefix = x.index_select(0, own)
+        number, prefix_layout = backbone.prefix, layout.prefixes(backbone.prefix)
+        prefix = layout.firsts(x, number).flatten(0, 1)
         if half % 2 == 0:
             normed = backbone.norm_attention(block, x)
-            query = backbone.project(block, normed.index_select(0, own), prefix_layout, 0, 1)[:, 0]
+            own = layout.firsts(normed, number).flatten(0, 1)
+            query = backbone.project(block, own, prefix_layout, 0, 1)[:, 0]
             with self.section("attention"):
                 attended = self._attend_rows(block, query, normed, prefix_layout, layout, bias)
             prefix = backbone.add_attention(block, prefix, attended.flatten(1), prefix_layout)
@@ -128,12 +130,13 @@ class TorchBackend:
         """Attention of few queries [Q, H, D] to normed rows [M, C] -> [Q, H, D]."""
         folded = self.backbone.key_value_weights(block)
         if folded is None:
-            keys, values = self.backbone.project(block, normed, layout, 1, 3)[: layout.rows].unbind(1)
+            keys_values = self.backbone.project(block, normed, layout, 1, 3)
+            keys, values = without_padding(keys_values, layout.rows).unbind(1)
             return self._cross_attend(block, query, keys, values, query_layout, layout, bias)
         # q.(K n + c) = (K^T q).n + q.c, the same for all keys of a softmax up to a constant; and as weights a sum to 1,
         # the sum of a (V n + d) is V (sum of a n) + d. Two products of C x C for every row become two of C for each
         # query and head.
-        by_head = RaggedLayout([n * query.shape[1] for n in query_layout.counts], normed.device)
+        by_head = query_layout.repeated(query.shape[1])
         rows = normed[:, None]  # one head of width C
         queries = torch.einsum("qhd,hdc->qhc", query, folded.key).flatten(0, 1)[:, None]
         attended = self.cross_attend(queries, rows, rows, by_head, layout, bias, self.backbone.scale)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from tokengame.cli.common import PART, OnImages, ratio_headings
 from tokengame.cli.hints import about
-from tokengame.config import TrainConfig
+from tokengame.config import TrainConfig, require
 from tokengame.files import require_writable, write_csv
 from tokengame.ranges import Range
 from tokengame.report.console import named, progress, show_rows
@@ -36,6 +36,9 @@ class Ablate(OnImages):
         "tokengame ablate --backbone vit_tiny_patch16_224 --images train/ --updates 100 --seeds 3 --output ablations"
     )
 
+    rows: Literal["without", "walk"] = "without"
+    """without: the preset without each of its parts. walk: from --preset rl4evit-code to tokengame, a change a row, all
+    of as many games"""
     seeds: Annotated[int, Range(1, 1_000, whole=True)] = 3
     """runs of each; the first has the seed given by --seed"""
     holdout: Annotated[float, PART] = 0.3
@@ -48,12 +51,18 @@ class Ablate(OnImages):
         default_factory=lambda: TrainConfig.from_preset("tokengame")
     )
 
+    def check(self) -> None:
+        """Also: a walk starts where it says."""
+        super().check()
+        starts = self.rows != "walk" or self.config.preset == "rl4evit-code"
+        require(starts, f"--rows walk starts from --preset rl4evit-code, not {self.config.preset}")
+
     def run(self) -> list[dict[str, Any]]:
         """Train and measure every variant with every seed; one row per variant."""
         import torch
 
         from tokengame.data.datasets import split_images
-        from tokengame.measure.ablate import across_seeds, by_rules, by_starting_rule, quality, variants
+        from tokengame.measure.ablate import AS_IT_IS, across_seeds, by_rules, by_starting_rule, quality, variants, walk
         from tokengame.measure.conditions import conditions
         from tokengame.runtime import prune
 
@@ -62,13 +71,15 @@ class Ablate(OnImages):
         learn, held = split_images(source, self.holdout, self.seed)
         start = "nothing learned: the starting rule"
         measured = partial(self._batches, model, held, start)
-        found = {start: [by_starting_rule(model, self.config.game, self.for_thresholds(model, learn), measured)]}
-        for number, (name, config) in enumerate(variants(self.config).items()):
+        settings = {"without": variants, "walk": walk}[self.rows](self.config)
+        *_, last = settings.values()  # of a walk the game that it ends with
+        found = {start: [by_starting_rule(model, last.game, self.for_thresholds(model, learn), measured)]}
+        for number, (name, config) in enumerate(settings.items()):
             for seed in range(self.seed, self.seed + self.seeds):
                 policy = self._policy(model, config, learn, f"{number}_seed{seed}", seed)
                 batches = partial(self._batches, model, held, name)
                 found.setdefault(name, []).append(quality(model, policy, batches))
-                if not number:
+                if name == AS_IT_IS:
                     for rule, row in by_rules(prune(model, policy), batches, self._dials()).items():
                         found.setdefault(rule, []).append(row)
             rows = [
@@ -76,7 +87,7 @@ class Ablate(OnImages):
                 for name, results in found.items()
             ]
             write_csv(rows, self.output / "ablations.csv")  # keep what is measured, whatever happens later
-        show_rows(rows, {"ablation": "without", **ratio_headings(rows[0])})
+        show_rows(rows, {"ablation": self.rows, **ratio_headings(rows[0])})
         return rows
 
     def _policy(self, model: nn.Module, config: TrainConfig, learn: ImageSource, name: str, seed: int) -> Policy:

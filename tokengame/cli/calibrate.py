@@ -52,8 +52,9 @@ class Calibrate(OnAnyOutput):
     )
 
     policy: str
-    """policy file, the name of a shipped one, or "rule": the starting rule with thresholds for 0.7 of the compute,
-    which are set on the images not held back (without --holdout on a quarter of them) and calibrated on the others"""
+    """policy file, the name of a shipped one, hf:USER/NAME on the Hugging Face hub, or "rule": the starting rule with
+    thresholds for 0.7 of the compute, which are set on the images not held back (without --holdout on a quarter of
+    them) and calibrated on the others"""
     output: Path
     """the policy file to write; may be the same"""
     batch_size: Annotated[int, BATCH] = 32

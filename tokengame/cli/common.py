@@ -55,7 +55,9 @@ class Common:
     distributed: ClassVar[bool] = False
     """whether several processes can run it together"""
     takes_preset: ClassVar[bool] = False
-    """whether --preset sets defaults of its training settings, the field `config`"""
+    """whether a flag, --preset, sets defaults of its training settings, the field `config`"""
+    preset_flag: ClassVar[str] = "preset"
+    """that flag's name"""
     json: bool = False
     """print one JSON document on stdout, everything else on stderr"""
     seed: Annotated[int, Range(0, 2**32 - 1, whole=True)] = 0
@@ -337,7 +339,7 @@ def prune_by_name(
     model: nn.Module, policy: str, dial: float | None = None, *, keep_what: KeepWhat | None = None,
     **targets: Any,
 ) -> PrunedViT:  # fmt: skip
-    """`model` pruned by a policy file, a shipped policy, or "rule", the starting rule."""
+    """`model` pruned by a policy file, a shipped policy, one on the hub, or "rule", the starting rule."""
     from tokengame.policies import Policy
     from tokengame.policies.policy import find_policy
     from tokengame.runtime import prune

@@ -49,9 +49,9 @@ class Compare(OnAnyOutput):
     )
 
     policies: tuple[str, ...] = ()
-    """policy files or names of shipped ones; each is run over its dials, one made by `finetune` on the tuned weights
-    beside it. "rule", the starting rule, is a row of every table: with a budget for each image, and with --holdout also
-    with thresholds that are set on the images not held back"""
+    """policy files, names of shipped ones or hf:USER/NAME; each is run over its dials, one made by `finetune` on the
+    tuned weights beside it. "rule", the starting rule, is a row of every table: with a budget for each image, and with
+    --holdout also with thresholds that are set on the images not held back"""
     dials: Annotated[tuple[float, ...], SHARE] = (0.05, 0.12, 0.27, 0.38, 0.5, 0.62, 0.73, 0.82)
     """of the policies"""
     baselines: tuple[str, ...] = ()
@@ -99,7 +99,8 @@ class Compare(OnAnyOutput):
 
         require_writable(*(self.output / name for name in FILES))
         paths = [path for path in self.policies if path != RULE]  # which is measured anyway
-        policies = [Policy.load(find_policy(path)) for path in paths]
+        files = [find_policy(path) for path in paths]
+        policies = [Policy.load(file) for file in files]
         names = [Path(path).stem + ", fine-tuned" * _is_tuned(p) for path, p in zip(paths, policies, strict=True)]
         require(len(set(names)) == len(names), f"policies are told apart by file name, and these are not: {names}")
         model, source = self.load()
@@ -112,8 +113,8 @@ class Compare(OnAnyOutput):
         )
         if self.holdout is not None:
             entries += rule_entries(model, self.for_thresholds(model, learn), progress)
-        for name, policy, path in zip(names, policies, paths, strict=True):
-            own = tuned_weights(policy, Path(path), model)
+        for name, policy, file in zip(names, policies, files, strict=True):
+            own = tuned_weights(policy, file, model)
             entries += policy_entries(own, name, policy, self.dials, self.budgets)
         for entry in entries:
             entry.is_timed &= self.timing

@@ -18,8 +18,16 @@ from tokengame.report.console import show_table
 if TYPE_CHECKING:
     from tokengame.backbones.sources import Settings
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "pillow", "tyro")
-EXTRAS = {"hub": "datasets", "hf": "transformers", "open_clip": "open_clip_torch", "engines": "onnxruntime"}
+PACKAGES = ("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "pillow", "tyro")
+EXTRAS = {
+    "train": "accelerate",
+    "hub": "datasets",
+    "hf": "transformers",
+    "open_clip": "open_clip_torch",
+    "engines": "onnxruntime",
+    "demo": "gradio",
+    "serve": "fastapi",
+}
 """optional parts, `pip install tokengame[NAME]`, and the package that each brings"""
 
 

@@ -28,7 +28,8 @@ class Eval(OnAnyOutput):
 
     distributed = True
     policy: str
-    """policy file, the name of a shipped one, or "rule": the starting rule, of which nothing is learned"""
+    """policy file, the name of a shipped one, hf:USER/NAME on the Hugging Face hub, or "rule": the starting rule, of
+    which nothing is learned"""
     dial: Annotated[float | None, SHARE] = None
     """operating point: 0 keeps all tokens, 0.5 is the policy's own choice, 1 prunes most"""
     gmacs_ratio: Annotated[float | None, COMPUTE] = None

@@ -34,20 +34,22 @@ class Finetune(OnImages):
 
     name: ClassVar[str] = "finetune"
     first: ClassVar[tuple[str, ...]] = (
-        "output", "weights", "class_map", "dial", "gmacs_ratio", "validate", "updates", "lr", "resume",
+        "output", "weights", "class_map", "dial", "gmacs_ratio", "validate", "updates", "lr", "resume", "recipe",
     )  # fmt: skip
+    preset_flag: ClassVar[str] = "recipe"
+    takes_preset: ClassVar[bool] = True
     examples: ClassVar[str] = (
         "tokengame finetune --backbone vit_small_patch16_224 --images train/ --policy policy.safetensors "
         "--output tuned --gmacs-ratio 0.55\n"
         "tokengame finetune --backbone fashion --images fashion-train --validate fashion-val "
         "--policy quickstart/policy.safetensors --gmacs-ratio 0.32 --opt muon --lr 3e-4\n"
         "tokengame finetune --backbone deit_base_patch16_224 --images train/ --policy policy.safetensors "
-        "--labels 1 --distill 0 --aa rand-m9-mstd0.5-inc1 --ema 0.999"
+        "--recipe paper --ema 0.999"
     )
 
     distributed = True
     policy: str
-    """policy file, or the name of a shipped one"""
+    """policy file, the name of a shipped one, or hf:USER/NAME"""
     output: Path = Path("tuned")
     """folder for model.safetensors, policy.safetensors (the same policy, its card calibrated anew for the tuned
     weights) and the log"""
@@ -56,7 +58,7 @@ class Finetune(OnImages):
     gmacs_ratio: Annotated[float | None, COMPUTE] = None
     """operating point by compute, pruned / native, as the policy's card has it"""
     holdout: Annotated[float, PART] = 0.2
-    """share of the images held back and measured on; of a stream its first 1,024"""
+    """share held back and measured on; of a stream its first 1,024"""
     validate: str | None = None
     """other images to measure on, in place of a share held back"""
     split: str = "train"
@@ -72,6 +74,12 @@ class Finetune(OnImages):
     """load everything, do two updates of 32 images a process, say how long all would take and how much
     memory; keep nothing"""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+
+    @classmethod
+    def with_preset(cls, preset: str) -> Finetune:
+        """The command with the settings of recipe `preset`."""
+        missing: Any = tyro.MISSING
+        return cls(backbone=missing, images=missing, policy=missing, config=FinetuneConfig.from_recipe(preset))
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -109,7 +117,7 @@ class Finetune(OnImages):
             return self._rehearse(model, policy, dial, learn)
         require(0 < dial < 1, f"tuning wants a dial between 0 and 1, not {dial:g}")
         before = self._measured(prune(model, policy, dial), held, model, "before")
-        tuner = Tuner(model, policy, dial, self.config, before["gmacs_ratio"], self.processes)
+        tuner = Tuner(model, policy, dial, self.config, before["gmacs_ratio"], self.processes, self.seed)
         loop = self._loop(tuner, dial, self.config, learn, self.output, self.resume)
         loop.run(progress, "tuning", self.checkpoint_every)
         report_bad(loop.tally)
@@ -166,7 +174,8 @@ class Finetune(OnImages):
         from tokengame.learning.run import description_of, lasting
         from tokengame.policies.policy import fingerprint
 
-        augment = {"scale": (config.crop, 1.0), "auto_augment": config.aa, "re_prob": config.reprob}
+        augment: dict[str, Any] = {"scale": (config.crop, 1.0), "auto_augment": config.aa}
+        augment |= {"re_prob": config.reprob, "re_mode": config.augment.remode}
         transform = transform_for(preprocessing_of(tuner.teacher), train=True, augment=augment)
         actor = sha256(save(tuner.fast.actor.state_dict())).hexdigest()
         marks = [fingerprint(tuner.fast.game.backbone), actor, dial]

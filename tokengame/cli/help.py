@@ -40,7 +40,8 @@ class Flag:
         """The flag as it is typed."""
         name = self.name.replace("_", "-")
         if isinstance(self.default, bool):
-            return f"--no-{name}" if self.default else f"--{name}"
+            section, _, last = name.rpartition(".")
+            return f"--{section}{'.' * bool(section)}no-{last}" if self.default else f"--{name}"
         return f"--{name} {_kind(self.hint)}"
 
     @property

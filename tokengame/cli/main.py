@@ -27,8 +27,10 @@ from tokengame.cli.bench import Bench
 from tokengame.cli.calibrate import Calibrate
 from tokengame.cli.common import Common
 from tokengame.cli.compare import Compare
+from tokengame.cli.demo import Demo
 from tokengame.cli.doctor import Doctor
 from tokengame.cli.eval import Eval
+from tokengame.cli.export import Export
 from tokengame.cli.finetune import Finetune
 from tokengame.cli.help import help_of, overview
 from tokengame.cli.quickstart import Quickstart
@@ -50,6 +52,8 @@ COMMANDS: tuple[type[Common], ...] = (
     Bench,
     Ablate,
     Compare,
+    Export,
+    Demo,
     Doctor,
 )
 PLAIN = {
@@ -171,8 +175,9 @@ def parse(arguments: list[str]) -> Any:
 
 def _preset(command: type[Common], arguments: list[str]) -> Common | None:
     """The command with the defaults of the preset that is named last."""
-    named = [value for flag, value in pairwise(arguments) if flag == "--preset"]
-    named += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
+    typed = f"--{command.preset_flag}"
+    named = [value for flag, value in pairwise(arguments) if flag == typed]
+    named += [flag.removeprefix(f"{typed}=") for flag in arguments if flag.startswith(f"{typed}=")]
     return command.with_preset(named[-1]) if named and command.takes_preset else None
 
 

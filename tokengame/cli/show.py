@@ -34,7 +34,8 @@ class Show(OnImages):
     )
 
     policy: str
-    """policy file, the name of a shipped one, or "rule": the starting rule, of which nothing is learned"""
+    """policy file, the name of a shipped one, hf:USER/NAME on the Hugging Face hub, or "rule": the starting rule, of
+    which nothing is learned"""
     output: Path = Path("tokens.png")
     """PNG of one strip per image; or .html: a gallery with counts and predictions before and after"""
     count: Annotated[int, Range(1, 1_000, whole=True)] = 8

@@ -11,7 +11,7 @@ import tyro
 
 from tokengame.cli.common import PART, OnImages
 from tokengame.cli.hints import about
-from tokengame.config import RewardConfig, TrainConfig, require, with_overrides
+from tokengame.config import TrainConfig, require, with_overrides
 from tokengame.files import require_writable, write_csv, write_whole
 from tokengame.ranges import Range
 from tokengame.report.console import console, named, show_rows
@@ -61,7 +61,8 @@ class Sweep(OnImages):
         """Also: the reward is one that a ratio sets, and nothing else sets."""
         super().check()
         require(self.config.reward.kind == "share", "sweep varies alpha of reward.kind share")
-        fixed = (self.config.reward.alpha, self.config.reward.beta) == (RewardConfig().alpha, RewardConfig().beta)
+        given, preset = self.config.reward, TrainConfig.from_preset(self.config.preset).reward
+        fixed = (given.alpha, given.beta) == (preset.alpha, preset.beta)
         require(fixed, "sweep sets alpha and beta itself, by --ratios")
 
     def run(self) -> list[dict[str, Any]]:

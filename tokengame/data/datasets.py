@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
-from braceexpand import braceexpand
 from PIL import Image
 
 from tokengame.data.archives import TarImages
@@ -171,6 +170,8 @@ def _fitting(pattern: str) -> list[str]:
     Raises:
         TokenGameError: one that braces name is missing, no file fits, or it names too many.
     """
+    from braceexpand import braceexpand
+
     kind = "tar file" if pattern.endswith(".tar") else "file or folder"
     if _named_by_braces(pattern) > SHARDS:
         raise TokenGameError(f"{pattern} names more than {SHARDS:,} files")

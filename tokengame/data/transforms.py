@@ -68,7 +68,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     state, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond to look for other devices
             random.seed(seed)
             np.random.seed(seed)
             yield

@@ -133,7 +133,7 @@ class State:
     @property
     def prefix(self) -> int:
         """Prefix tokens of an image."""
-        return (self.layout.rows - self.agents.rows) // max(self.layout.images, 1)
+        return self.layout.longest - self.agents.longest
 
     @property
     def agent_rows(self) -> Tensor:

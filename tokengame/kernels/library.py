@@ -9,7 +9,6 @@ are float32, so results in bfloat16 are nearer to float32's than PyTorch's own (
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ from tokengame.kernels.structs import SIGNATURES, STRUCTS, TableStruct
 
 TILE = 32
 """widths must be multiples of it"""
+LIBRARY = Path(__file__).parents[1] / "_kernels.so"
+"""the compiled kernels, of any Python"""
 SOURCES = Path(__file__).parents[2] / "csrc"
 """the kernels' sources, in a checkout of the repository"""
 LEVELS = ("none", "generic", "avx2", "avx512", "avx512_bf16", "amx")
@@ -56,19 +57,27 @@ class Loaded(NamedTuple):
 @cache
 def loaded() -> Loaded:
     """The library of this installation."""
-    found = importlib.util.find_spec("tokengame._kernels")
-    if found is None or found.origin is None:
+    if not LIBRARY.is_file():
         return Loaded(None, -1, -1, "tokengame was installed without a C++ compiler")
-    try:  # its threads are those of PyTorch, whose OpenMP is in the process already
-        kernels = ctypes.CDLL(found.origin)
+    try:
+        kernels = _open()
     except OSError as error:
-        return Loaded(None, -1, -1, f"{found.origin} cannot be loaded: {error}")
+        return Loaded(None, -1, -1, f"{LIBRARY} cannot be loaded: {error}")
     advice = "install tokengame again (make, or pip install -e .)"
     if (SOURCES.is_dir() and _checksum(kernels) != _checksum_of(SOURCES)) or not _same_structs(kernels):
-        warnings.warn(f"{found.origin} was not compiled from {SOURCES} and is not used: {advice}", stacklevel=3)
+        warnings.warn(f"{LIBRARY} was not compiled from {SOURCES} and is not used: {advice}", stacklevel=3)
         return Loaded(None, -1, -1, f"compiled from other sources: {advice}")
     kernels.weight_version.restype, kernels.kernels.restype = ctypes.c_ulonglong, ctypes.c_void_p
     return Loaded(kernels, kernels.highest_level(), kernels.fastest_level(), "")
+
+
+def _open() -> ctypes.CDLL:
+    """The library, whose threads are those of PyTorch: it is not linked with an OpenMP, but finds PyTorch's."""
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError:  # a PyTorch that keeps its OpenMP to itself, or has none
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(LIBRARY))
 
 
 def _checksum(kernels: ctypes.CDLL) -> int | None:
@@ -172,6 +181,6 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
     raise MemoryError("no memory for the compiled kernels: make the batch smaller")
 
 
-def weight_version(pointers: Any, rows: Any, columns: Any, number: int) -> int:
+def weight_version(pointers: Any, rows: Any, columns: Any, number: int, part: int, parts: int) -> int:
     """See csrc/processor.cpp."""
-    return loaded().library.weight_version(pointers, rows, columns, ctypes.c_long(number))
+    return loaded().library.weight_version(pointers, rows, columns, *map(ctypes.c_long, (number, part, parts)))

@@ -1,7 +1,8 @@
 """What a training run leaves on disk, so that it can be watched, interrupted at any moment, and resumed.
 
 `metrics.jsonl` is repeatable: a run that was killed and resumed ends with the same bytes as one that was not. Times go
-to `timings.jsonl`, both to TensorBoard. Of several processes the first one writes.
+to `timings.jsonl`, both to TensorBoard where that is installed (`pip install tokengame[train]`). Of several processes
+the first one writes.
 
 A checkpoint ends with the SHA-256 of its own bytes, and names length and SHA-256 of both logs, so that a resumed run
 continues from exactly what was written or not at all.
@@ -24,9 +25,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tokengame.errors import TokenGameError, first_line
 from tokengame.files import append, require_writable, sync, whole, write_whole, writing
@@ -117,9 +115,14 @@ class Board:
     Args:
         folder: for the file.
         step: after which it begins; what an earlier file holds of later steps is not shown any more.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{step}"
         self.path = folder / name
         write_whole(self.path, b"")
@@ -128,10 +131,15 @@ class Board:
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of a step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
-    def _write(self, *events: Event) -> None:
+    def _write(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         buffer = io.BytesIO()
         for event in events:
             event.wall_time = time.time()
@@ -140,7 +148,7 @@ class Board:
 
 
 class RunFolder:
-    """The folder of one run: config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoint.pt.
+    """The folder of one run: config.json, metrics.jsonl, timings.jsonl, checkpoint.pt, and events of TensorBoard.
 
     Args:
         path: the folder.
@@ -264,12 +272,16 @@ class RunFolder:
         """A function that records the metrics of a step after `step`; times are those named "time/..."."""
         if not self.main:
             return lambda _step, _metrics: None
-        board = Board(self.path, step)
+        try:
+            board = Board(self.path, step)
+        except ImportError:  # the same numbers are in the other two files
+            board = None
 
         def record(step: int, metrics: Metrics) -> None:
             times = {name: value for name, value in metrics.items() if name.startswith("time/")}
             others = {name: value for name, value in metrics.items() if name not in times}
-            board.add(step, metrics)
+            if board is not None:
+                board.add(step, metrics)
             self.logs["timings"].append({"update": step, **times})
             self.logs["metrics"].append({"update": step, **others})
 

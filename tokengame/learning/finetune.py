@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 from tokengame import kernels
 from tokengame.backbones import wrap
 from tokengame.backbones.classes import require_classes
+from tokengame.backbones.parts import set_drop_path
 from tokengame.config import FinetuneConfig
+from tokengame.data.transforms import seeded
 from tokengame.distributed import Processes
 from tokengame.errors import TokenGameError, first_line
 from tokengame.learning.learner import check_labels, fitting, load_optimizer
@@ -30,13 +35,30 @@ from tokengame.learning.trainer import training_dtype
 from tokengame.measure.fidelity import fidelity_loss
 from tokengame.packed.attention import deterministic_attention
 from tokengame.policies import Policy
+from tokengame.ranges import require
 from tokengame.runtime import PrunedViT
+
+
+def mixing(config: FinetuneConfig, classes: int, batch: int) -> Mixup | None:
+    """timm's mixup and cutmix of a process's part of a batch; None where there is neither.
+
+    Raises:
+        TokenGameError: it has an odd number of images, which are mixed in pairs.
+    """
+    if not (config.augment.mixup or config.augment.cutmix):
+        return None
+    require(
+        batch % 2 == 0,
+        f"--augment.mixup and cutmix mix pairs, and a process has {batch} images: use an even --batch-size",
+    )
+    augment = config.augment
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
 
 
 class Tuner:
     """A copy of a model that is tuned, and all that changes with it; a `loop.Learner`.
 
-    Dropout and stochastic depth stay off: they would change what the frozen policy observes.
+    Dropout stays off, and stochastic depth unless it is configured: they change what the frozen policy observes.
 
     Args:
         model: the native one, on its device; it is the teacher and stays as it is.
@@ -46,16 +68,18 @@ class Tuner:
         compute: pruned / native, that the dial is moved to hold: as the backbone changes, so do the decisions of the
             policy that observes it. None leaves the dial alone.
         processes: those that tune together; each takes its part of every batch.
+        seed: of mixed images and stochastic depth.
 
     Raises:
-        TokenGameError: the model has no classes, or timm knows no such optimiser or schedule.
+        TokenGameError: the model has no classes, no place for stochastic depth that is wanted, or batches are odd that
+            are to be mixed; or timm knows no such optimiser or schedule.
     """
 
     def __init__(
         self, model: Any, policy: Policy, dial: float, config: FinetuneConfig, compute: float | None = None,
-        processes: Processes | None = None,
+        processes: Processes | None = None, seed: int = 0,
     ):  # fmt: skip
-        self.config, self.compute, self.processes = config, compute, processes or Processes()
+        self.config, self.compute, self.processes, self.seed = config, compute, processes or Processes(), seed
         backbone = wrap(model)
         require_classes(backbone)
         self.device, self.classes = backbone.device, backbone.classes
@@ -63,12 +87,16 @@ class Tuner:
         kernels.announce(self.dtype, self.device.type)
         self.teacher = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
         self.student = copy.deepcopy(model).float().eval().requires_grad_(True)
+        self.drops = set_drop_path(self.student, rate) if (rate := config.augment.drop_path) else []
+        nowhere = "--augment.drop-path: this model's blocks have no place for stochastic depth; leave it out"
+        require(bool(self.drops or not rate), nowhere)
+        self.mix = mixing(config, self.classes, self.processes.local_batch(config.batch_size))
         policy.actor.to(self.device).requires_grad_(False)
         self.fast = PrunedViT(self.student, policy, dial)
         self.fast.game.attention = deterministic_attention  # bitwise repeatable
         self.updates = self.images_seen = 0
         try:
-            self.optimizer = create_optimizer_v2(self.student, config.opt, config.lr, config.weight_decay)
+            self.optimizer = create_optimizer_v2(self.student, config.opt, config.step_size, config.weight_decay)
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer, config.sched, num_epochs=1, updates_per_epoch=config.updates, step_on_epochs=False,
                 warmup_epochs=config.warmup, warmup_lr=0.0, decay_epochs=1 / 3, decay_milestones=[1 / 3, 2 / 3],
@@ -87,11 +115,14 @@ class Tuner:
         """
         check_labels(labels, len(images), self.classes)
         start = time.perf_counter()
-        images = images.to(self.device)
-        with torch.no_grad():
-            native = self.teacher(images.to(self.dtype)).float()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.fast.predict(images, gradients=True)
+        images, labels = images.to(self.device), None if labels is None else labels.to(self.device)
+        with seeded(hash((self.seed, self.updates, self.processes.rank)) & 0x7FFFFFFF):
+            if self.mix is not None and labels is not None:
+                images, labels = self.mix(images, labels)
+            with torch.no_grad():
+                native = self.teacher(images.to(self.dtype)).float()
+            with self._dropping(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = self.fast.predict(images, gradients=True)
         loss, metrics = self._loss(native, output.logits.float(), labels)
         if not loss.isfinite():
             raise TokenGameError(f"the loss is not finite in update {self.updates}; lower lr")
@@ -104,6 +135,17 @@ class Tuner:
         metrics = self.processes.mean(metrics | {"time/update": seconds, "time/images_per_second": speed})
         self._hold(metrics["tune/gmacs_ratio"])
         return metrics | {"charts/dial": self.fast.dial}
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Stochastic depth is on in this context, and only in it: the tuned model is measured without."""
+        for drop in self.drops:
+            drop.train()
+        try:
+            yield
+        finally:
+            for drop in self.drops:
+                drop.eval()
 
     def _hold(self, measured: float) -> None:
         """Move the dial towards the wanted compute; a gain at which the noise of single batches hardly moves it."""
@@ -119,9 +161,10 @@ class Tuner:
         if self.config.labels:
             if labels is None:
                 raise TokenGameError("labels=... needs labelled images; without labels use distill alone")
-            wanted = labels.to(self.device)
-            loss = loss + self.config.labels * F.cross_entropy(pruned, wanted)
-            metrics["tune/top1"] = float((pruned.argmax(1) == wanted).float().mean())
+            smoothing = self.config.augment.smoothing if self.mix is None else 0.0  # mixed labels are smoothed already
+            loss = loss + self.config.labels * F.cross_entropy(pruned, labels, label_smoothing=smoothing)
+            likeliest = labels if labels.ndim == 1 else labels.argmax(1)
+            metrics["tune/top1"] = float((pruned.argmax(1) == likeliest).float().mean())
         return loss, metrics
 
     def _step(self, loss: Tensor) -> None:
@@ -131,7 +174,8 @@ class Tuner:
         (loss / self.processes.size).backward()
         parameters = list(self.student.parameters())
         self.processes.sum_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.updates += 1
         if self.ema is not None:

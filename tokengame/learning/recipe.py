@@ -33,7 +33,9 @@ def _optimizer(config: FinetuneConfig) -> torch.optim.Optimizer:
     known = list_optimizers()
     require(config.opt.lower() in known, f"timm has no optimiser --opt {config.opt}; it has {', '.join(known)}")
     try:
-        optimizer = create_optimizer_v2(nn.Sequential(nn.Linear(4, 4)), config.opt, config.lr, config.weight_decay)
+        optimizer = create_optimizer_v2(
+            nn.Sequential(nn.Linear(4, 4)), config.opt, config.step_size, config.weight_decay
+        )
     except Exception as error:  # of whichever library implements it
         raise TokenGameError(f"--opt {config.opt} does not work here ({first_line(error)}); choose another") from None
     second_order = getattr(optimizer, "is_second_order", False)

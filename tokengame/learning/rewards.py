@@ -1,12 +1,12 @@
 """Rewards of the agents. Plain tensors in, plain tensors out; T stages, B games, N agents.
 
 `share` is RL4EViT's: the kept tokens of a correctly classified image share alpha equally and each pays beta, so that in
-equilibrium about alpha * p(correct) / beta are kept. `target` adds to the share a penalty around keep targets, after
-the authors' published code. `fidelity` (this project's) needs no labels. When an agent's episode ends, it is charged
-the loss of the whole game, KL(native || pruned) or that of another kind (`measure.kinds`), less what other games on the
-same image were charged (leave-one-out, Kool et al. 2019). At each stage that keeps it, it is charged the compute that
-its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001), free of the other
-agents' noise; it counts blocks and leaves out that attention is quadratic.
+equilibrium about alpha * p(correct) / beta are kept. `target` is the reward that the authors' published code runs: the
+share, and a penalty around keep targets. `fidelity` (this project's) needs no labels. When an agent's episode ends, it
+is charged the loss of the whole game, KL(native || pruned) or that of another kind (`measure.kinds`), less what other
+games on the same image were charged (leave-one-out, Kool et al. 2019). At each stage that keeps it, it is charged the
+compute that its own row causes until the next. The compute part is a difference reward (Wolpert & Tumer 2001), free of
+the other agents' noise; it counts blocks and leaves out that attention is quadratic.
 """
 
 from __future__ import annotations
@@ -62,12 +62,18 @@ def share(outcome: Outcome, config: RewardConfig) -> Tensor:
 
 
 def target(outcome: Outcome, config: RewardConfig) -> Tensor:
-    """[T, B, N] share of alpha, less the distance of the share kept from keep_target^(t+1), for agents that acted."""
+    """[T, B, N] the reward that RL4EViT's published code runs: a share of alpha, and the distance from a keep target.
+
+    n tokens are left after a stage, and d = n / N - keep_target^(t+1) is how far that is above the target. A kept token
+    gets alpha * [correct] / n, less e^d where d > 0. Where d <= 0 every pruned token gets -e^-d, also one of an earlier
+    stage: that one no longer acts, so no decision is charged for it.
+    """
     stages, _, agents = outcome.alive.shape
-    kept = outcome.alive.sum(2, keepdim=True) / agents
+    kept = outcome.alive.sum(2, keepdim=True) / agents  # [T, B, 1]
     goal = config.keep_target ** torch.arange(1, stages + 1, device=kept.device).view(-1, 1, 1)
+    charged = torch.where(kept > goal, outcome.alive, ~outcome.alive)
     earned = torch.where(outcome.alive, _shares(outcome, config.alpha), 0.0)
-    return torch.where(outcome.acting, earned - (kept - goal).abs(), 0.0)
+    return earned - torch.where(charged, (kept - goal).abs().exp(), 0.0)
 
 
 def _shares(outcome: Outcome, alpha: float) -> Tensor:

@@ -184,9 +184,10 @@ class TrainingRun:
         """Images (times rollouts) a second in training over the native forward's, medians over the run."""
         lines = self.log.timings()
         speeds = [
-            [line[f"time/{name}"] for line in lines] for name in ("images_per_second", "native_images_per_second")
+            [line[f"time/{name}"] for line in lines if f"time/{name}" in line]
+            for name in ("images_per_second", "native_images_per_second")
         ]
-        return float(np.median(speeds[0]) / np.median(speeds[1])) if lines else float("nan")
+        return float(np.median(speeds[0]) / np.median(speeds[1])) if speeds[1] else float("nan")
 
 
 def lasting(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:

@@ -83,11 +83,13 @@ class Trainer:
             torch.manual_seed(seed)
             self.actor = build_actor(config.actor, self.shape).to(self.device)
             sizes = {k: self.shape[k] for k in ("dim", "heads", "stages")}
-            central = config.ppo.critic == "central"
-            self.critic = Critic(**sizes, hidden=config.actor.hidden, features=context, central=central).to(self.device)
+            central, agents = config.ppo.critic == "central", self.shape["agents"] if config.ppo.critic_id else None
+            self.critic = Critic(
+                **sizes, hidden=config.actor.hidden, features=context, central=central, agents=agents
+            ).to(self.device)
         steps = ((self.actor, config.ppo.lr), (self.critic, config.ppo.critic_lr or config.ppo.lr))
         groups = [{"params": list(network.parameters()), "initial_lr": lr} for network, lr in steps]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5)
+        self.optimizer = torch.optim.Adam(groups, eps=config.ppo.eps)
         self.controller = PriceController.of(config.reward)
         self.controller.weight *= self.kind.price
         self.generator = torch.Generator().manual_seed(seed)
@@ -136,13 +138,14 @@ class Trainer:
         self.images_seen += len(images) * self.processes.size
         end = now(self.device)
         speed = len(images) * self.processes.size * self.config.rollouts / (end - start)
+        if "time/native_images_per_second" in metrics:
+            metrics["time/throughput_vs_native"] = speed / metrics["time/native_images_per_second"]
         return metrics | {
             "charts/kl_weight": self.controller.weight,
             "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
             "time/rollout": played - start,
             "time/update": end - played,
             "time/images_per_second": speed,
-            "time/throughput_vs_native": speed / metrics["time/native_images_per_second"],
         }
 
     @torch.no_grad()
@@ -180,22 +183,20 @@ class Trainer:
     def rollout(self, images: Tensor, labels: Tensor | None) -> tuple[Rollout, Outcome, dict[str, float]]:
         """Play `rollouts` games on each image; the part before the first decision is computed once."""
         rollouts = self.config.rollouts
-        start = now(self.device)
-        native = self.kind.native(self.backbone, images).float()
-        native_time = now(self.device) - start
-        self._require_finite(native, "the native model's prediction")
+        native, timed = self._native(images)
         state = self.game.reset(images).repeat(rollouts)
         grid = grid_of(self.game, state) if self.kind.on_grid else None
         rollout = sample_games(self.game, state, self.actor, self._noise(state), grid)
         pruned = (self.game.predict(rollout.final) if grid is None else grid.filled(rollout.final)).float()
-        loss = self._loss(native, pruned)
-        charged = self.kind.charge(native, pruned, loss, self.config.reward.temperature)
+        charged, compared = self._compared(native, pruned)
         correct, lost = None, {}
         if labels is not None:
             wanted = labels.to(self.device)
             correct = pruned.argmax(1) == wanted.repeat_interleave(rollouts)
-            top1, native_top1 = (float(right.float().mean()) for right in (correct, native.argmax(1) == wanted))
-            lost = {"game/top1": top1, "game/drop_pp": 100 * (native_top1 - top1)}
+            lost["game/top1"] = float(correct.float().mean())
+            if native is not None:
+                native_top1 = float((native.argmax(1) == wanted).float().mean())
+                lost["game/drop_pp"] = 100 * (native_top1 - lost["game/top1"])
         outcome = Outcome(rollout.alive[:-1], rollout.alive[1:], correct, charged, self._segments(rollout), rollouts)
         kept = torch.stack(rollout.final.kept).cpu()
         macs = pruned_macs(self.game, self.actor, kept, rollout.final.total)
@@ -203,15 +204,35 @@ class Trainer:
             rollout,
             outcome,
             {
-                f"game/{self.kind.figure}": float(loss.mean()),
-                f"game/{self.kind.figure}_clamped": float(loss.clamp(max=self.config.reward.kl_clamp).mean()),
-                **self.kind.metrics(native, pruned),
+                **compared,
                 "game/gmacs_ratio": float(macs.mean()) / native_macs(self.backbone, rollout.final.total),
                 **{f"game/kept_{t}": float(n.float().mean()) / rollout.final.total for t, n in enumerate(kept)},
                 **lost,
-                "time/native_images_per_second": len(images) * self.processes.size / native_time,
+                **timed,
             },
         )
+
+    def _native(self, images: Tensor) -> tuple[Tensor | None, dict[str, float]]:
+        """The native prediction and its speed, in one of `native_every` updates."""
+        if self.updates % self.config.reward.native_every:
+            return None, {}
+        start = now(self.device)
+        native = self.kind.native(self.backbone, images).float()
+        seconds = now(self.device) - start
+        self._require_finite(native, "the native model's prediction")
+        return native, {"time/native_images_per_second": len(images) * self.processes.size / seconds}
+
+    def _compared(self, native: Tensor | None, pruned: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """[G] what agents pay for the loss of each game, and metrics; zeros where no native prediction was made."""
+        if native is None:
+            self._require_finite(pruned, "the pruned prediction")
+            return torch.zeros(len(pruned), device=pruned.device), {}
+        loss = self._loss(native, pruned)
+        return self.kind.charge(native, pruned, loss, self.config.reward.temperature), {
+            f"game/{self.kind.figure}": float(loss.mean()),
+            f"game/{self.kind.figure}_clamped": float(loss.clamp(max=self.config.reward.kl_clamp).mean()),
+            **self.kind.metrics(native, pruned),
+        }
 
     def _loss(self, native: Tensor, pruned: Tensor) -> Tensor:
         """[G] losses of games by the kind, scaled; the first games set the scale where none is given."""
@@ -259,7 +280,8 @@ class Trainer:
                 values[t] = values[t].view(-1).index_copy(0, rows[t], self.critic(obs)).view(shape)
         ppo = self.config.ppo
         advantages, returns = gae(rewards, values, outcome.acting, outcome.ends, ppo.gamma, ppo.gae_lambda)
-        advantages = normalise(advantages, outcome.acting, self.processes)
+        if ppo.normalise:
+            advantages = normalise(advantages, outcome.acting, self.processes)
 
         def flat(dense: Tensor) -> Tensor:
             return torch.cat([dense[t].reshape(-1)[row] for t, row in enumerate(rows)])
@@ -275,7 +297,7 @@ class Trainer:
         return Experience(obs, action, log_probs, flat(advantages), flat(returns), index, possible, agents)
 
     def _anneal(self) -> None:
-        left = 1 - self.updates / self.config.updates
+        left = 1.0 if self.config.ppo.sched == "constant" else 1 - self.updates / self.config.updates
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * max(left, 0.0)
 

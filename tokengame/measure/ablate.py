@@ -1,4 +1,7 @@
-"""Ablations: the same training without one of its parts, over several seeds, on the same images."""
+"""Ablations: the same training without one of its parts, or a walk from one preset to another, over several seeds.
+
+All are measured on the same images.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,33 @@ from tokengame.measure.scores import Scores
 from tokengame.policies import Policy
 from tokengame.runtime import PrunedViT, prune
 
+AS_IT_IS = "as it is"
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    AS_IT_IS: {},
     "no Markov game (gamma 0)": {"ppo": {"gamma": 0.0}},
     "local critic (IPPO)": {"ppo": {"critic": "local"}},
     "one agent an image (PPO)": {"ppo": {"agents": "image"}},
     "team reward, no credit of one's own": {"reward": {"credit": "team"}},
     "one game an image, no leave-one-out": {"rollouts": 1},
 }
+WALK: dict[str, dict[str, Any]] = {
+    "rl4evit-code": {},
+    "reward fidelity, of a team": {"reward": {"kind": "fidelity", "alpha": 100.0, "credit": "team"}},
+    "credit of one's own": {"reward": {"credit": "own"}},
+    "step sizes 1e-2 and 2e-3, falling": {"ppo": {"lr": 1e-2, "critic_lr": 2e-3, "sched": "linear", "eps": 1e-5}},
+    "gamma, lambda 1, normalised, no entropy": {
+        "ppo": {
+            "gamma": 1.0, "gae_lambda": 1.0, "normalise": True, "entropy": 0.0, "value": 0.5, "max_grad_norm": 0.5
+        }
+    },
+    "32 images, 2 minibatches, 2 epochs": {"batch_size": 32, "ppo": {"minibatches": 2, "epochs": 2}},
+    "observation context": {"actor": {"observation": "context", "hidden": (32,)}, "ppo": {"critic_id": False}},
+    "biases of the starting rule": {"actor": {"keep": 0.7}},
+    "transition merge": {"game": {"transition": "merge"}},
+    "temperature 3": {"reward": {"temperature": 3.0, "kl_weight": 0.7, "kl_clamp": 3.0}},
+    "four games an image: tokengame": {"rollouts": 4},
+}  # fmt: skip
+"""What is changed from preset rl4evit-code to preset tokengame, each row beside all rows before it."""
 RULES: dict[str, Callable[[], Score]] = {
     "attention at its budgets": lambda: attention,
     "random at its budgets": Random,
@@ -41,6 +63,19 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     single = "one game an image, no leave-one-out"
     settings[single] = with_overrides(settings[single], {"batch_size": games})
     return settings
+
+
+def walk(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Settings of each row of `WALK`, from `config` on. All rows play as many games, so updates differ.
+
+    Args:
+        config: preset rl4evit-code; its `updates` are those of the first row.
+    """
+    games, found = config.updates * config.batch_size * config.rollouts, {}
+    for name, changes in WALK.items():
+        config = with_overrides(config, changes)
+        found[name] = with_overrides(config, {"updates": max(1, games // (config.batch_size * config.rollouts))})
+    return found
 
 
 def quality(model: nn.Module, policy: Policy, batches: Callable[[], Iterable[Batch]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokengame import kernels
 from tokengame.backbones import unfused, wrap
 from tokengame.baselines.tome import ToMe, tome_at
 from tokengame.config import GameConfig
@@ -264,6 +265,7 @@ def csv_path(folder: str | Path, name: str, plan: Plan, stages: tuple[int, ...],
         "tome": plan.tome,
         "rivals": plan.rivals,
         "eager": not plan.compiled,
+        "pytorch-kernels": device.type == "cpu" and not kernels.available(),
         "keeps-memory": plan.keeps_memory,
         f"neighbours{plan.neighbours}": plan.neighbours > 0,
     }

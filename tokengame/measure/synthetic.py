@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,19 @@ class SyntheticDecisions(nn.Module):
         """[A] logits; above 0 for kept tokens."""
         logits = self.actor(obs)
         if len(self.table):
-            return logits - self.table[obs.stage, self.rows].index_select(0, obs.image)
+            return self._shifted(obs, logits, self.rows)
         shift = self._shift(obs, logits)
         self.found.append(shift)
         return logits - shift[obs.image]
+
+    def _shifted(self, obs: Observation, logits: Tensor, rows: Tensor) -> Tensor:
+        return logits - self.table[obs.stage, rows].index_select(0, obs.image)
+
+    def of_images(self, first: int, last: int) -> Callable[[Observation], Tensor] | None:
+        """The decisions on images first .. last - 1 of the batch; None while `fit` runs."""
+        if not len(self.table):
+            return None
+        return lambda obs: self._shifted(obs, self.actor(obs), self.rows[first:last])
 
     @property
     def linear(self) -> LinearDecision | None:

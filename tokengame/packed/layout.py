@@ -53,6 +53,10 @@ class RaggedLayout:
             places = places._replace(position=nowhere)
         return RaggedLayout([number] * self.images, self.device, places)
 
+    def repeated(self, times: int) -> RaggedLayout:
+        """Layout of `times` rows for each row."""
+        return RaggedLayout([n * times for n in self.counts], self.device)
+
     @property
     def uniform(self) -> bool:
         """Whether all images have the same count, so that a view is a dense batch."""
@@ -149,9 +153,17 @@ class RaggedLayout:
         flat = padded.flatten(0, 1)
         return flat if self.uniform else flat.index_select(0, self.slot)
 
+    def weight(self, rows: Tensor) -> Tensor:
+        """[M] of each of the rows [M, ...] in a mean: 1, and 0 for padding."""
+        return torch.ones_like(rows[:, 0])
+
     def first(self, rows: Tensor) -> Tensor:
         """[M, ...] -> [B, ...], the first row of each image."""
         return self.pad(rows)[:, 0] if self.uniform else rows.index_select(0, self.start)
+
+    def firsts(self, rows: Tensor, number: int) -> Tensor:
+        """[M, ...] -> [B, number, ...], the first rows of each image."""
+        return rows.index_select(0, self.first_rows(number)).unflatten(0, (self.images, number))
 
     def per_image(self, flags: Tensor) -> list[int]:
         """How many of `flags` [M] are true in each image; the only synchronisation with the device in a decision."""

@@ -17,7 +17,7 @@ PIECE = 2**19
 def segment_mean(values: Tensor, layout: RaggedLayout, weight: Tensor | None = None) -> Tensor:
     """Weighted mean of the rows of each image: [M, C] -> [B, C]; zeros for an image without rows."""
     dtype, values = values.dtype, values.float()  # bfloat16 cannot count beyond 256
-    weight = torch.ones_like(values[:, 0]) if weight is None else weight.float()
+    weight = (layout.weight(values) if weight is None else weight).float()
     total = values.new_zeros(layout.images, values.shape[1]).index_add_(0, layout.image, values * weight[:, None])
     mass = values.new_zeros(layout.images).index_add_(0, layout.image, weight)
     return (total / mass.clamp(min=1e-30)[:, None]).to(dtype)
@@ -53,6 +53,11 @@ def compiles_per_shape(rows: Tensor) -> bool:
 def padding_rows(rows: Tensor) -> int:
     """How many rows to append to [M, C] so that M is a multiple of 32, where `compiles_per_shape`; otherwise 0."""
     return -len(rows) % 32 if compiles_per_shape(rows) else 0
+
+
+def without_padding(x: Tensor, number: int) -> Tensor:
+    """[M + padding, ...] -> [M, ...], the first `number` rows."""
+    return x if x.shape[0] == number else x[:number]
 
 
 def append_rows(x: Tensor, number: int) -> Tensor:

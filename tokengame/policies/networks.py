@@ -81,6 +81,10 @@ class TokenActor(nn.Module):
         prune, keep = self.rest(hidden).unbind(1)
         return keep - prune
 
+    def of_images(self, _first: int, _last: int) -> TokenActor:
+        """The policy for some images of a batch: the same, it decides for every image alone."""
+        return self
+
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision; the identity look-up costs none."""
         return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
@@ -140,16 +144,24 @@ class ContextActor(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] keep logits."""
+        return self.scores(obs)
+
+    def scores(self, obs: Observation) -> Tensor:
+        """[A] by which agents are ranked: the line itself."""
         features = obs.features.to(self.weight.dtype)
         if obs.at_stage is not None:
             weight = torch.mv(self.fold, self.weight[obs.at_stage])
-            return torch.addmv(weight[-1:].expand(len(features)), features, weight[:-1])
+            return torch.addmv(weight[-1:], features, weight[:-1])
         return self.by_rows(obs)
 
     def by_rows(self, obs: Observation) -> Tensor:
         """[A] keep logits, each computed on its own: bitwise the same whatever else is in the batch."""
         weights = self.linear.weights.index_select(0, obs.stage).index_select(0, obs.image)  # [A, F]
         return (obs.features.to(weights.dtype) * weights[:, :-1]).sum(1) + weights[:, -1]
+
+    def of_images(self, _first: int, _last: int) -> ContextActor:
+        """The policy for some images of a batch: the same, it decides for every image alone."""
+        return self
 
     @property
     def linear(self) -> LinearDecision:
@@ -187,7 +199,8 @@ class BudgetActor(ContextActor):
         logits = self.by_rows(obs).float()
         padded = layout.pad(logits, float("-inf"))  # [B, longest]
         number = (layout.count * share).round().clamp(min=1).long()[:, None]
-        ranked = padded.sort(dim=1, descending=True, stable=True)
+        order = {} if torch.compiler.is_exporting() else {"stable": True}  # ONNX's order is stable without a name
+        ranked = padded.sort(dim=1, descending=True, **order)
         numbers = torch.arange(layout.longest, device=padded.device).expand_as(padded)
         rank = torch.empty_like(ranked.indices).scatter_(1, ranked.indices, numbers)
         relative = padded - ranked.values.gather(1, number - 1)
@@ -212,18 +225,21 @@ Actor = TokenActor | ContextActor
 class Critic(nn.Module):
     """Value of agent i's state from the agent-specific global state [x_i ; x_CLS] (and its features, where observed).
 
-    Without `central` it reads x_i alone: independent learners, IPPO.
+    Without `central` it reads x_i alone: independent learners, IPPO. With `agents` it also reads the one-hot id, of so
+    many agents; its part of the first layer is a row look-up.
     """
 
     def __init__(
-        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool, central: bool = True
-    ):
+        self, dim: int, heads: int, stages: int, hidden: tuple[int, ...], features: bool, central: bool = True,
+        agents: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.norm = nn.LayerNorm(dim) if features else nn.Identity()
         self.token, self.cls = _linear(dim, hidden[0]), _linear(dim, hidden[0]) if central else None
         self.features = _linear(heads + len(EXTRA_FEATURES), hidden[0]) if features else None
         self.stage = nn.Parameter(torch.zeros(stages, hidden[0]))
         self.rest = _mlp(hidden, 1, 0.01)  # starts near 0: a wrong baseline is worse than none
+        self.identity = None if agents is None else nn.Parameter(_linear(agents, hidden[0]).weight.T.contiguous())
 
     def forward(self, obs: Observation) -> Tensor:
         """[A] values."""
@@ -233,6 +249,8 @@ class Critic(nn.Module):
         hidden = self.token(self.norm(obs.token.to(self.token.weight.dtype))) + shared.index_select(0, obs.image)
         if self.features is not None:
             hidden = hidden + self.features(obs.features.to(self.token.weight.dtype))
+        if self.identity is not None:
+            hidden = hidden + self.identity.index_select(0, obs.agent)
         return self.rest(torch.tanh(hidden)).squeeze(1)
 
 

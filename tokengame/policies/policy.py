@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +24,11 @@ from tokengame.backbones.base import Backbone
 from tokengame.backbones.classes import output_of
 from tokengame.config import MOST_WEIGHTS, SHARE, ActorConfig, GameConfig, with_overrides
 from tokengame.errors import TokenGameError, first_line, warn
-from tokengame.files import require_file, write_whole
+from tokengame.files import require_file, require_writable, write_whole
 from tokengame.policies.card import FORMAT as FORMAT
 from tokengame.policies.card import check_card, keeps, read_card, row_of
+from tokengame.policies.hub import FILE, PREFIX, download, upload
+from tokengame.policies.model_card import PICTURE, calibration_picture, model_card
 from tokengame.policies.networks import Actor, ContextActor, build_actor, weight_shapes
 from tokengame.ranges import Range, require, require_in, shown
 
@@ -94,6 +97,69 @@ class Policy:
             raise TokenGameError(f"policy file {path}: {error}") from None
         return Policy(actor.eval(), card)
 
+    @staticmethod
+    def from_pretrained(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Policy:
+        """Read a policy from the Hugging Face hub, or from a folder that `save_pretrained` wrote.
+
+        Args:
+            name: "user/name" on the hub, a folder, or a policy file.
+            revision: branch, tag or commit on the hub; default is its main branch.
+            token: for a private repository; default is that of `hf auth login`.
+
+        Raises:
+            TokenGameError: as `load`; and no connection and no copy here, or no such repository or revision.
+        """
+        if os.path.isdir(name):
+            return Policy.load(Path(name) / FILE)
+        on_hub = not os.path.isfile(name)
+        return Policy.load(download(str(name), revision, token) if on_hub else name)
+
+    def save_pretrained(self, folder: str | Path, repo_id: str | None = None) -> None:
+        """Write what a repository on the hub holds: policy.safetensors, a model card as README.md, and its picture.
+
+        Args:
+            folder: is made where there is none.
+            repo_id: "user/name", by which README.md says that the policy is loaded; default is user/ and the
+                folder's name.
+
+        Raises:
+            TokenGameError: as `save`.
+        """
+        place = Path(folder)
+        require_writable(place / FILE)
+        self.save(place / FILE)
+        picture = calibration_picture(self.card)
+        if picture is not None:
+            write_whole(place / PICTURE, picture)
+        name = repo_id or f"user/{place.resolve().name}"
+        write_whole(place / "README.md", model_card(self.card, name, picture is not None))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str = "Upload policy",
+    ) -> str:
+        """Put the policy on the Hugging Face hub, with a model card and a picture; these replace earlier ones.
+
+        Args:
+            repo_id: "user/name"; the repository is made where there is none.
+            private: whether a new one is hidden from others.
+            token: default is that of `hf auth login`.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit; `tokengame.prune(model, "hf:user/name")` uses the policy.
+
+        Raises:
+            TokenGameError: `load` would refuse the policy, no connection, not logged in, or no such rights.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repo_id)
+            return upload(repo_id, Path(folder), private, token, commit_message)
+
 
 def _card(file: Any, path: str | Path) -> dict[str, Any]:
     """The card of an open safetensors file; the shapes of the file's tensors are those that it implies."""
@@ -132,11 +198,13 @@ def check_weights(actor: nn.Module) -> None:
 
 
 def find_policy(name: str | Path) -> Path:
-    """Path of a policy file, or of the shipped policy called `name`.
+    """Path of a policy file, of the shipped policy called `name`, or of this machine's copy of "hf:user/name".
 
     Raises:
-        TokenGameError: `name` looks like neither.
+        TokenGameError: `name` looks like none of these, or it cannot be downloaded.
     """
+    if str(name).startswith(PREFIX) and not os.path.lexists(name):
+        return download(str(name))
     shipped = SHIPPED / f"{name}.safetensors"
     if os.path.isfile(name) or not os.path.isfile(shipped):
         if not os.path.lexists(name) and "/" not in str(name) and not str(name).endswith(".safetensors"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-GAP, CAPTION = 6, 18
+GAP = 6
 PAGE = 1060
 """pixels that a picture may be wide before strips stand under one another"""
 GONE = (196, 214, 240)
@@ -48,15 +49,16 @@ def strip(
         side: height of a panel in pixels.
     """
     panels = [pixels, *(overlay(pixels, stage, grid) for stage in alive)]
+    text = max(10, min(13, side // 8), side // 13)
     scale = side / pixels.shape[0]
     width = round(pixels.shape[1] * scale)
-    canvas = Image.new("RGB", (len(panels) * (width + GAP) - GAP, side + CAPTION), "white")
+    canvas = Image.new("RGB", (len(panels) * (width + GAP) - GAP, side + text + 8), "white")
     draw = ImageDraw.Draw(canvas)
     for number, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         left = number * (width + GAP)
         resample = Image.Resampling.NEAREST if scale >= 1.5 else Image.Resampling.LANCZOS
         canvas.paste(Image.fromarray(panel).resize((width, side), resample), (left, 0))
-        draw.text((left + 2, side + 3), caption, fill="black")
+        draw.text((left + 2, side + 2), caption, fill="black", font_size=text)
     return canvas
 
 
@@ -93,13 +95,66 @@ def training_figure(metrics: list[dict[str, float]]) -> bytes:
     figure, axes = _figure()
     steps = [m["update"] for m in metrics]
     right = axes.twinx()
-    axes.plot(steps, _smooth([m["game/kl"] for m in metrics]), color="C3")
+    compared = [m for m in metrics if "game/kl" in m]  # not all are, where `native_every` is above 1
+    axes.plot([m["update"] for m in compared], _smooth([m["game/kl"] for m in compared]), color="C3")
     right.plot(steps, _smooth([m["game/gmacs_ratio"] for m in metrics]), color="C0")
     axes.set_xlabel("update")
     axes.set_ylabel("KL(native || pruned), nats", color="C3")
     right.set_ylabel("compute, pruned / native", color="C0")
     right.spines["right"].set_visible(True)
     return _svg(figure)
+
+
+def _left(line: dict[str, float]) -> float:
+    """Share of the tokens that the last stage leaves."""
+    stages = [int(name.removeprefix("game/kept_")) for name in line if name.startswith("game/kept_")]
+    return line[f"game/kept_{max(stages)}"]
+
+
+CURVES = {
+    "share of the tokens left at the end": _left,
+    "compute, pruned / native": lambda line: line["game/gmacs_ratio"],
+    "share of right predictions": lambda line: line["game/top1"],
+    "KL(native || pruned), nats": lambda line: line["game/kl"],
+}
+"""panels of `curves_figure`; a line of metrics without the figure is left out"""
+
+
+def curves_figure(runs: dict[str, tuple[int, list[dict[str, float]]]], points: int = 100) -> bytes:
+    """PNG: what sampled games keep, cost and predict while policies are learned, over games played.
+
+    Args:
+        runs: name -> games of an update, and the metrics of a run (`RunFolder.metrics`).
+        points: of a curve, each the mean of as many updates.
+    """
+    figure, panels = _panels(len(CURVES))
+    for number, (name, (games, lines)) in enumerate(runs.items()):
+        for axes, reading in zip(panels, CURVES.values(), strict=True):
+            found = []
+            for line in lines:
+                with suppress(KeyError):
+                    found.append((games * line["update"], reading(line)))
+            if found:
+                parts = np.array_split(np.array(found), min(points, len(found)))
+                axes.plot(*np.array([part.mean(0) for part in parts]).T, ".-", ms=3, color=f"C{number}", label=name)
+    for axes, title in zip(panels, CURVES, strict=True):
+        axes.set(xlabel="games", ylabel=title)
+    panels[0].legend(frameon=False)
+    return _small_png(figure)
+
+
+def _panels(count: int):
+    """A figure of `count` panels, two in a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3 * -(-count // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(-(-count // 2), 2).ravel()[:count]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, panels
 
 
 def _smooth(values: list[float], width: int = 9) -> np.ndarray:

@@ -9,26 +9,34 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tokengame.data.batches import Batch
 from tokengame.files import write_whole
 from tokengame.report.figures import denormalise, png, strip
 from tokengame.report.html import page
 from tokengame.runtime import PrunedViT
+from tokengame.runtime.cascade import PrunedOutput
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """One image under one method."""
+class Strip:
+    """What one image kept."""
 
     picture: Image.Image
     """the input, then what is left after each stage"""
-    index: int
-    """of the image in its source"""
     counts: list[int]
     """tokens at the start and after each stage"""
     compute: float
     """of the native model's"""
+
+
+@dataclass(frozen=True)
+class Drawing(Strip):
+    """One image under one method."""
+
+    index: int
+    """of the image in its source"""
     native: tuple[int, float]
     """class predicted with all tokens, and its probability"""
     pruned: tuple[int, float]
@@ -38,29 +46,48 @@ class Drawing:
 @torch.inference_mode()
 def draw(fast: PrunedViT, batch: Batch, side: int) -> list[Drawing]:
     """A drawing of each image of `batch`, cropped as the model saw it; `side` is the height of a panel in pixels."""
-    weight, game = next(fast.model.parameters()), fast.game
+    weight = next(fast.model.parameters())
     images = batch.images.to(weight.device, weight.dtype)
+    output = fast.predict(images)
+    before, after = (logits.float().softmax(1).max(1) for logits in (fast.model(images), output.logits))
+    return [
+        Drawing(
+            **vars(drawn),
+            index=int(batch.index[number]),
+            native=(int(before.indices[number]), float(before.values[number])),
+            pruned=(int(after.indices[number]), float(after.values[number])),
+        )
+        for number, drawn in enumerate(strips(fast, images, output, side))
+    ]
+
+
+@torch.inference_mode()
+def strips(fast: PrunedViT, images: Tensor, output: PrunedOutput, side: int) -> list[Strip]:
+    """What each of [B, channels, height, width] images kept, whatever the model's output is.
+
+    Args:
+        fast: the pruned model.
+        images: as the model takes them.
+        output: its prediction of them.
+        side: height of a panel in pixels.
+    """
+    game = fast.game
     kept = fast.trace(images).cpu().numpy()  # [T, B, N]
     grid = game.backbone.grid(*images.shape[2:])
-    output = fast.predict(images)
     native_macs, macs = fast.macs(output)
-    before, after = (logits.float().softmax(1).max(1) for logits in (fast.model(images), output.logits))
-    drawings = []
+    drawn = []
     for number, pixels in enumerate(denormalise(images, game.backbone.preprocessing())):
         shares = kept[:, number].mean(1)
         compute = float(macs[number]) / native_macs
         left = [f"block {block}: {share:.0%}" for block, share in zip(game.stages, shares, strict=True)]
-        drawings.append(
-            Drawing(
+        drawn.append(
+            Strip(
                 picture=strip(pixels, kept[:, number], grid, [f"compute {compute:.0%}", *left], side),
-                index=int(batch.index[number]),
                 counts=[kept.shape[2], *(int(n) for n in kept[:, number].sum(1))],
                 compute=compute,
-                native=(int(before.indices[number]), float(before.values[number])),
-                pruned=(int(after.indices[number]), float(after.values[number])),
             )
         )
-    return drawings
+    return drawn
 
 
 def write_gallery(
@@ -82,7 +109,7 @@ def write_gallery(
 
     rows = []
     for together in zip(*methods.values(), strict=True):
-        strips = [
+        shown = [
             {
                 "method": method,
                 "picture": base64.b64encode(png(drawing.picture)).decode(),
@@ -93,7 +120,7 @@ def write_gallery(
             }
             for method, drawing in zip(methods, together, strict=True)
         ]
-        rows.append({"name": names[together[0].index], "native": label(together[0].native), "strips": strips})
+        rows.append({"name": names[together[0].index], "native": label(together[0].native), "strips": shown})
     write_whole(path, page("gallery.html", title=title, rows=rows))
 
 
@@ -101,10 +128,10 @@ def together(methods: dict[str, list[Drawing]]) -> list[Image.Image]:
     """For each image one picture, the methods' strips below each other."""
     pictures = []
     for drawings in zip(*methods.values(), strict=True):
-        strips = [drawing.picture for drawing in drawings]
-        canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+        shown = [drawing.picture for drawing in drawings]
+        canvas = Image.new("RGB", (max(p.width for p in shown), sum(p.height for p in shown)), "white")
         top = 0
-        for picture in strips:
+        for picture in shown:
             canvas.paste(picture, (0, top))
             top += picture.height
         pictures.append(canvas)

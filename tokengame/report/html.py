@@ -6,8 +6,6 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
 from tokengame.files import write_whole
 
 ROWS = [
@@ -142,6 +140,7 @@ def write_report(path: Path, title: str, result: dict[str, Any], strips: bytes, 
 
 def page(template: str, **values: Any) -> str:
     """The HTML of a template among the package's assets."""
-    return (
-        Environment(loader=PackageLoader("tokengame", "assets"), autoescape=True).get_template(template).render(values)
-    )
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("tokengame", "assets"), autoescape=True)
+    return environment.get_template(template).render(values)

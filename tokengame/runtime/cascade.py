@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import tokengame.runtime.fused as fused
+import tokengame.runtime.groups as groups
 from tokengame.backends import Backend
 from tokengame.game import Decide, TokenGame
 from tokengame.kernels.functions import FusedOutput
@@ -60,8 +61,8 @@ def predict(
         return _of_no_image(game, images)
     backend = backend or game.backend_for(images)
     margin = margin_at(game, threshold)
-    played = fused.forward(game, backend, images, decide, threshold, margin > 0) or step_by_step(
-        game, backend, images, decide, threshold, margin > 0
+    played = fused.forward(game, backend, images, decide, threshold, margin > 0) or groups.play(
+        game, lambda some, policy: step_by_step(game, backend, some, policy, threshold, margin > 0), images, decide
     )
     uncertain = uncertain_images(played.logits, margin) if margin else played.alive.new_zeros(0, dtype=torch.long)
     if not len(uncertain):

@@ -52,10 +52,11 @@ def forward(
 
 
 def fits(game: TokenGame) -> bool:
-    """Whether csrc/game.h plays such games: observed features, and an attention before each decision.
-
-    A game with methods of its own, of a subclass or on the instance, is played step by step.
-    """
-    usual = type(game) is TokenGame and vars(TokenGame).keys().isdisjoint(vars(game))
+    """Whether csrc/game.h plays such games: observed features, and an attention before each decision."""
     seen = game.merge or (bool(game.stages) and game.stages[0] > 0)
-    return usual and seen and game.features and bool(game.stages)
+    return is_usual(game) and seen and game.features and bool(game.stages)
+
+
+def is_usual(game: TokenGame) -> bool:
+    """Whether a game has no methods of its own, of a subclass or on the instance."""
+    return type(game) is TokenGame and vars(TokenGame).keys().isdisjoint(vars(game))

@@ -354,8 +354,9 @@ def prune(
 
     Args:
         model: of a supported family (see `tokengame.backbones`); it is wrapped, never changed.
-        policy: a policy, the path of a policy file, or the name of a shipped one ("vit_tiny_patch16_224"). Without one,
-            or with "rule", tokens are pruned by the starting rule, of which nothing is learned (see `runtime.rule`).
+        policy: a policy, the path of a policy file, the name of a shipped one ("vit_tiny_patch16_224"), or that of one
+            on the Hugging Face hub ("hf:user/name"). Without one, or with "rule", tokens are pruned by the starting
+            rule, of which nothing is learned (see `runtime.rule`).
         dial: how hard to prune, between 0 and 1; default is the card's recommendation.
         max_drop, max_distance, gmacs, gmacs_ratio, keep: instead of a dial, a target that it meets by the card's
             calibration: points of top-1 that may be lost, or the mean 1 - cosine of embeddings or features (guaranteed
