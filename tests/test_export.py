@@ -171,9 +171,9 @@ def test_the_paper_s_actor_has_no_fixed_counts(tmp_path):
         export(fast, tmp_path / "a.pt2", IMAGES, fixed_counts=True)
 
 
-def test_openvino_gets_no_narrow_blocks_of_known_sizes(tmp_path):
-    with pytest.raises(TokenGameError, match="cannot compile blocks of width 32"):
-        export(pruned(), tmp_path / "a.xml", IMAGES, fixed_counts=True)
+def test_openvino_compiles_narrow_blocks_of_known_sizes(tmp_path):
+    """With its snippets it ends the process here."""
+    assert export(pruned(), tmp_path / "a.xml", IMAGES, fixed_counts=True)["max_abs_difference"] < 1e-4
 
 
 MODELS = {

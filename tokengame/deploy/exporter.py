@@ -28,8 +28,6 @@ from tokengame.runtime import PrunedViT
 
 BATCHES = (1, 8)
 """images that graphs whose batch size is an input are compared and timed with"""
-NARROW = 96
-"""width of blocks from which OpenVINO compiles graphs of known sizes"""
 ENGINES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 """formats that are timed, by the rival that runs the native model in the same engine"""
 
@@ -77,7 +75,6 @@ def export(
         kind.quantise(path, [])  # says why not, before the work
     images, own = images.float().cpu(), _in_float32(fast)
     if fixed_counts:
-        _check_width(kind, own)
         own = with_fixed_counts(own, images, progress)
     graph = (FixedGraph if fixed_counts else PrunedGraph)(own, images.shape[2:])  # type: ignore[arg-type]
     sizes = (batch_size,) if batch_size else BATCHES
@@ -144,16 +141,6 @@ def _check(path: Path, images: Tensor) -> None:
     if images.ndim != 4 or not len(images):
         raise TokenGameError(
             f"images to check the graph on must be [B, channels, height, width], not {list(images.shape)}"
-        )
-
-
-def _check_width(kind: Format, fast: PrunedViT) -> None:
-    """OpenVINO 2026.4 ends the process while it compiles narrow blocks whose sizes it knows."""
-    width = fast.game.backbone.dim
-    if kind.name == "openvino" and width < NARROW:
-        raise TokenGameError(
-            f"OpenVINO cannot compile blocks of width {width} whose sizes are known, only from {NARROW}: leave out the "
-            "fixed counts, or export to .onnx"
         )
 
 

@@ -144,8 +144,13 @@ class OpenVino(Format):
 
 
 def engine_of_openvino(core: Any, model: Any) -> Any:
-    """A request of OpenVINO for a model or a file, on as many threads as PyTorch has; int8 layers stay int8."""
+    """A request of OpenVINO for a pruned model or its file, on as many threads as PyTorch has; int8 layers stay int8.
+
+    Snippets, which join elementwise operations, are off: that pass follows a null pointer in some graphs in which sizes
+    of tokens are added up, and ends the process (OpenVINO 2026.4, `TokenizeSnippets`).
+    """
     settings = {
+        "SNIPPETS_MODE": "DISABLE",
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
