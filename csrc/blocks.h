@@ -65,7 +65,7 @@ struct Group {
             x = to, half++;
         }
         if (half % 2 && half < last) {
-            residual_mlp<Number>(x, count, b->dim, &b->norm2, &b->fc1, b->hidden, &b->fc2, to, 1);
+            residual_mlp<Number>(x, count, b->dim, &b->norm2, &b->fc1, b->hidden, b->activation, &b->fc2, to, 1);
             x = to, half++, b++;
         }
         if (half % 2) return;
@@ -198,7 +198,7 @@ void last_block(const Block* block, const Number* qkv, const Number* x, long row
         return Linear{(const Operand<Number>*)b.qkv.packed + first * b.dim, b.qkv.bias + first, nullptr};
     });
     residual_linear<Number>(attended, tokens, inner, &b.proj, b.dim, out, out, threads);
-    residual_mlp(out, tokens, b.dim, &b.norm2, &b.fc1, b.hidden, &b.fc2, out, threads);
+    residual_mlp(out, tokens, b.dim, &b.norm2, &b.fc1, b.hidden, b.activation, &b.fc2, out, threads);
 }
 
 }  // namespace tokengame::INSTRUCTIONS

@@ -38,10 +38,13 @@ struct Linear {  // a linear layer
     const float *bias, *scale;  // [outputs]; scale is the LayerScale that follows, or null
 };
 
+// What an MLP does between its layers: GELU; x sigmoid(1.702 x); GELU by tanh
+enum Activation : long { GELU, QUICK_GELU, TANH_GELU };
+
 struct Block {  // a transformer block
     Norm norm1, norm2;
     Linear qkv, proj, fc1, fc2;
-    long dim, heads, width, hidden;
+    long dim, heads, width, hidden, activation;
     double scale;  // of the attention logits
 
     long inner() const { return heads * width; }
@@ -111,9 +114,9 @@ struct Table {
     int (*residual_linear)(const Number* x, long rows, long inputs, const Linear* linear, long outputs, const Number* residual,
                            Number* out, long threads);
 
-    // x [rows, dim] -> out [rows, dim]: x + scale * linear2(gelu(linear1(norm(x)))). out may be x.
+    // x [rows, dim] -> out [rows, dim]: x + scale * linear2(activation(linear1(norm(x)))). out may be x.
     int (*residual_mlp)(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
-                        const Linear* linear2, Number* out, long threads);
+                        long activation, const Linear* linear2, Number* out, long threads);
 
     // pixels [images, channels, height, width] -> out [images, prefix + patches, outputs]: start [prefix + patches, outputs],
     // for patch tokens plus linear(pixels of the patch). patch: side of a patch.

@@ -120,8 +120,9 @@ void residual_linear(const Number* x, long rows, long inputs, const Linear* line
 
 template <class Number>
 void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
-                  const Linear* linear2, Number* out, long threads) {
+                  long activation, const Linear* linear2, Number* out, long threads) {
     EXPECT(rows >= 0 && threads >= 1 && dim > 0 && in_tiles(dim) && hidden > 0 && in_tiles(hidden));
+    EXPECT(activation >= GELU && activation <= TANH_GELU);
     static thread_local Buffer staged, middle;
     const long size = rows_at_once<Operand<Number>>(rows, hidden, 2 * dim * hidden, threads);
     in_parallel(threads, (rows + size - 1) / size, [&](long task) {
@@ -131,7 +132,7 @@ void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const 
         stage_normed(x + first * dim, some, dim, *norm, a);
         products(a, some, dim, linear1->packed, hidden, [&](long row, long column, const float* c) {
             auto* to = h + staged_at(row, column, hidden);
-            for (long k = 0; k < SIDE; k += LANES) put(to + k, gelu<Number>(with_bias(*linear1, c + k, column + k)));
+            for (long k = 0; k < SIDE; k += LANES) put(to + k, activated<Number>(activation, with_bias(*linear1, c + k, column + k)));
         });
         products(h, some, hidden, linear2->packed, dim, [&](long row, long column, const float* c) {
             const long at = (first + row) * dim;

@@ -31,6 +31,7 @@ MODELS = {
     "any size": half_vit(dynamic_img_size=True),
     "not square": half_vit(img_size=(48, 80), patch_size=16),
     "classes that fill no tile": half_vit(num_classes=45),
+    "quick GELU": half_vit(act_layer="quick_gelu"),
 }
 
 

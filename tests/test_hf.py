@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokengame
+from tokengame import kernels
 from tokengame.backbones import HuggingFaceViT, load_model, preprocessing_of, unfused, wrap
 from tokengame.baselines.heuristics import KeepBest, attention, keep_all
 from tokengame.baselines.tome import ToMe
@@ -487,8 +488,42 @@ def test_compiled_by_torch(key):
     assert_same(compiled(images), fast(images))
 
 
+STEP_BY_STEP = {"dinov2 swiglu", "dinov3", "dinov3 gated", "aimv2", "aimv2 native", "aimv2 without head"}
+"""cases with rotary positions, gates or RMS norms, which the kernels do not have"""
+
+
 @needs_kernels
-@pytest.mark.parametrize("key", ["dinov2 classifier", "clip projection", "dinov3"])
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("key", sorted(CASES.keys() - STEP_BY_STEP))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, dtype, monkeypatch):
+    model = build(key).to(dtype)
+    images, fast = images_for(model).to(dtype), tokengame.prune(model, gmacs_ratio=0.7)
+    with kernels.disabled():
+        slow = fast.predict(images)
+    monkeypatch.setattr(TokenGame, "step", None)
+    found = fast.predict(images)
+    assert fast.game.backend_for(images).name == "compiled"
+    if dtype == torch.float32:
+        assert torch.equal(found.alive, slow.alive)
+        assert off(found.logits, slow.logits) < 1e-5
+    else:  # rounding changes a decision now and then
+        assert (found.alive == slow.alive).float().mean() > 0.9
+        assert off(found.logits, slow.logits) < 0.15
+
+
+@needs_kernels
+@pytest.mark.parametrize("key", STEP_BY_STEP)
+@torch.inference_mode()
+def test_other_blocks_keep_their_own_layers(key):
+    model = build(key)
+    assert wrap(model).plain_weights() is None
+    assert TokenGame(wrap(model), GameConfig(stages=(1, 2))).backend_for(images_for(model)).name == "compiled attention"
+
+
+@needs_kernels
+@pytest.mark.parametrize("key", ["dinov2 swiglu", "dinov3"])
 @torch.inference_mode()
 def test_the_compiled_attention_serves_bfloat16(key):
     """Heads of 32 columns: attention and decisions between the model's own layers."""

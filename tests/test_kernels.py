@@ -6,6 +6,7 @@ import mmap
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from typing import get_args
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted
 from tokengame.kernels import functions, library, structs
-from tokengame.kernels.weights import LinearWeights, pack
+from tokengame.kernels.weights import Activation, LinearWeights, pack
 
 pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")
@@ -91,6 +92,8 @@ ARCHITECTURES = {
     "dynamic size": {"dynamic_img_size": True},
     "large patches, not square": {"img_size": (48, 80), "patch_size": 16},
     "patches of another size": {"img_size": 16, "patch_size": 4},
+    "quick GELU": {"act_layer": "quick_gelu"},
+    "GELU by tanh": {"act_layer": "gelu_tanh"},
 }
 
 
@@ -234,6 +237,36 @@ def test_products_of_any_size(rows, inputs, outputs, seed):
     found = functions.normed_linear(x, norm, pack(LinearWeights(weight, None)))
     exact = F.layer_norm(x.double(), (inputs,), ones.double(), zeros.double(), 1e-6) @ weight.double().T
     assert off(found, exact) < 1e-5
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@both_levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_activations_far_from_zero_too(dtype):
+    """An MLP of one number for each of its inputs, from -40 to 40, against double precision."""
+    values = torch.linspace(-40, 40, 4096).view(-1, 32)
+    same, none = torch.eye(32), torch.zeros(32)
+    norm = structs.NormStruct(none.data_ptr(), none.data_ptr(), 1e-6)
+    for number, (name, exact) in enumerate(ACTIVATIONS.items()):
+        assert get_args(Activation)[number] == name
+        found = []
+        for bias in values:  # the norm gives zeros, so the bias is what the activation gets
+            layers = [pack(LinearWeights(same.to(dtype), b.to(dtype))) for b in (bias, none)]
+            x, out = torch.zeros(1, 32, dtype=dtype), torch.empty(1, 32, dtype=dtype)
+            first, second = (layer.struct for layer in layers)
+            library.call("residual_mlp", dtype, x, 1, 32, ctypes.addressof(norm), ctypes.addressof(first), 32, number,
+                         ctypes.addressof(second), out, 1)  # fmt: skip
+            found.append(out[0])
+        inputs = values.to(dtype).double()
+        wrong = (torch.stack(found).double() - exact(inputs)).abs() / inputs.abs().clamp(min=1)
+        assert wrong.max() < {torch.float32: 3e-7, torch.bfloat16: 1 / 256}[dtype], name
 
 
 @torch.no_grad()

@@ -23,8 +23,10 @@ from tokengame.backbones.changes import check_changes
 from tokengame.backbones.hf_calls import INTERFACE, read_call
 from tokengame.backbones.hf_kinds import CLASS_TOKEN, IMPOSSIBLE, KINDS, MEAN, Pool
 from tokengame.backbones.hf_processor import processor_preprocessing
-from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs
+from tokengame.backbones.hf_weights import block_weights, head_weights, without_bias
+from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs, patch_weights
 from tokengame.errors import TokenGameError
+from tokengame.kernels.weights import ModelWeights
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 from tokengame.ranges import require
@@ -121,11 +123,26 @@ class HuggingFaceViT(Backbone):
         return self._convolution.weight.dtype
 
     def embed(self, images: Tensor) -> Tensor:
-        options = {"interpolate_pos_encoding": tuple(images.shape[2:]) != self.input_size} if self.interpolates else {}
+        options = self._options(images)
         if self._masks:
             return self._unmasked(images, options)
         x = self.tower.embeddings(images, **options)
         return x if self.parts.start is None else getattr(self.tower, self.parts.start)(x)
+
+    def _options(self, images: Tensor) -> dict[str, Any]:
+        """Of the embedding of such images."""
+        other = tuple(images.shape[2:]) != self.input_size
+        return {"interpolate_pos_encoding": other} if self.interpolates else {}
+
+    def constant_tokens(self, images: Tensor) -> Tensor | None:
+        if not self._adds_positions:
+            return None
+        return without_bias(self.tower.embeddings, images[:1], self._options(images))[0]
+
+    @property
+    def _adds_positions(self) -> bool:
+        """Whether embedding is a convolution and tokens that are added and put before, and nothing else."""
+        return not self._masks and self.parts.start is None
 
     @property
     def _masks(self) -> bool:
@@ -247,6 +264,15 @@ class HuggingFaceViT(Backbone):
         return next((getattr(self.model, name).out_features for name in layers
                      if isinstance(getattr(self.model, name, None), nn.Linear)), 0)  # fmt: skip
 
+    def plain_weights(self) -> ModelWeights | None:
+        found = [] if self.positional else [block_weights(self, block, self.parts) for block in self.blocks]
+        blocks = [block for block in found if block is not None]
+        if len(blocks) < self.depth:
+            return None
+        patches = patch_weights(self._convolution) if self._adds_positions else None
+        layer = getattr(self.model, self.kind.finish) if self.kind.finish else None
+        return ModelWeights(blocks, patches, head_weights(self._pool, self.tower.get_submodule(self.parts.norm), layer))
+
     # Costs
 
     def costs(self, block: int) -> BlockCosts:
@@ -269,9 +295,7 @@ class HuggingFaceViT(Backbone):
         return read_call(self, arguments, named)
 
     def _native(self, module: Any, images: Tensor) -> Any:
-        options: dict[str, Any] = {"return_dict": True}
-        if self.interpolates:
-            options["interpolate_pos_encoding"] = tuple(images.shape[2:]) != self.input_size
+        options: dict[str, Any] = {"return_dict": True, **self._options(images)}
         if self._masks:
             options["noise"] = self._order(images)
         return module(images, **options)

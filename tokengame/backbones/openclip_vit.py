@@ -17,6 +17,7 @@ from tokengame.backbones.calls import Call, Interface, Intermediates, check_mask
 from tokengame.backbones.changes import check_changes
 from tokengame.backbones.of_timm import TIMM
 from tokengame.backbones.parts import (
+    activation_of,
     check_packed_attention,
     check_rowwise,
     dropped_patches,
@@ -299,15 +300,17 @@ def _attention_output(block: Any, attended: Tensor) -> Tensor:
 
 
 def _is_plain_block(block: Any) -> bool:
-    """Whether a block is norm, attention, MLP with exact GELU and layer scale as the kernels compute them."""
+    """Whether a block is norm, attention, MLP and layer scale as the kernels compute them."""
     mlp = list(block.mlp)
-    usual = type(block.attn) is nn.MultiheadAttention and [type(p) for p in mlp] == [nn.Linear, nn.GELU, nn.Linear]
+    usual = type(block.attn) is nn.MultiheadAttention and [type(p) for p in mlp[::2]] == [nn.Linear, nn.Linear]
+    usual = usual and len(mlp) == 3 and activation_of(mlp[1]) is not None
     scales = all(type(s) is nn.Identity or _is_open_clips(s, "LayerScale") for s in (block.ls_1, block.ls_2))
-    return usual and mlp[1].approximate == "none" and scales and all(map(_is_plain_norm, (block.ln_1, block.ln_2)))
+    return usual and scales and all(map(_is_plain_norm, (block.ln_1, block.ln_2)))
 
 
 def _block_weights(block: Any) -> BlockWeights:
-    attn, mlp = block.attn, block.mlp
+    attn, mlp, activation = block.attn, block.mlp, activation_of(block.mlp[1])
+    assert activation is not None
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls_1, block.ls_2)]
     return BlockWeights(
         norm1=norm_weights(block.ln_1),
@@ -319,6 +322,7 @@ def _block_weights(block: Any) -> BlockWeights:
         heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.head_dim**-0.5,
+        activation=activation,
     )
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tokengame.backbones.base import KeyValueWeights
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import LinearWeights, NormWeights
+from tokengame.kernels.weights import Activation, LinearWeights, NormWeights
 from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import append_rows
@@ -117,6 +117,27 @@ def is_plain_norm(norm: Any) -> bool:
 
 def norm_weights(norm: Any) -> NormWeights:
     return NormWeights(norm.weight, norm.bias, norm.eps)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "tanh_gelu",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "tanh_gelu",
+    "transformers.activations.NewGELUActivation": "tanh_gelu",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "open_clip.transformer.QuickGELU": "quick_gelu",
+}
+"""of the libraries whose models are supported, by module and name of their class"""
+
+
+def activation_of(module: Any) -> Activation | None:
+    """Which activation of the kernels a module computes; None where it is none of them."""
+    kind = type(module)
+    if kind is nn.GELU:
+        return "gelu" if module.approximate == "none" else "tanh_gelu"
+    return ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 # Attention with the three input projections in one parameter, as in nn.MultiheadAttention and open_clip's Attention

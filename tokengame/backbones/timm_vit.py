@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.backbones.parts import INACTIVE, is_plain_norm, norm_weights, patch_weights
+from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, norm_weights, patch_weights
 from tokengame.backbones.timm_base import TimmBackbone
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
@@ -70,11 +70,11 @@ class TimmViT(TimmBackbone):
 
 
 def _is_plain_block(block: Any) -> bool:
-    """Whether a block is norm, attention, exact GELU and layer scale as the kernels compute them, by exact type."""
+    """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attn, mlp = block.attn, block.mlp
-    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+    if type(mlp) is not Mlp or activation_of(mlp.act) is None:
         return False
     if not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)):
         return False
@@ -92,7 +92,8 @@ def _is_plain_block(block: Any) -> bool:
 
 
 def _block_weights(block: Any) -> BlockWeights:
-    attn, mlp = block.attn, block.mlp
+    attn, mlp, activation = block.attn, block.mlp, activation_of(block.mlp.act)
+    assert activation is not None
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
     return BlockWeights(
         norm1=norm_weights(block.norm1),
@@ -104,4 +105,5 @@ def _block_weights(block: Any) -> BlockWeights:
         heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.scale,
+        activation=activation,
     )

@@ -172,7 +172,7 @@ class TorchvisionViT(Backbone):
 
 
 def _is_plain_block(block: Any) -> bool:
-    """Whether a block is norm, attention, MLP with exact GELU as the kernels compute them, by exact type."""
+    """Whether a block is norm, attention and MLP as the kernels compute them, by exact type."""
     mlp = list(block.mlp)
     usual = [type(layer) for layer in mlp] == [nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout]
     usual = usual and mlp[1].approximate == "none" and type(block.dropout) is nn.Dropout

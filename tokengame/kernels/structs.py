@@ -27,7 +27,7 @@ class BlockStruct(ctypes.Structure):
     _fields_ = (
         *[(name, NormStruct) for name in ("norm1", "norm2")],
         *[(name, LinearStruct) for name in ("qkv", "proj", "fc1", "fc2")],
-        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden")],
+        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden", "activation")],
         ("scale", ctypes.c_double),
     )
 
@@ -100,7 +100,7 @@ SIGNATURES = {
     "pack_weight": "pllp",
     "normed_linear": "pllpplpl",
     "residual_linear": "pllplppl",
-    "residual_mlp": "pllpplppl",
+    "residual_mlp": "pllppllppl",
     "embed": "plllllplplpl",
     "attention": "pllpllpllpplllpdpl",
     "class_attention": "pllllpdplppl",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +19,8 @@ from tokengame.kernels.library import INSTRUCTIONS, TILE, call, level, operand_b
 from tokengame.kernels.structs import BlockStruct, LinearStruct, NormStruct, PackedLinear
 from tokengame.modules import Watch, global_hooks
 
+Activation = Literal["gelu", "quick_gelu", "tanh_gelu"]
+"""in the order of csrc/interface.h: GELU; x sigmoid(1.702 x); the approximation of GELU by tanh"""
 HASHED_PARTS = 32
 """parts of the weights, of which every call hashes another: some of all rows would take 5 % of an image's time"""
 _write_count = attrgetter("_version")
@@ -44,7 +46,7 @@ class LinearWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A pre-norm block: norm, attention of `heads` heads, norm, MLP with exact GELU."""
+    """A pre-norm block: norm, attention of `heads` heads, norm, MLP."""
 
     norm1: NormWeights
     qkv: LinearWeights
@@ -56,6 +58,8 @@ class BlockWeights:
     head_dim: int
     scale: float
     """factor on q.k"""
+    activation: Activation = "gelu"
+    """of the MLP"""
 
 
 @dataclass(frozen=True)
@@ -210,4 +214,4 @@ def _block(block: BlockWeights, tensors: list[Tensor]) -> BlockStruct:
     norms = [_norm(norm, tensors) for norm in (block.norm1, block.norm2)]
     linears = [_linear(layer, tensors) for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
     sizes = block.qkv.weight.shape[1], block.heads, block.head_dim, block.fc1.weight.shape[0]
-    return BlockStruct(*norms, *linears, *sizes, block.scale)
+    return BlockStruct(*norms, *linears, *sizes, get_args(Activation).index(block.activation), block.scale)
