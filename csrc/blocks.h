@@ -19,6 +19,23 @@ void normed_qkv(const Block& b, const Number* x, long rows, long first, long las
     normed_linear(x, rows, b.dim, &b.norm1, &part, (last - first) * inner, out, threads);
 }
 
+// Turns the first `turned` of the parts of x [rows, parts, heads, width] by their positions, which start at `position`.
+template <class Number>
+void rotate(const Block& b, const int64_t* position, const float* angles, long rows, long parts, long turned, Number* x) {
+    const long half = b.width / 2;
+    for (long row = 0; row < rows; row++) {
+        if (position[row] < 0) continue;
+        const float *cosine = angles + position[row] * 2 * b.width, *sine = cosine + b.width;
+        Number* head = x + row * parts * b.inner();
+        for (long k = 0; k < turned * b.heads; k++, head += b.width)
+            for (long d = 0; d < half; d += LANES) {
+                const Vector left = load(head + d), right = load(head + half + d);
+                store(head + d, left * load(cosine + d) - right * load(sine + d));
+                store(head + half + d, right * load(cosine + half + d) + left * load(sine + half + d));
+            }
+    }
+}
+
 // x [rows of all images, width] with a stride -> mean [images, width] of the rows of each image.
 template <class Number>
 void mean_rows(const Number* x, long stride, long width, const int64_t* cu_seqlens, long images, Number* mean) {
@@ -48,7 +65,15 @@ struct Group {
     const Block* blocks;
     long first, last, start, rows, threads;
     bool cached;  // whether half-block `first`, an attention, needs queries alone
+    Rotary rotary;
     Number *qkv, *attended, *out, *next_keys_values;
+
+    // Parts `from` .. `to` - 1 of the queries (0), keys (1) and values (2) of x, rows `begin` .. of the batch.
+    void project(const Block& b, const Number* x, long begin, long count, long from, long to, Number* parts) const {
+        parts += begin * (to - from) * b.inner();
+        normed_qkv(b, x, count, from, to, parts, 1);
+        if (rotary.angles) rotate(b, rotary.position + begin, rotary.angles, count, to - from, least(to, 2L) - from, parts);
+    }
 
     // Queries [.., heads, width] of such an attention, by row number.
     Number* queries() const { return qkv + 2 * start * blocks->inner(); }
@@ -69,9 +94,9 @@ struct Group {
             x = to, half++, b++;
         }
         if (half % 2) return;
-        if (half < last && half == first && cached) normed_qkv(*b, x, count, 0, 1, queries() + begin * inner, 1);
-        else if (half < last) normed_qkv(*b, x, count, 0, 3, qkv + begin * 3 * inner, 1);
-        else if (next_keys_values) normed_qkv(*b, x, count, 1, 3, next_keys_values + begin * 2 * inner, 1);
+        if (half < last && half == first && cached) project(*b, x, begin, count, 0, 1, queries());
+        else if (half < last) project(*b, x, begin, count, 0, 3, qkv);
+        else if (next_keys_values) project(*b, x, begin, count, 1, 3, next_keys_values);
     }
 
     // The same for all rows. A thread takes its rows through all of it, so that they stay in its cache, and threads wait for
@@ -89,12 +114,12 @@ struct Group {
 // first image, and so do cached.cu_seqlens and next_query; `rows` counts the group's rows.
 template <class Number>
 void run_group(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens, long images,
-               const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request, Number* qkv,
-               Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+               const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request,
+               const Rotary& rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
     static thread_local Buffer first_memory;
     const bool cached_first = first < last && first % 2 == 0 && cached.keys;
-    const Group<Number> group{blocks, first, last, cu_seqlens[0], rows, threads, cached_first, qkv, attended, out,
-                              next_keys_values};
+    const Group<Number> group{blocks, first, last, cu_seqlens[0], rows, threads, cached_first, rotary,
+                              qkv, attended, out, next_keys_values};
     group.run_all_rows(first, false, x);
     if (first % 2 && first < last) x = out;
     for (long half = first + first % 2; half < last; half += 2, x = out) {
@@ -138,7 +163,8 @@ inline long groups_of(long rows, long images, long threads) {
 template <class Number>
 void run_half_blocks(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens,
                      long images, const float* bias, const CachedKeysValues<Number>* cached, const ObservationRequest* request,
-                     Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+                     const Rotary* rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values,
+                     Number* next_query, long threads) {
     EXPECT(threads >= 1 && rows >= 0 && 0 <= first && first <= last && are_packed(cu_seqlens, images, rows, 0));
     for ([[maybe_unused]] long half = first; half < last; half++) EXPECT(in_tiles(blocks[half / 2]));
     EXPECT(!cached->keys || (first % 2 == 0 && are_packed(cached->cu_seqlens, images, ANY_ROWS, 0)));
@@ -148,8 +174,8 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
     const Block& b = blocks[first / 2];
     const long groups = groups_of<Number>(rows, images, threads);
     if (groups == 1) {
-        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, qkv, attended, out, next_keys_values,
-                  next_query, threads);
+        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, *rotary, qkv, attended, out,
+                  next_keys_values, next_query, threads);
         return;
     }
     in_parallel(threads, groups, [&](long group) {
@@ -163,7 +189,7 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
         }
         group_request.first_image = image;
         run_group(blocks, first, last, x, cu_seqlens[end] - cu_seqlens[image], cu_seqlens + image, end - image, bias,
-                  group_cached, group_request, qkv, attended, out, next_keys_values,
+                  group_cached, group_request, *rotary, qkv, attended, out, next_keys_values,
                   next_query ? next_query + image * b.inner() : nullptr, 1);
     });
 }

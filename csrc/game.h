@@ -83,6 +83,8 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         return kept;
     }
 
+    Rotary rotary() const { return {now.position, game.angles}; }
+
     void embed_images(const Number* input, long images) {
         const long size = game.rows() * game.dim();
         if (game.patches.packed) {
@@ -103,7 +105,7 @@ class Worker {  // runs groups of images, one after the other, in its own workin
                                          rows - game.prefix * images, 0};
         const bool together = game.merges && game.class_query;  // what is observed is computed in the same call
         run_group<Number>(game.blocks, first, last, now.x, rows, now.cu_seqlens, images, stage && game.merges ? now.bias : nullptr,
-                          cached, together ? request : ObservationRequest{}, qkv, attended, now.x,
+                          cached, together ? request : ObservationRequest{}, rotary(), qkv, attended, now.x,
                           game.merges ? next_keys_values : nullptr, together ? next_query : nullptr, threads);
         if (together) return;
         if (!game.merges) return observe_past(images, request);
@@ -165,8 +167,8 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     const float* run_to_end(long images, const CachedKeysValues<Number>& cached) {
         const long count = game.stage_count, first = count ? 2 * game.stages[count - 1] : 0, rows = now.cu_seqlens[images];
         const float* bias = count && game.merges ? now.bias : nullptr;
-        run_group<Number>(game.blocks, first, game.end, now.x, rows, now.cu_seqlens, images, bias, cached, {}, qkv, attended,
-                          now.x, nullptr, nullptr, threads);
+        run_group<Number>(game.blocks, first, game.end, now.x, rows, now.cu_seqlens, images, bias, cached, {}, rotary(), qkv,
+                          attended, now.x, nullptr, nullptr, threads);
         return bias;
     }
 

@@ -488,8 +488,8 @@ def test_compiled_by_torch(key):
     assert_same(compiled(images), fast(images))
 
 
-STEP_BY_STEP = {"dinov2 swiglu", "dinov3", "dinov3 gated", "aimv2", "aimv2 native", "aimv2 without head"}
-"""cases with rotary positions, gates or RMS norms, which the kernels do not have"""
+STEP_BY_STEP = {"dinov2 swiglu", "dinov3 gated", "aimv2", "aimv2 native", "aimv2 without head"}
+"""cases with gates or RMS norms, which the kernels do not have"""
 
 
 @needs_kernels
@@ -523,7 +523,7 @@ def test_other_blocks_keep_their_own_layers(key):
 
 
 @needs_kernels
-@pytest.mark.parametrize("key", ["dinov2 swiglu", "dinov3"])
+@pytest.mark.parametrize("key", ["dinov2 swiglu", "dinov3 gated"])
 @torch.inference_mode()
 def test_the_compiled_attention_serves_bfloat16(key):
     """Heads of 32 columns: attention and decisions between the model's own layers."""

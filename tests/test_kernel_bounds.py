@@ -19,6 +19,7 @@ from tokengame.kernels.structs import (
     LinearStruct,
     NormStruct,
     ObservationRequestStruct,
+    RotaryStruct,
 )
 
 pytestmark = needs_kernels
@@ -27,11 +28,11 @@ DEBUG = kernels.available() and bool(library.loaded().library.checks_bounds())
 """whether the library checks its arguments: only scripts/sanitize builds it so"""
 NORM, LINEAR, GAME = NormStruct(), LinearStruct(), FusedGameStruct()
 BLOCK, NARROW = (BlockStruct(dim=64, heads=2, width=32, hidden=hidden) for hidden in (64, 40))
-REQUEST, CACHED = ObservationRequestStruct(), CachedKeysValuesStruct()
+REQUEST, CACHED, ROTARY = ObservationRequestStruct(), CachedKeysValuesStruct(), RotaryStruct()
 
 
 def half_blocks(first, last, rows, cu_seqlens, images, block=BLOCK):
-    structs = ctypes.addressof(CACHED), ctypes.addressof(REQUEST)
+    structs = ctypes.addressof(CACHED), ctypes.addressof(REQUEST), ctypes.addressof(ROTARY)
     return ctypes.addressof(block), first, last, None, rows, cu_seqlens, images, None, *structs, *[None] * 5, 1
 
 

@@ -166,6 +166,11 @@ class Backbone(ABC):
         """Key and value maps of `block`; None where they are more than linear maps."""
         return None
 
+    def rotary_table(self, _places: Places) -> Tensor | None:
+        """[N, 2, D] float32 cosines and sines of the places of the grid, in the order of `plain_weights`: number d of a
+        head turns with d +- D / 2. None where nothing is turned."""
+        return None
+
     def plain_weights(self) -> ModelWeights | None:
         """The model's weights for the compiled kernels; None where it does what they do not."""
         return None

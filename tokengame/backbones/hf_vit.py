@@ -27,7 +27,7 @@ from tokengame.backbones.hf_weights import block_weights, head_weights, without_
 from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs, patch_weights
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import ModelWeights
-from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.layout import Places, RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 from tokengame.ranges import require
 
@@ -192,6 +192,12 @@ class HuggingFaceViT(Backbone):
             known = self._tables = Angles(key, rope.inv_freq, _version(rope.inv_freq), found)
         return known.tables
 
+    def rotary_table(self, places: Places) -> Tensor | None:
+        if not self.positional:
+            return None
+        cos, sin = self._angles(places.grid, self._convolution.weight)
+        return torch.stack([cos[1:], sin[1:]], 1).float()
+
     def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
         return x + self._dropped(block, self._scaled(block, 0, self._output(block)(attended)), layout)
 
@@ -265,9 +271,9 @@ class HuggingFaceViT(Backbone):
                      if isinstance(getattr(self.model, name, None), nn.Linear)), 0)  # fmt: skip
 
     def plain_weights(self) -> ModelWeights | None:
-        found = [] if self.positional else [block_weights(self, block, self.parts) for block in self.blocks]
+        found = [block_weights(self, block, self.parts) for block in self.blocks]
         blocks = [block for block in found if block is not None]
-        if len(blocks) < self.depth:
+        if len(blocks) < self.depth or (self.positional and not self.has_class_token):
             return None
         patches = patch_weights(self._convolution) if self._adds_positions else None
         layer = getattr(self.model, self.kind.finish) if self.kind.finish else None

@@ -9,28 +9,28 @@ from torch import Tensor, nn
 
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.hf_kinds import CLASS_TOKEN, Parts
-from tokengame.backbones.parts import activation_of, is_plain_norm, norm_weights
+from tokengame.backbones.parts import activation_of, is_plain_norm, joined, norm_weights
 from tokengame.kernels.weights import BlockWeights, LinearWeights, NormWeights
 
-MLP = ("fc1", "activation_fn", "fc2")
-"""parts of an MLP that the kernels run"""
+MLPS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
+"""names of the parts of MLPs that the kernels run"""
 
 
 def block_weights(backbone: Backbone, block: Any, parts: Parts) -> BlockWeights | None:
-    """Of a block whose positions are all in its embedding; None where it computes what the kernels do not."""
-    attn, mlp = getattr(block, parts.attention), getattr(block, parts.mlp)
+    """Of a block; None where it computes what the kernels do not."""
+    attn, mlp = getattr(block, parts.attention), _mlp(getattr(block, parts.mlp))
     norms = [getattr(block, name) for name in (parts.norm1, parts.norm2)]
-    if not all(map(is_plain_norm, norms)) or not all(hasattr(mlp, name) for name in MLP):
+    if mlp is None or not all(map(is_plain_norm, norms)):
         return None
-    layers = [attn.q_proj, attn.k_proj, attn.v_proj, getattr(attn, parts.output), mlp.fc1, mlp.fc2]
-    activation = activation_of(mlp.activation_fn)
+    layers = [attn.q_proj, attn.k_proj, attn.v_proj, getattr(attn, parts.output), mlp[0], mlp[2]]
+    activation = activation_of(mlp[1])
     if activation is None or not all(type(layer) is nn.Linear for layer in layers):
         return None
     scales = [None, None] if parts.scales is None else [getattr(block, name).lambda1 for name in parts.scales]
     proj, fc1, fc2 = layers[3:]
     return BlockWeights(
         norm1=norm_weights(norms[0]),
-        qkv=_joined(layers[:3]),
+        qkv=joined(layers[:3]),
         proj=LinearWeights(proj.weight, proj.bias, scales[0]),
         norm2=norm_weights(norms[1]),
         fc1=LinearWeights(fc1.weight, fc1.bias),
@@ -42,14 +42,10 @@ def block_weights(backbone: Backbone, block: Any, parts: Parts) -> BlockWeights 
     )
 
 
-def _joined(layers: list[Any]) -> LinearWeights:
-    """One layer with the outputs of all; those without a bias have zeros."""
-    weights = [layer.weight.detach() for layer in layers]
-    if all(layer.bias is None for layer in layers):
-        return LinearWeights(torch.cat(weights), None)
-    biases = [weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-              for layer, weight in zip(layers, weights, strict=True)]  # fmt: skip
-    return LinearWeights(torch.cat(weights), torch.cat(biases))
+def _mlp(module: Any) -> list[Any] | None:
+    """First layer, activation and second layer; None where it has others beside them."""
+    found = {name for name, _ in module.named_children()}
+    return next(([getattr(module, name) for name in names] for names in MLPS if found == set(names)), None)
 
 
 def head_weights(pool: Any, norm: Any, layer: Any) -> tuple[NormWeights, LinearWeights] | None:

@@ -119,6 +119,16 @@ def norm_weights(norm: Any) -> NormWeights:
     return NormWeights(norm.weight, norm.bias, norm.eps)
 
 
+def joined(layers: list[Any]) -> LinearWeights:
+    """One layer with the outputs of all; those without a bias have zeros."""
+    weights = [layer.weight.detach() for layer in layers]
+    if all(layer.bias is None for layer in layers):
+        return LinearWeights(torch.cat(weights), None)
+    biases = [weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+              for layer, weight in zip(layers, weights, strict=True)]  # fmt: skip
+    return LinearWeights(torch.cat(weights), torch.cat(biases))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "tanh_gelu",

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from tokengame.backbones.calls import Call
 from tokengame.backbones.parts import linear_macs
 from tokengame.backbones.timm_base import TimmBackbone
+from tokengame.backbones.timm_eva_weights import block_weights, is_plain_block
 from tokengame.errors import TokenGameError
-from tokengame.packed.layout import RaggedLayout
+from tokengame.kernels.weights import ModelWeights
+from tokengame.packed.layout import Places, RaggedLayout
 
 
 class RotaryBackbone(TimmBackbone):
@@ -77,6 +79,29 @@ class TimmEva(RotaryBackbone):
         if not self.model.dynamic_img_size and hasattr(rope, "feat_shape"):
             return rope.get_embed()
         return super().rotary_embedding(grid)
+
+    def plain_weights(self) -> ModelWeights | None:
+        rotary = self.positional
+        if rotary and (not self.has_class_token or self.rotary_embedding(self.grid(*self.input_size)).ndim > 2):
+            return None
+        if not all(is_plain_block(block) for block in self.blocks):
+            return None
+        order = self._order if rotary else None
+        return ModelWeights([block_weights(block, order) for block in self.blocks], None, None)
+
+    @property
+    def _order(self) -> Tensor | None:
+        """[D] the numbers of a head, so that d turns with d +- D / 2; None where they are in that order."""
+        if self.blocks[0].attn.rotate_half:
+            return None
+        return torch.arange(self.head_dim).view(-1, 2).T.flatten()
+
+    def rotary_table(self, places: Places) -> Tensor | None:
+        if places.angles is None:
+            return None
+        sin, cos = places.angles[0, 1:, 0].chunk(2, -1)
+        table, order = torch.stack([cos, sin], 1).float(), self._order
+        return table.contiguous() if order is None else table[..., order]
 
     def position(self, images: Tensor) -> Tensor:
         model = copy.copy(self.model)  # rotation and patch dropout come later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokengame.backbones.base import Backbone
@@ -113,7 +114,10 @@ class CompiledBlocks(CompiledDecisions):
         cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
     ) -> Stretch:  # fmt: skip
         block, class_query = last // 2, request is not None and self.backbone.has_class_token
-        ran = functions.run_half_blocks(self.weights.blocks, first, last, x, layout, bias, cached, request, class_query)
+        angles = None if layout.places is None else self.backbone.rotary_table(layout.places)
+        ran = functions.run_half_blocks(
+            self.weights.blocks, first, last, x, layout, bias, cached, request, class_query, angles
+        )
         if request is None or ran.next_keys_values is None:
             return Stretch(ran.x, ran.qkv)
         if ran.next_query is None:
@@ -125,7 +129,7 @@ class CompiledBlocks(CompiledDecisions):
         return Stretch(ran.x, ran.qkv, heads, observed)
 
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
-        if half % 2:
+        if half % 2 or self.backbone.positional:  # keys that are turned cannot be left out
             return super().finish(half, x, layout, bias)
         block = self.weights.blocks[self.backbone.depth - 1]
         return functions.last_block(block, self.weights.last_qkv, x, layout, self.backbone.prefix, bias)
@@ -138,13 +142,18 @@ class CompiledBlocks(CompiledDecisions):
     def fused(self, images: Tensor, request: FusedRequest) -> FusedOutput | None:
         backbone, end = self.backbone, 2 * self.backbone.depth - 2
         entry = self._entry(images)
-        classify = self.weights.head is not None and backbone.has_class_token and request.end == end
-        played = functions.fused_forward(self.weights, entry, classify, *request)
+        grid = backbone.grid(*images.shape[2:])
+        places = backbone.whole_layout(images.new_empty(1, len(entry.start), 0), grid).places
+        angles = None if places is None else backbone.rotary_table(places)
+        classify = self.weights.head is not None and backbone.has_class_token and request.end == end and angles is None
+        played = functions.fused_forward(self.weights, entry, classify, *request, angles=angles)
         logits = played.logits
         if logits is None:
             assert played.rows is not None
             counts = played.kept[-1] if played.kept else torch.full((len(images),), len(entry.start) - backbone.prefix)
             layout = RaggedLayout((counts + backbone.prefix).tolist(), images.device)
+            if places is not None:
+                layout = layout.at(places._replace(position=_positions(played.alive, backbone.prefix)))
             bias = None if played.sizes is None else played.sizes.log()
             logits = predict(self, request.end, played.rows, layout, bias, played.sizes)
         return FusedOutput(logits, played.kept, played.alive, played.tokens_before)
@@ -158,3 +167,9 @@ class CompiledBlocks(CompiledDecisions):
             return Entry(images, start, backbone.patch_size[0], backbone.prefix, backbone.has_class_token)
         tokens = self.embed(images)
         return Entry(tokens, tokens[0], 0, backbone.prefix, backbone.has_class_token)
+
+
+def _positions(alive: Tensor, prefix: int) -> Tensor:
+    """[M] place in the grid of each row that is left, prefix tokens (-1) first; alive [B, N]."""
+    rows = F.pad(alive, (prefix, 0), value=True).nonzero()[:, 1]
+    return (rows - prefix).clamp(min=-1)

@@ -17,6 +17,7 @@ from tokengame.kernels.structs import (
     NormStruct,
     ObservationRequestStruct,
     PackedLinear,
+    RotaryStruct,
 )
 from tokengame.kernels.weights import PackedWeights
 from tokengame.packed.heads import EXTRA_FEATURES, CachedKeysValues, ObservationRequest, Observed
@@ -50,6 +51,7 @@ class HalfBlocks(NamedTuple):
 def run_half_blocks(
     blocks: Any, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None,
     cached: CachedKeysValues | None = None, request: ObservationRequest | None = None, class_query: bool = False,
+    angles: Tensor | None = None,
 ) -> HalfBlocks:  # fmt: skip
     """Half-blocks `first` to `last` - 1 in one call; see `Backend.run`.
 
@@ -62,6 +64,7 @@ def run_half_blocks(
         cached: what the first half, an attention, reads in place of the rows' own keys and values.
         request: for keys and values of the next attention, and for observations.
         class_query: whether each image's first row gives the query of the observations; without it there are none.
+        angles: of rotary positions, as `Backbone.rotary_table`; `layout` then says where its rows come from.
     """
     heads, width = blocks[0].heads, blocks[0].width
     x, rows = x.contiguous(), len(x)
@@ -72,9 +75,10 @@ def run_half_blocks(
     observation, observed = ObservationRequestStruct(), None
     if request is not None and class_query and request.features:
         observation, observed = _observation(request, heads)
-    struct, kept_alive = _cached(cached)
+    (struct, kept_alive), rotary = _cached(cached), _rotary(layout, angles)
     call("run_half_blocks", x.dtype, ctypes.addressof(blocks), first, last, x, rows, layout.cu_seqlens, layout.images,
-         _floats(bias), ctypes.addressof(struct), ctypes.addressof(observation), qkv, attended, out, keys_values, query,
+         _floats(bias), ctypes.addressof(struct), ctypes.addressof(observation),
+         ctypes.addressof(rotary), qkv, attended, out, keys_values, query,
          torch.get_num_threads())  # fmt: skip
     del kept_alive
     among_rows = any(half % 2 == 0 for half in range(first + (cached is not None), last))
@@ -89,6 +93,14 @@ def _cached(cached: CachedKeysValues | None) -> tuple[CachedKeysValuesStruct, An
     tensors = (keys[0], values[0], cached.layout.cu_seqlens, bias)
     where = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     return CachedKeysValuesStruct(*where[:2], *keys[1:], *values[1:], *where[2:]), tensors
+
+
+def _rotary(layout: RaggedLayout, angles: Tensor | None) -> RotaryStruct:
+    """The struct; position and angles live as long as their owners."""
+    if angles is None:
+        return RotaryStruct()
+    assert layout.places is not None
+    return RotaryStruct(layout.places.position.data_ptr(), angles.data_ptr())
 
 
 def _observation(request: ObservationRequest, heads: int) -> tuple[ObservationRequestStruct, Observed]:
@@ -254,6 +266,7 @@ class Entry(NamedTuple):
 def fused_forward(
     weights: PackedWeights, entry: Entry, classify: bool, stages: tuple[int, ...], merges: bool, end: int,
     linear: Tensor, thresholds: Tensor, shares: Tensor | None, dither: Tensor, tokens_before: bool,
+    angles: Tensor | None = None,
 ) -> FusedGame:  # fmt: skip
     """Whole games under a linear policy in one call.
 
@@ -262,6 +275,7 @@ def fused_forward(
         entry: the images.
         classify: whether the last block and the classifier run too; `end` is then the end of the block before.
         stages, merges, end, linear, thresholds, shares, dither, tokens_before: see `backends.base.FusedRequest`.
+        angles: of rotary positions, as `Backbone.rotary_table`.
     """
     images, start = entry.images.contiguous(), entry.start.contiguous()
     number, rows, prefix = len(images), len(start), entry.prefix
@@ -276,7 +290,7 @@ def fused_forward(
         ctypes.addressof(weights.blocks), len(weights.blocks), patches, head, norm, start.data_ptr(),
         weights.last_qkv.data_ptr(), *shape, entry.patch, prefix, rows - prefix, classes, merges, entry.class_query,
         end, blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
-        0 if shares is None else shares.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (shares, angles)),
     )  # fmt: skip
     logits = images.new_empty(number, classes) if classify else None
     tokens = images.new_empty(number, *start.shape) if tokens_before else None

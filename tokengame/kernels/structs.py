@@ -73,6 +73,12 @@ class ObservationRequestStruct(ctypes.Structure):
     )
 
 
+class RotaryStruct(ctypes.Structure):
+    """Rotary in csrc/interface.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("position", "angles"))
+
+
 class FusedGameStruct(ctypes.Structure):
     """FusedGame in csrc/interface.h."""
 
@@ -86,7 +92,7 @@ class FusedGameStruct(ctypes.Structure):
         *[(name, ctypes.c_long) for name in ("merges", "class_query", "end")],
         ("stages", ctypes.c_void_p),
         ("stage_count", ctypes.c_long),
-        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares")],
+        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares", "angles")],
     )
 
 
@@ -106,7 +112,7 @@ SIGNATURES = {
     "class_attention": "pllllpdplppl",
     "observe": "pllpllllpdpllpppllpplll",
     "absorb": "pllllplpppppllppppl",
-    "run_half_blocks": "pllplplppppppppl",
+    "run_half_blocks": "pllplplpppppppppl",
     "last_block": "ppplpllpppl",
     "fused_workspace": "pll",
     "fused_forward": "pplppl",
@@ -130,7 +136,7 @@ class TableStruct(ctypes.Structure):
 
 
 STRUCTS = (
-    NormStruct, LinearStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, FusedGameStruct,
-    FusedResultsStruct, TableStruct,
+    NormStruct, LinearStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, RotaryStruct,
+    FusedGameStruct, FusedResultsStruct, TableStruct,
 )  # fmt: skip
 """in the order of struct_bytes in csrc/processor.cpp"""

@@ -1,0 +1,85 @@
+"""Weights of timm's Eva models for the compiled kernels: DINOv3, ViTs with rotary positions, Perception Encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope, Mlp
+from timm.models.eva import EvaAttention, EvaBlock
+from torch import Tensor, nn
+
+from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
+from tokengame.kernels.weights import BlockWeights, LinearWeights
+
+ATTENTIONS = (EvaAttention, AttentionRope)
+
+
+def is_plain_block(block: Any) -> bool:
+    """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
+    if (
+        type(block) is not EvaBlock
+        or type(block.attn) not in (EvaAttention, AttentionRope)
+        or type(block.mlp) is not Mlp
+    ):
+        return False
+    attn, mlp = block.attn, block.mlp
+    nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
+    layers = (*_projections(attn), attn.proj, mlp.fc1, mlp.fc2)
+    return (
+        activation_of(mlp.act) is not None
+        and is_plain_norm(block.norm1)
+        and is_plain_norm(block.norm2)
+        and all(type(layer) is nn.Linear for layer in layers)
+        and sum(layer.out_features for layer in _projections(attn)) == 3 * attn.num_heads * attn.head_dim
+        and all(type(part) is nn.Identity for part in nothing)
+        and all(type(drop) in INACTIVE for drop in drops)
+        and getattr(attn, "gate", None) is None
+    )
+
+
+def _projections(attn: Any) -> list[Any]:
+    """The layers that give queries, keys and values: one, or three."""
+    return [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
+
+
+def block_weights(block: Any, order: Tensor | None) -> BlockWeights:
+    """Of a plain block.
+
+    Args:
+        block: of `is_plain_block`.
+        order: [D] of the numbers of a head of queries and keys; None: as they are.
+    """
+    attn, mlp, activation = block.attn, block.mlp, activation_of(block.mlp.act)
+    assert activation is not None
+    return BlockWeights(
+        norm1=norm_weights(block.norm1),
+        qkv=_ordered(_qkv(attn), order, attn),
+        proj=LinearWeights(attn.proj.weight, attn.proj.bias, block.gamma_1),
+        norm2=norm_weights(block.norm2),
+        fc1=LinearWeights(mlp.fc1.weight, mlp.fc1.bias),
+        fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, block.gamma_2),
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        scale=attn.scale,
+        activation=activation,
+    )
+
+
+def _qkv(attn: Any) -> LinearWeights:
+    found = joined(_projections(attn))
+    if getattr(attn, "q_bias", None) is None:
+        return found
+    return LinearWeights(found.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]).detach())
+
+
+def _ordered(layer: LinearWeights, order: Tensor | None, attn: Any) -> LinearWeights:
+    """`layer` with the numbers of each head of queries and keys in another order; products of both are the same."""
+    if order is None:
+        return layer
+    shape = (3, attn.num_heads, attn.head_dim)
+    index = torch.arange(len(layer.weight)).view(shape)
+    index[:2] = index[:2][..., order]
+    index = index.flatten()
+    return LinearWeights(layer.weight.detach()[index], None if layer.bias is None else layer.bias[index])
