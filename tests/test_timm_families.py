@@ -9,13 +9,14 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import randomise
+from conftest import needs_kernels, randomise
 from timm.layers import set_fused_attn
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokengame import kernels
 from tokengame.backbones import preprocessing_of, unfused, wrap
 from tokengame.baselines.evit import EViT
 from tokengame.baselines.heuristics import KeepBest, attention, keep_all
@@ -25,7 +26,7 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted, check_contract, masked_features, merged_by_loops, played_features
 from tokengame.packed.attention import unfused_attention
-from tokengame.runtime import prune_by
+from tokengame.runtime import prune, prune_by
 from tokengame.runtime.macs import native_macs, pruned_macs
 
 SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
@@ -227,6 +228,51 @@ def test_compiled_attention_with_rotary_positions():
     found = prune_by(model.bfloat16(), GameConfig(stages=(1, 2)), policy).predict(images.bfloat16())
     assert [kept.tolist() for kept in found.kept] == [kept.tolist() for kept in exact.kept]
     assert distance(found.logits.float(), exact.logits) < 0.1
+
+
+ONE_CALL = [
+    "dinov3", "dinov3, class token", "perception encoder", "perception encoder, language", "rope", "mrope",
+    "eva, pooled by attention", "any size",
+]  # fmt: skip
+STEP_BY_STEP = [
+    "eva02",
+    "eva without class token",
+    "rope of each block",
+    "rope, registers",
+    "sapiens2",
+    "beit",
+    "relpos",
+]
+
+
+def wide(key, monkeypatch):
+    """A model of widths that the kernels take, and images for it."""
+    monkeypatch.setitem(SMALL, "embed_dim", 64)
+    monkeypatch.setitem(SMALL, "num_heads", 2)
+    return built(key)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("key", ONE_CALL)
+@torch.inference_mode()
+def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, monkeypatch):
+    model, images = wide(key, monkeypatch)
+    fast = prune(model, gmacs_ratio=0.7)
+    with kernels.disabled():
+        slow = fast.predict(images)
+    in_steps = fast.game.predict(fast.game.play(images, fast.actor, fast.threshold))
+    monkeypatch.setattr(TokenGame, "step", None)
+    found = fast.predict(images)
+    assert torch.equal(found.alive, slow.alive)
+    assert distance(found.logits, slow.logits) < 1e-5
+    assert distance(in_steps, slow.logits) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("key", STEP_BY_STEP)
+def test_other_positions_keep_their_own_layers(key, monkeypatch):
+    assert wrap(wide(key, monkeypatch)[0]).plain_weights() is None
 
 
 @pytest.mark.parametrize("key", [*POSITIONS, "two of each", "parallel", "naflex, axial"])

@@ -20,7 +20,7 @@ STEP_BY_STEP = (
     "training, which draws its actions",
     "policies that are not linear in what they observe (the paper's actor)",
     "games that drop tokens before the first block",
-    "blocks with rotary or relative positions, gates or norms inside, or hooks",
+    "blocks with relative positions, gates or norms inside, rotary positions of each block, or hooks",
 )
 """what the compiled kernels do not run as one call from pixels to the last decision"""
 
