@@ -65,13 +65,22 @@ that cannot be run exactly is refused with the reason: `tokengame doctor --backb
 """
 
 
+class Found(NamedTuple):
+    """What was found of an architecture that is exact."""
+
+    difference: float
+    """largest relative difference from the native model"""
+    one_call: bool
+    """whether the compiled kernels play whole games"""
+
+
 class Row(NamedTuple):
     """One family of models, as the table shows it."""
 
     library: str
     family: str
-    exact: dict[str, float]
-    """largest relative difference from the native model, by architecture"""
+    exact: dict[str, Found]
+    """by architecture"""
     weights: int
     """pretrained weights of those architectures"""
     refused: dict[str, list[str]]
@@ -109,8 +118,8 @@ def fill(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def difference(name: str) -> float:
-    """The larger relative difference: all tokens kept and native, a random game and native attention with masks.
+def of_timm(name: str) -> torch.nn.Module:
+    """An architecture of timm, two blocks, random weights.
 
     Raises:
         TokenGameError: the model is refused.
@@ -118,18 +127,23 @@ def difference(name: str) -> float:
     model = small(name).eval()
     wrap(model)
     fill(model)
-    return difference_of(model)
+    return model
 
 
 @torch.no_grad()
-def difference_of(model: torch.nn.Module) -> float:
-    """The same of a model with weights."""
+def found_of(model: torch.nn.Module) -> Found:
+    """The larger relative difference: all tokens kept and native, a random game and native attention with masks.
+
+    Raises:
+        TokenGameError: the model is refused.
+    """
     backbone = wrap(model)
     size = [SIDE * side for side in backbone.patch_size]
     images = torch.randn(1, getattr(model, "in_chans", 3), *size)
     game = TokenGame(backbone, GameConfig(stages=(1,)))
     found = game.predict(game.play(images, lambda obs: torch.ones(len(obs.token))))
-    return max(distance(found, backbone.native(images)), masked_difference(backbone, images))
+    wrong = max(distance(found, backbone.native(images)), masked_difference(backbone, images))
+    return Found(wrong, game.backend_for(images).name == "compiled")
 
 
 def masked_difference(backbone: Backbone, images: torch.Tensor) -> float:
@@ -146,13 +160,13 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def measure(modules: list[str]) -> dict[str, Any]:
-    """Measure what `RESULTS` has not, and add it there: for each architecture a difference or a sentence."""
+    """Measure what `RESULTS` has not, and add it there: for each architecture `Found` or a sentence."""
     known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     names = [name for module in modules for name in timm.list_models(module=module) if name not in known]
     for name in track(names, "models"):
         torch.manual_seed(0)
         try:
-            known[name] = difference(name)
+            known[name] = found_of(of_timm(name))
         except TokenGameError as refused:
             known[name] = str(refused)
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
@@ -221,7 +235,7 @@ def other_rows(known: dict[str, Any]) -> list[Row]:
         if key not in known:
             torch.manual_seed(0)
             try:
-                known[key] = difference_of(make())
+                known[key] = found_of(make())
             except TokenGameError as refused:
                 known[key] = str(refused)
             RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
@@ -229,7 +243,7 @@ def other_rows(known: dict[str, Any]) -> list[Row]:
         if isinstance(found, str):
             row.refused.setdefault(found, []).append(name)
         else:
-            row.exact[name] = found
+            row.exact[name] = Found(*found)
     return list(rows.values())
 
 
@@ -238,7 +252,7 @@ def timm_rows(known: dict[str, Any]) -> list[Row]:
     rows = []
     for module, family in TIMM.items():
         found = {name: known[name] for name in timm.list_models(module=module) if name in known}
-        exact = {name: value for name, value in found.items() if not isinstance(value, str)}
+        exact = {name: Found(*value) for name, value in found.items() if not isinstance(value, str)}
         refused: dict[str, list[str]] = {}
         for name in found.keys() - exact.keys():
             refused.setdefault(found[name], []).append(name)
@@ -249,7 +263,7 @@ def timm_rows(known: dict[str, Any]) -> list[Row]:
 
 def page(rows: list[Row]) -> str:
     """The page: a table of families, then names."""
-    worst, name = max((value, name) for row in rows for name, value in row.exact.items())
+    worst, name = max((value.difference, name) for row in rows for name, value in row.exact.items())
     of_timm = [row for row in rows if row.library == "timm"]
     exact, weights = sum(len(row.exact) for row in of_timm), sum(row.weights for row in of_timm)
     lines = [
@@ -260,14 +274,15 @@ def page(rows: list[Row]) -> str:
         "the output is compared with the native model's, and the features of a random game with the native model's",
         f"under attention masks. The largest difference is {worst:.1e} of the norm (`{name}`).",
         "",
-        "| library | family | architectures exact | pretrained weights | refused |",
-        "|---|---|---|---|---|",
+        "| library | family | architectures exact | of these in one call | pretrained weights | refused |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.library} | {row.family} | {len(row.exact)} | {row.weights or ''} | "
-        f"{sum(map(len, row.refused.values()))} |"
+        f"| {row.library} | {row.family} | {len(row.exact)} | {sum(found.one_call for found in row.exact.values())} | "
+        f"{row.weights or ''} | {sum(map(len, row.refused.values()))} |"
         for row in rows
     ]
+    lines += ["", "In one call: the [compiled kernels](kernels.md) run whole games on CPUs. Others run a step at a time."]
     lines += ["", "## Refused", ""]
     for row in rows:
         lines += [f"- {why.split('; `tokengame')[0]}: {listed(names)}" for why, names in sorted(row.refused.items())]
