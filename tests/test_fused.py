@@ -45,6 +45,15 @@ WHOLE = {
         "patches of 4": {"img_size": 16, "patch_size": 4},
         "patches of 14": {"img_size": 56, "patch_size": 14},
         "no classes": {"num_classes": 0},
+        "heads of 24": {"embed_dim": 96, "num_heads": 4},
+        "heads of 22, an MLP of 299": {"embed_dim": 352, "num_heads": 16, "mlp_ratio": 0.85, "qkv_bias": False},
+        "heads of 72, no class token": {
+            "embed_dim": 288,
+            "num_heads": 4,
+            "class_token": False,
+            "global_pool": "avg",
+            "act_layer": "gelu_tanh",
+        },
         "any size": {"dynamic_img_size": True},
     }.items()
 }

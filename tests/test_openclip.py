@@ -12,7 +12,7 @@ from tokengame import TokenGameError
 from tokengame.backbones import preprocessing_of, wrap
 from tokengame.backbones.base import Backbone
 from tokengame.backbones.openclip_vit import OpenCLIPTimm
-from tokengame.backends import CompiledBlocks, CompiledDecisions
+from tokengame.backends import CompiledBlocks
 from tokengame.baselines.heuristics import KeepBest, attention, keep_all
 from tokengame.config import GameConfig
 from tokengame.data.transforms import transform_for
@@ -372,7 +372,7 @@ def test_precisions_of_open_clip(precision):
 @needs_kernels
 @pytest.mark.parametrize(("key", "backend"), [("plain", CompiledBlocks), ("layer scale", CompiledBlocks),
                                               ("no norm before", CompiledBlocks), ("average pool", CompiledBlocks),
-                                              ("quick GELU", CompiledDecisions)])  # fmt: skip
+                                              ("quick GELU", CompiledBlocks)])  # fmt: skip
 @torch.inference_mode()
 def test_compiled_kernels_are_near_pytorchs(key, backend):
     model = tiny(**(VARIANTS[key] | {"width": 64}))

@@ -245,19 +245,21 @@ STEP_BY_STEP = [
 ]
 
 
-def wide(key, monkeypatch):
+def wide(key, monkeypatch, dim=64, heads=2):
     """A model of widths that the kernels take, and images for it."""
-    monkeypatch.setitem(SMALL, "embed_dim", 64)
-    monkeypatch.setitem(SMALL, "num_heads", 2)
+    monkeypatch.setitem(SMALL, "embed_dim", dim)
+    monkeypatch.setitem(SMALL, "num_heads", heads)
     return built(key)
 
 
 @needs_kernels
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("key", ONE_CALL)
 @torch.inference_mode()
-def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, monkeypatch):
-    model, images = wide(key, monkeypatch)
+def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, heads, monkeypatch):
+    """Heads of 48 and 24 numbers, which the kernels fill up."""
+    model, images = wide(key, monkeypatch, 96, heads)
     fast = prune(model, gmacs_ratio=0.7)
     with kernels.disabled():
         slow = fast.predict(images)

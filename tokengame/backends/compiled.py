@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from tokengame.kernels.library import TILE
 from tokengame.kernels.weights import PackedWeights, packed_weights
 from tokengame.packed.attention import Kernel, deterministic_attention, fastest_attention
 from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
-from tokengame.packed.layout import RaggedLayout
+from tokengame.packed.layout import Places, RaggedLayout
 
 OPEN_CHOICES = (fastest_attention, deterministic_attention)
 """attention arguments that leave the choice of kernel to the backend; any other is a wish for that very kernel"""
@@ -114,7 +116,7 @@ class CompiledBlocks(CompiledDecisions):
         cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
     ) -> Stretch:  # fmt: skip
         block, class_query = last // 2, request is not None and self.backbone.has_class_token
-        angles = None if layout.places is None else self.backbone.rotary_table(layout.places)
+        angles = self._angles(layout.places)
         ran = functions.run_half_blocks(
             self.weights.blocks, first, last, x, layout, bias, cached, request, class_query, angles
         )
@@ -122,11 +124,17 @@ class CompiledBlocks(CompiledDecisions):
             return Stretch(ran.x, ran.qkv)
         if ran.next_query is None:
             heads = self.backbone.next_heads(block, ran.x, layout, ran.next_keys_values)
+            heads = replace(heads, query=self.weights.widened(heads.query))
         else:
             keys, values = ran.next_keys_values.unbind(1)
             heads = Heads(ran.next_query, keys, values, self.backbone.scale)
         observed = ran.observed if ran.observed is not None else self.observe(heads, layout, bias, request)
         return Stretch(ran.x, ran.qkv, heads, observed)
+
+    def _angles(self, places: Places | None) -> Tensor | None:
+        """`Backbone.rotary_table` for heads as wide as the kernels have them."""
+        table = None if places is None else self.backbone.rotary_table(places)
+        return None if table is None else self.weights.widened(table)
 
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
         if half % 2 or self.backbone.positional:  # keys that are turned cannot be left out
@@ -144,7 +152,7 @@ class CompiledBlocks(CompiledDecisions):
         entry = self._entry(images)
         grid = backbone.grid(*images.shape[2:])
         places = backbone.whole_layout(images.new_empty(1, len(entry.start), 0), grid).places
-        angles = None if places is None else backbone.rotary_table(places)
+        angles = self._angles(places)
         classify = self.weights.head is not None and backbone.has_class_token and request.end == end and angles is None
         played = functions.fused_forward(self.weights, entry, classify, *request, angles=angles)
         logits = played.logits

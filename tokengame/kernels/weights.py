@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from operator import attrgetter
 from threading import Lock
@@ -21,6 +21,8 @@ from tokengame.modules import Watch, global_hooks
 
 Activation = Literal["gelu", "quick_gelu", "tanh_gelu"]
 """in the order of csrc/interface.h: GELU; x sigmoid(1.702 x); the approximation of GELU by tanh"""
+WIDEST = 1.5
+"""times as wide as the model's heads may be, filled up with zeros, on which attention computes for nothing"""
 HASHED_PARTS = 32
 """parts of the weights, of which every call hashes another: some of all rows would take 5 % of an image's time"""
 _write_count = attrgetter("_version")
@@ -82,11 +84,20 @@ class PackedWeights:
     patches: PackedLinear | None
     head: tuple[NormStruct, PackedLinear] | None
     last_qkv: Tensor
-    """[3 * H * D, C] of the last block, as the model has it"""
+    """[3 * H * D, C] of the last block, D as the kernels have it"""
     tensors: list[Tensor]
     """what the structs point at"""
+    slots: Tensor | None
+    """[D] where the numbers of a head are among those of a wider one; None where heads are as wide as the model's"""
     start: dict[torch.Size, Tensor] = field(default_factory=dict)
     """by the shape of an image, [prefix + N, C]: what the model adds to patches, its prefix tokens first"""
+
+    def widened(self, heads: Tensor) -> Tensor:
+        """[..., D] of the model as the kernels have it, zeros between."""
+        if self.slots is None:
+            return heads
+        wide = heads.new_zeros(*heads.shape[:-1], self.blocks[0].width)
+        return wide.index_copy_(-1, self.slots, heads)
 
 
 class PackedModel:
@@ -106,7 +117,7 @@ class PackedModel:
         self.hashes = [self._hash(part) for part in range(HASHED_PARTS)]
         self.calls = count()
         exported = export() if plain else None
-        self.weights = None if exported is None or not _fits(exported) else _packed(exported)
+        self.weights = None if exported is None else _packed(exported)
 
     def _storage_state(self) -> tuple[list[int], list[int]]:
         """Where parameters lie, and how often they were written to."""
@@ -165,8 +176,50 @@ def _is_plain(p: Tensor) -> bool:
     return plain and p.layout == torch.strided and p.is_contiguous()
 
 
+def _slots(head_dim: int) -> Tensor | None:
+    """`PackedWeights.slots`: each half of a head at the beginning of a half of the wider one.
+
+    So halves still turn with each other, and the same values are compared (see `decisions.similarity_of`).
+    """
+    if head_dim % TILE == 0:
+        return None
+    half = torch.arange(head_dim // 2)
+    return torch.cat([half, half + _up(head_dim) // 2])
+
+
+def _up(width: int) -> int:
+    return width + -width % TILE
+
+
+def _widened(block: BlockWeights) -> BlockWeights:
+    """The same block with heads and MLP filled up with zeros to multiples of `TILE`; it computes the same."""
+    heads, width, dim, hidden = block.heads, block.head_dim, len(block.proj.weight), len(block.fc1.weight)
+    slots, spare = _slots(width), -hidden % TILE
+    fc1 = replace(
+        block.fc1, weight=F.pad(block.fc1.weight.detach(), (0, 0, 0, spare)), bias=_filled(block.fc1.bias, spare)
+    )
+    fc2 = replace(block.fc2, weight=F.pad(block.fc2.weight.detach(), (0, spare)))
+    block = replace(block, fc1=fc1, fc2=fc2) if spare else block
+    if slots is None:
+        return block
+    weight = block.qkv.weight.detach().view(3 * heads, width, -1)
+    qkv = weight.new_zeros(3 * heads, _up(width), weight.shape[2]).index_copy_(1, slots, weight).flatten(0, 1)
+    bias = block.qkv.bias
+    if bias is not None:
+        wide = bias.new_zeros(3 * heads, _up(width))
+        bias = wide.index_copy_(1, slots, bias.detach().view(3 * heads, width)).flatten()
+    output = block.proj.weight.detach().view(dim, heads, width)
+    proj = output.new_zeros(dim, heads, _up(width)).index_copy_(2, slots, output).flatten(1)
+    wider = replace(block.qkv, weight=qkv, bias=bias), replace(block.proj, weight=proj)
+    return replace(block, head_dim=_up(width), qkv=wider[0], proj=wider[1])
+
+
+def _filled(bias: Tensor | None, spare: int) -> Tensor | None:
+    return None if bias is None else F.pad(bias.detach(), (0, spare))
+
+
 def _fits(model: ModelWeights) -> bool:
-    """Whether all widths are multiples of `TILE` and all blocks have the same heads."""
+    """Whether all widths are multiples of `TILE` now and all blocks have the same heads."""
     layers = [layer for block in model.blocks for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
     widths = [width for layer in layers for width in layer.weight.shape] + [block.head_dim for block in model.blocks]
     if model.patches is not None:
@@ -177,13 +230,20 @@ def _fits(model: ModelWeights) -> bool:
     return same and all(width % TILE == 0 for width in widths)
 
 
-def _packed(model: ModelWeights) -> PackedWeights:
+def _packed(model: ModelWeights) -> PackedWeights | None:
+    """None where the kernels cannot take its widths."""
+    width = model.blocks[0].head_dim
+    if width % 2 or _up(width) > WIDEST * width:
+        return None
+    slots, model = _slots(width), replace(model, blocks=[_widened(block) for block in model.blocks])
+    if not _fits(model):
+        return None
     tensors: list[Tensor] = []
     structs = [_block(block, tensors) for block in model.blocks]
     patches = None if model.patches is None else pack(model.patches)
     head = None if model.head is None else (_norm(model.head[0], tensors), pack(model.head[1]))
     last_qkv = model.blocks[-1].qkv.weight.detach()
-    return PackedWeights((BlockStruct * len(structs))(*structs), patches, head, last_qkv, tensors)
+    return PackedWeights((BlockStruct * len(structs))(*structs), patches, head, last_qkv, tensors, slots)
 
 
 def pack(layer: LinearWeights) -> PackedLinear:
