@@ -115,7 +115,8 @@ struct Group {
 template <class Number>
 void run_group(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens, long images,
                const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request,
-               const Rotary& rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads) {
+               const Rotary& rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values,
+               Number* next_query, long threads) {
     static thread_local Buffer first_memory;
     const bool cached_first = first < last && first % 2 == 0 && cached.keys;
     const Group<Number> group{blocks, first, last, cu_seqlens[0], rows, threads, cached_first, rotary,

@@ -169,7 +169,7 @@ inline Vector gelu(Vector x) {
     return x * (inner * y + 0.5f);
 }
 
-// x / (1 + e^-z), where z has the sign of x
+// x / (1 + e^-z)
 template <class Number>
 inline Vector gate(Vector x, Vector z) {
     const Vector small = exp<Number>(-vmax(z, -z));  // never overflows

@@ -514,12 +514,95 @@ def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, dtype, monkeypa
 
 
 @needs_kernels
-@pytest.mark.parametrize("key", STEP_BY_STEP)
+@pytest.mark.parametrize("key", sorted(STEP_BY_STEP))
 @torch.inference_mode()
 def test_other_blocks_keep_their_own_layers(key):
     model = build(key)
     assert wrap(model).plain_weights() is None
     assert TokenGame(wrap(model), GameConfig(stages=(1, 2))).backend_for(images_for(model)).name == "compiled attention"
+
+
+class Adapted(torch.nn.Module):
+    """A convolution with something beside it, as adapters are put on."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.base_layer, self.beside = conv, copy.deepcopy(conv)
+        self.weight, self.kernel_size, self.in_channels = conv.weight, conv.kernel_size, conv.in_channels
+
+    def forward(self, images):
+        return self.base_layer(images) + 0.5 * self.beside(images)
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.3
+
+
+def scaled_otherwise(model):
+    scale = model.encoder.layer[1].layer_scale1
+    scale.__class__ = type("Other", (type(scale),), {"forward": lambda self, x: -x * self.lambda1})
+
+
+def subclassed(model):
+    embedding = model.embeddings
+    forward = type(embedding).forward
+    embedding.__class__ = type(
+        "Other", (type(embedding),), {"forward": lambda self, *a, **b: forward(self, *a, **b) * 2}
+    )
+
+
+REPLACED = {
+    "adapter on the patches": ("vit", lambda model: setattr(
+        model.embeddings.patch_embeddings, "projection", Adapted(model.embeddings.patch_embeddings.projection))),
+    "norm in the embedding": ("vit", lambda model: setattr(model.embeddings, "dropout", torch.nn.LayerNorm(64))),
+    "another embedding": ("dinov2", subclassed),
+    "something for a dropout": ("vit", lambda model: setattr(model.layers[1], "dropout", Shifted())),
+    "something for a dropped path": ("dinov2", lambda model: setattr(model.encoder.layer[1], "drop_path", Shifted())),
+    "another layer scale": ("dinov2", scaled_otherwise),
+    "another activation": ("vit", lambda model: setattr(model.layers[1].mlp, "activation_fn", torch.nn.SiLU())),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on packed rows")
+@pytest.mark.parametrize("name", REPLACED)
+@torch.inference_mode()
+def test_replaced_parts_act_as_natively(name):
+    key, change = REPLACED[name]
+    model = build(key)
+    change(model)
+    images = images_for(model)
+    fast = tokengame.prune(model, gmacs_ratio=0.7)
+    fast.dial = 0.0
+    assert off(fast.predict(images).logits, wrap(model).native(images)) < 1e-5
+
+
+@needs_kernels
+@torch.no_grad()
+def test_layers_of_other_sizes_are_not_run_by_the_kernels():
+    model = build("vit")
+    attn = model.layers[1].attention
+    attn.q_proj, attn.k_proj, attn.v_proj = (torch.nn.Linear(64, 32) for _ in range(3))
+    attn.o_proj = torch.nn.Linear(32, 64)
+    game = TokenGame(wrap(model), GameConfig(stages=(1, 2)))
+    assert game.backend_for(images_for(model)).name == "compiled attention"
+
+
+@torch.no_grad()
+def test_constant_tokens_are_found_without_touching_the_model(monkeypatch):
+    """Other threads may be calling it."""
+    model = build("dinov2")
+    images, seen = images_for(model), []
+    bias = model.embeddings.patch_embeddings.projection.bias
+    before, convolve = bias.clone(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(
+        torch.nn.Conv2d, "forward", lambda layer, x: (seen.append(torch.equal(bias, before)), convolve(layer, x))[1]
+    )
+    start = wrap(model).constant_tokens(images)
+    assert seen == [True]
+    assert model.embeddings.patch_embeddings.projection.bias is bias
+    patches = model.embeddings.patch_embeddings(images)
+    torch.testing.assert_close(start[1:] + patches[0], model.embeddings(images)[0, 1:])
 
 
 @needs_kernels

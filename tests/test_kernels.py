@@ -297,7 +297,7 @@ def test_which_rows_the_kernels_can_run(monkeypatch):
         assert not kernels.usable(normal(2, 32))
     with torch.enable_grad():
         assert not kernels.usable(normal(2, 32))
-    assert len(kernels.status(torch.float32).step_by_step) == 4
+    assert len(kernels.status(torch.float32).step_by_step) == 5
     with kernels.limited("none"):
         assert not kernels.usable(normal(2, 32))
         assert kernels.status(torch.float32).step_by_step == ("everything",)

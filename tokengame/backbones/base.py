@@ -167,8 +167,8 @@ class Backbone(ABC):
         return None
 
     def rotary_table(self, _places: Places) -> Tensor | None:
-        """[N, 2, D] float32 cosines and sines of the places of the grid, in the order of `plain_weights`: number d of a
-        head turns with d +- D / 2. None where nothing is turned."""
+        """[N, 2, D] float32, contiguous: cosines and sines of the places of the grid, in the order of `plain_weights`,
+        where number d of a head turns with d +- D / 2. None where nothing is turned."""
         return None
 
     def plain_weights(self) -> ModelWeights | None:

@@ -23,7 +23,7 @@ from tokengame.backbones.changes import check_changes
 from tokengame.backbones.hf_calls import INTERFACE, read_call
 from tokengame.backbones.hf_kinds import CLASS_TOKEN, IMPOSSIBLE, KINDS, MEAN, Pool
 from tokengame.backbones.hf_processor import processor_preprocessing
-from tokengame.backbones.hf_weights import block_weights, head_weights, without_bias
+from tokengame.backbones.hf_weights import block_weights, head_weights, is_plain_embedding, without_bias
 from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs, patch_weights
 from tokengame.errors import TokenGameError
 from tokengame.kernels.weights import ModelWeights
@@ -142,7 +142,7 @@ class HuggingFaceViT(Backbone):
     @property
     def _adds_positions(self) -> bool:
         """Whether embedding is a convolution and tokens that are added and put before, and nothing else."""
-        return not self._masks and self.parts.start is None
+        return not self._masks and self.parts.start is None and is_plain_embedding(self.tower.embeddings)
 
     @property
     def _masks(self) -> bool:
@@ -271,10 +271,14 @@ class HuggingFaceViT(Backbone):
                      if isinstance(getattr(self.model, name, None), nn.Linear)), 0)  # fmt: skip
 
     def plain_weights(self) -> ModelWeights | None:
-        found = [block_weights(self, block, self.parts) for block in self.blocks]
-        blocks = [block for block in found if block is not None]
-        if len(blocks) < self.depth or (self.positional and not self.has_class_token):
+        if self.positional and not self.has_class_token:
             return None
+        blocks = []
+        for block in self.blocks:
+            weights = block_weights(self, block)
+            if weights is None:
+                return None
+            blocks.append(weights)
         patches = patch_weights(self._convolution) if self._adds_positions else None
         layer = getattr(self.model, self.kind.finish) if self.kind.finish else None
         return ModelWeights(blocks, patches, head_weights(self._pool, self.tower.get_submodule(self.parts.norm), layer))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokengame.backbones.base import Backbone
 from tokengame.backbones.hf_kinds import CLASS_TOKEN, Parts
-from tokengame.backbones.parts import activation_of, is_plain_norm, joined, norm_weights
+from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
 from tokengame.kernels.weights import BlockWeights, LinearWeights, NormWeights
 
 MLPS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
 """names of the parts of MLPs that the kernels run"""
 
 
-def block_weights(backbone: Backbone, block: Any, parts: Parts) -> BlockWeights | None:
-    """Of a block; None where it computes what the kernels do not."""
+def block_weights(backbone: Any, block: Any) -> BlockWeights | None:
+    """Of a block of a `HuggingFaceViT`; None where it computes what the kernels do not."""
+    parts = backbone.parts
     attn, mlp = getattr(block, parts.attention), _mlp(getattr(block, parts.mlp))
-    norms = [getattr(block, name) for name in (parts.norm1, parts.norm2)]
-    if mlp is None or not all(map(is_plain_norm, norms)):
+    norms, scales = [getattr(block, name) for name in (parts.norm1, parts.norm2)], _scales(block, parts)
+    if mlp is None or scales is None or not all(map(is_plain_norm, norms)) or not _drops_nothing(block, parts):
         return None
     layers = [attn.q_proj, attn.k_proj, attn.v_proj, getattr(attn, parts.output), mlp[0], mlp[2]]
     activation = activation_of(mlp[1])
     if activation is None or not all(type(layer) is nn.Linear for layer in layers):
         return None
-    scales = [None, None] if parts.scales is None else [getattr(block, name).lambda1 for name in parts.scales]
     proj, fc1, fc2 = layers[3:]
     return BlockWeights(
         norm1=norm_weights(norms[0]),
@@ -42,6 +42,25 @@ def block_weights(backbone: Backbone, block: Any, parts: Parts) -> BlockWeights 
     )
 
 
+def _scales(block: Any, parts: Parts) -> list[Tensor | None] | None:
+    """Of what attention and MLP add; None where something else than the library's own scales it."""
+    if parts.scales is None:
+        return [None, None]
+    modules = [getattr(block, name) for name in parts.scales]
+    return [module.lambda1 for module in modules] if all(map(_is_own, modules)) else None
+
+
+def _drops_nothing(block: Any, parts: Parts) -> bool:
+    """Whether what stands for dropout does nothing in evaluation mode."""
+    drop = nn.Identity() if parts.drop is None else getattr(block, parts.drop)
+    return type(drop) in INACTIVE or _is_own(drop)
+
+
+def _is_own(module: Any) -> bool:
+    """Whether a module is one of the library's own."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
 def _mlp(module: Any) -> list[Any] | None:
     """First layer, activation and second layer; None where it has others beside them."""
     found = {name for name, _ in module.named_children()}
@@ -55,9 +74,23 @@ def head_weights(pool: Any, norm: Any, layer: Any) -> tuple[NormWeights, LinearW
     return norm_weights(norm), LinearWeights(layer.weight, layer.bias)
 
 
+EMBEDDING = (nn.Conv2d, nn.Embedding, nn.Dropout, nn.Identity)
+"""modules of an embedding beside the library's own"""
+
+
+def is_plain_embedding(embedding: nn.Module) -> bool:
+    """Whether an embedding is a convolution, positions that are added and tokens that are put before; by exact type."""
+    modules = list(embedding.modules())
+    return all(type(part) in EMBEDDING or _is_own(part) for part in modules) and (
+        sum(type(part) is nn.Conv2d for part in modules) == 1
+    )
+
+
 def without_bias(embedding: nn.Module, images: Tensor, options: dict[str, Any]) -> Tensor:
-    """What `embedding` gives for black images, if its convolution had no bias: [B, prefix + N, C]."""
-    name, layer = next((name, part) for name, part in embedding.named_modules() if isinstance(part, nn.Conv2d))
-    changed = {} if layer.bias is None else {f"{name}.bias": torch.zeros_like(layer.bias)}
-    found: Tensor = torch.func.functional_call(embedding, changed, torch.zeros_like(images), options)
+    """What a plain embedding gives for black images, if its convolution had no bias: [B, prefix + N, C]."""
+    twin = copy.deepcopy(embedding)  # other threads may be calling the embedding itself
+    for layer in twin.modules():
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            layer.bias.data.zero_()
+    found: Tensor = twin(torch.zeros_like(images), **options)
     return found

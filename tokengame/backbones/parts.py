@@ -108,6 +108,9 @@ def patch_weights(proj: nn.Module) -> LinearWeights | None:
     """The weights of a patch embedding, where it is a convolution with patches that the kernels know."""
     if type(proj) is not nn.Conv2d or proj.kernel_size not in ((8, 8), (16, 16), (32, 32)):
         return None
+    beside = proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1
+    if beside or proj.stride != proj.kernel_size:
+        return None
     return LinearWeights(proj.weight.flatten(1), proj.bias)
 
 

@@ -86,6 +86,8 @@ class TimmEva(RotaryBackbone):
             return None
         if not all(is_plain_block(block) for block in self.blocks):
             return None
+        if len({block.attn.rotate_half for block in self.blocks}) > 1:
+            return None
         order = self._order if rotary else None
         return ModelWeights([block_weights(block, order) for block in self.blocks], None, None)
 
@@ -101,7 +103,7 @@ class TimmEva(RotaryBackbone):
             return None
         sin, cos = places.angles[0, 1:, 0].chunk(2, -1)
         table, order = torch.stack([cos, sin], 1).float(), self._order
-        return table.contiguous() if order is None else table[..., order]
+        return table if order is None else table[..., order].contiguous()
 
     def position(self, images: Tensor) -> Tensor:
         model = copy.copy(self.model)  # rotation and patch dropout come later

@@ -17,11 +17,7 @@ ATTENTIONS = (EvaAttention, AttentionRope)
 
 def is_plain_block(block: Any) -> bool:
     """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
-    if (
-        type(block) is not EvaBlock
-        or type(block.attn) not in (EvaAttention, AttentionRope)
-        or type(block.mlp) is not Mlp
-    ):
+    if type(block) is not EvaBlock or type(block.attn) not in ATTENTIONS or type(block.mlp) is not Mlp:
         return False
     attn, mlp = block.attn, block.mlp
     nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
@@ -32,7 +28,6 @@ def is_plain_block(block: Any) -> bool:
         and is_plain_norm(block.norm1)
         and is_plain_norm(block.norm2)
         and all(type(layer) is nn.Linear for layer in layers)
-        and sum(layer.out_features for layer in _projections(attn)) == 3 * attn.num_heads * attn.head_dim
         and all(type(part) is nn.Identity for part in nothing)
         and all(type(drop) in INACTIVE for drop in drops)
         and getattr(attn, "gate", None) is None
@@ -62,7 +57,7 @@ def block_weights(block: Any, order: Tensor | None) -> BlockWeights:
         fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, block.gamma_2),
         heads=attn.num_heads,
         head_dim=attn.head_dim,
-        scale=attn.scale,
+        scale=attn.head_dim**-0.5,
         activation=activation,
     )
 

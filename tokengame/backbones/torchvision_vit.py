@@ -17,6 +17,7 @@ from tokengame.backbones.base import Backbone, BlockCosts, KeyValueWeights
 from tokengame.backbones.calls import Call, Interface, check_masks
 from tokengame.backbones.changes import check_changes
 from tokengame.backbones.parts import (
+    activation_of,
     check_packed_attention,
     check_rowwise,
     is_plain_norm,
@@ -174,13 +175,15 @@ class TorchvisionViT(Backbone):
 def _is_plain_block(block: Any) -> bool:
     """Whether a block is norm, attention and MLP as the kernels compute them, by exact type."""
     mlp = list(block.mlp)
-    usual = [type(layer) for layer in mlp] == [nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout]
-    usual = usual and mlp[1].approximate == "none" and type(block.dropout) is nn.Dropout
+    others = [nn.Linear, nn.Dropout, nn.Linear, nn.Dropout]
+    usual = len(mlp) == 5 and [type(layer) for layer in (mlp[0], *mlp[2:])] == others
+    usual = usual and activation_of(mlp[1]) is not None and type(block.dropout) is nn.Dropout
     return usual and is_plain_norm(block.ln_1) and is_plain_norm(block.ln_2)
 
 
 def _block_weights(block: Any) -> BlockWeights:
-    attn, mlp = block.self_attention, block.mlp
+    attn, mlp, activation = block.self_attention, block.mlp, activation_of(block.mlp[1])
+    assert activation is not None
     return BlockWeights(
         norm1=norm_weights(block.ln_1),
         qkv=LinearWeights(attn.in_proj_weight, attn.in_proj_bias),
@@ -191,6 +194,7 @@ def _block_weights(block: Any) -> BlockWeights:
         heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.head_dim**-0.5,
+        activation=activation,
     )
 
 

@@ -137,7 +137,7 @@ class CompiledBlocks(CompiledDecisions):
         return None if table is None else self.weights.widened(table)
 
     def finish(self, half: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None) -> Tensor:
-        if half % 2 or self.backbone.positional:  # keys that are turned cannot be left out
+        if half % 2 or self.backbone.positional:  # `last_block` needs keys that are linear in rows
             return super().finish(half, x, layout, bias)
         block = self.weights.blocks[self.backbone.depth - 1]
         return functions.last_block(block, self.weights.last_qkv, x, layout, self.backbone.prefix, bias)

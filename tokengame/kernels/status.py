@@ -20,7 +20,8 @@ STEP_BY_STEP = (
     "training, which draws its actions",
     "policies that are not linear in what they observe (the paper's actor)",
     "games that drop tokens before the first block",
-    "blocks with relative positions, gates or norms inside, rotary positions of each block, or hooks",
+    "rotary positions that differ from block to block, or without a class token",
+    "blocks with relative positions, gates, RMS norms, norms inside or after, or hooks",
 )
 """what the compiled kernels do not run as one call from pixels to the last decision"""
 

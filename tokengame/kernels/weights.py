@@ -107,7 +107,7 @@ class PackedModel:
         self.watch, self.level, parameters = watch, level(), list(model.parameters())
         plain = all(_is_plain(p) for p in parameters) and len({p.dtype for p in parameters}) == 1
         self.tensors: list[Tensor] = parameters if plain else []  # type: ignore[assignment]
-        self.counted = [p for p in self.tensors if not p.is_inference()]
+        self.counted = [t for t in (*self.tensors, *model.buffers()) if not t.is_inference()]
         self.places, self.versions = self._storage_state()
         self.pointers = (ctypes.c_void_p * len(self.places))(*self.places)
         shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p in self.tensors]
@@ -120,7 +120,7 @@ class PackedModel:
         self.weights = None if exported is None else _packed(exported)
 
     def _storage_state(self) -> tuple[list[int], list[int]]:
-        """Where parameters lie, and how often they were written to."""
+        """Where parameters lie, and how often they and buffers were written to."""
         return [*map(Tensor.data_ptr, self.tensors)], [*map(_write_count, self.counted)]  # fast: for every batch
 
     def _hash(self, part: int) -> int:
@@ -230,10 +230,20 @@ def _fits(model: ModelWeights) -> bool:
     return same and all(width % TILE == 0 for width in widths)
 
 
+def _is_whole(block: BlockWeights) -> bool:
+    """Whether layers take what those before them give."""
+    dim, inner, hidden = len(block.norm1.weight), block.heads * block.head_dim, len(block.fc1.weight)
+    layers = (block.qkv, block.proj, block.fc1, block.fc2)
+    shapes = (3 * inner, dim), (dim, inner), (hidden, dim), (dim, hidden)
+    return all(tuple(layer.weight.shape) == shape for layer, shape in zip(layers, shapes, strict=True))
+
+
 def _packed(model: ModelWeights) -> PackedWeights | None:
     """None where the kernels cannot take its widths."""
     width = model.blocks[0].head_dim
     if width % 2 or _up(width) > WIDEST * width:
+        return None
+    if not all(map(_is_whole, model.blocks)):
         return None
     slots, model = _slots(width), replace(model, blocks=[_widened(block) for block in model.blocks])
     if not _fits(model):
