@@ -29,7 +29,8 @@ from tokengame.data.batches import BadImages, checked, plain_views
 from tokengame.data.datasets import label_images, open_images
 from tokengame.files import write_csv
 from tokengame.measure.conditions import conditions
-from tokengame.measure.evaluate import Scores, keep_freed_memory, score, timed
+from tokengame.measure.evaluate import keep_freed_memory, timed
+from tokengame.measure.scores import Scores
 from tokengame.report.console import console, progress, show_rows
 from tokengame.runtime import prune
 from tokengame.runtime.method import Method
@@ -86,7 +87,7 @@ def main(args: FrontPage) -> None:
         images = batch.images.to(pool.dtype)
         native = model(images).float()
         for name, method in methods.items():
-            score(scores[name], method, batch, native, method.predict(images))
+            scores[name].add(method, batch, native, method.predict(images))
     calls: dict[str, Callable[[Tensor], Any]] = {name: method.predict for name, method in methods.items()}
     seconds = time_all(calls | {"fused": model, "unfused": unfused(model)}, pool, args)
     rows = table(scores, seconds, args.batch_size)

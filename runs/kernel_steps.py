@@ -68,7 +68,20 @@ class KernelSteps:
 
         def mlp(_keep: Any = keep) -> None:
             first, second = map(ctypes.addressof, structs)
-            call("residual_mlp", dtype, x, rows, dim, ctypes.addressof(norm), first, 4 * dim, 0, second, out, self.threads)
+            call(
+                "residual_mlp",
+                dtype,
+                x,
+                rows,
+                dim,
+                ctypes.addressof(norm),
+                first,
+                4 * dim,
+                0,
+                second,
+                out,
+                self.threads,
+            )
 
         calls: dict[str, Callable[[], Any]] = {
             "norm, q, k, v": lambda: functions.normed_linear(x, norm, qkv),

@@ -282,7 +282,10 @@ def page(rows: list[Row]) -> str:
         f"{row.weights or ''} | {sum(map(len, row.refused.values()))} |"
         for row in rows
     ]
-    lines += ["", "In one call: the [compiled kernels](kernels.md) run whole games on CPUs. Others run a step at a time."]
+    lines += [
+        "",
+        "In one call: the [compiled kernels](kernels.md) run whole games on CPUs. Others run a step at a time.",
+    ]
     lines += ["", "## Refused", ""]
     for row in rows:
         lines += [f"- {why.split('; `tokengame')[0]}: {listed(names)}" for why, names in sorted(row.refused.items())]

@@ -1,6 +1,7 @@
 """The shape of the project: packages in order, exact public names, the field's words."""
 
 import ast
+import importlib
 import io
 import re
 import tokenize
@@ -185,3 +186,12 @@ def test_names_are_those_of_the_field():
 @pytest.mark.parametrize("sentence", ["nobody asks", "images are looked at twice or a second look", "The clock ran"])
 def test_private_words_are_detected(sentence):
     assert PRIVATE.search(sentence)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.py")), ids=lambda path: path.stem)
+def test_runs_import_what_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokengame"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")
