@@ -29,11 +29,13 @@ inline void softmax(float* scores, long rows, long n, float factor, const float*
             }
         const Vector highest_logit = same(highest(top));
         for (long block = 0; block < padded; block += SIDE)
-            for (long k = 0; k < SIDE; k += LANES) {
-                Vector share{};
-                if (block + k < n) share = exp2<Number>(load(row + block * SIDE + k) - highest_logit);
-                sum += share;
-                put(shares + block * SIDE + r * SIDE + k, share);
+            for (long k = 0; k < SIDE; k += PAIR) {
+                const float* piece = row + block * SIDE + k;
+                Vector low{}, high{};
+                if (block + k < n) low = exp2<Number>(load(piece) - highest_logit);
+                if (block + k + LANES < n) high = exp2<Number>(load(piece + LANES) - highest_logit);
+                sum += low + high;
+                store(shares + block * SIDE + r * SIDE + k, low, high);
             }
         sums[r] = total(sum);
     }
@@ -63,8 +65,9 @@ void head_attention(Strided<Number> q, Strided<Number> k, Strided<Number> v, lon
             product(shares, values + column * padded, n, rows, SIDE, c);
             for (long r = 0; r < rows; r++) {
                 const Vector share = same(1 / sums[r]);
-                for (long d = 0; d < SIDE; d += LANES)
-                    store(out + (first + r) * out_row + column + d, load(c + r * SIDE + d) * share);
+                for (long d = 0; d < SIDE; d += PAIR)
+                    store(out + (first + r) * out_row + column + d, load(c + r * SIDE + d) * share,
+                          load(c + r * SIDE + d + LANES) * share);
             }
         }
     }

@@ -30,7 +30,7 @@ inline void metric_row(const Heads<Number>& h, long row, float* one, Operand<Num
             store(one + head * half + d, x);
         }
     const Vector scale = same(1 / std::sqrt(most(total(squares), 1e-24f)));
-    for (long d = 0; d < h.metric_width(); d += LANES) put(to + d, load(one + d) * scale);
+    for (long d = 0; d < h.metric_width(); d += PAIR) store(to + d, load(one + d) * scale, load(one + d + LANES) * scale);
 }
 
 // The metric of rows first .. first + n - 1: [n, metric_width].

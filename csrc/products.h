@@ -146,9 +146,6 @@ inline void pack_columns(const Number* from, long stride, long rows, long column
                 store(to + first * inner + k * PANEL + c, k < rows ? load(from + k * stride + first + c) : Vector{});
 }
 
-// x: LANES numbers of a staged operand
-inline void put(float* to, Vector x) { store(to, x); }
-
 #if defined(__AVX512BF16__)
 
 // bfloat16: a panel is [K / 2, 16, 2], pairs of rows side by side.
@@ -246,8 +243,6 @@ inline void pack_columns(const bf16* from, long stride, long rows, long columns,
         }
 }
 
-inline void put(bf16* to, Vector x) { store(to, x); }
-
 #endif
 
 template <class Operand>
@@ -255,12 +250,18 @@ inline void product(const Operand* a, const Operand* b, long inner, long rows, l
     product(a, b, inner, rows, columns, c, [](long) {});
 }
 
+// SIDE numbers
+template <class Number, class Operand>
+inline void copy(const Number* from, Operand* to) {
+    for (long k = 0; k < SIDE; k += LANES) store(to + k, load(from + k));
+}
+inline void copy(const bf16* from, bf16* to) { std::memcpy(to, from, SIDE * sizeof(bf16)); }
+
 // from [rows, columns] with a stride, up to 32 rows -> to [32, columns] staged; the remaining rows are not written.
 template <class Number, class Operand>
 inline void stage(const Number* from, long stride, long rows, long columns, Operand* to) {
     for (long k = 0; k < columns; k += SIDE)
-        for (long r = 0; r < rows; r++)
-            for (long c = 0; c < SIDE; c += LANES) put(to + k * SIDE + r * SIDE + c, load(from + r * stride + k + c));
+        for (long r = 0; r < rows; r++) copy(from + r * stride + k, to + k * SIDE + r * SIDE);
 }
 
 // Configures the AMX tiles of the calling thread while it exists, then restores their previous configuration: oneDNN (in
@@ -276,6 +277,7 @@ class Tiles {
   public:
     Tiles() {
         Config ours;
+        __asm__ volatile("" ::"r"(&ours), "r"(&previous) : "memory");  // the compiler does not know that all of it is read
         _tile_storeconfig(&previous);
         _tile_loadconfig(&ours);
     }

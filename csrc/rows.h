@@ -5,19 +5,21 @@
 
 namespace tokengame::INSTRUCTIONS {
 
-// Calls write(k, y) for each k = 0, LANES .. of a row x [width] with y = norm(x)[k ..].
+// Calls write(k, low, high) for each k = 0, PAIR .. of a row x [width] with norm(x)[k ..] in low and high.
 template <class Number, class Write>
 inline void normed_row(const Number* x, long width, const Norm& norm, Write write) {
-    Vector sum{}, squares{};
-    for (long k = 0; k < width; k += LANES) sum += load(x + k);
-    const Vector mean = same(total(sum) / width);
-    for (long k = 0; k < width; k += LANES) {
-        const Vector off = load(x + k) - mean;
-        squares += off * off;
-    }
-    const Vector scale = same(1 / std::sqrt(total(squares) / width + float(norm.eps)));
-    for (long k = 0; k < width; k += LANES)
-        write(k, (load(x + k) - mean) * scale * load(norm.weight + k) + load(norm.bias + k));
+    Vector sums[2]{}, squares[2]{};  // two of each, since a sum waits for the one before it
+    for (long k = 0; k < width; k += PAIR)
+        for (int half = 0; half < 2; half++) sums[half] += load(x + k + half * LANES);
+    const Vector mean = same(total(sums[0] + sums[1]) / width);
+    for (long k = 0; k < width; k += PAIR)
+        for (int half = 0; half < 2; half++) {
+            const Vector off = load(x + k + half * LANES) - mean;
+            squares[half] += off * off;
+        }
+    const Vector scale = same(1 / std::sqrt(total(squares[0] + squares[1]) / width + float(norm.eps)));
+    const auto normed = [&](long k) { return (load(x + k) - mean) * scale * load(norm.weight + k) + load(norm.bias + k); };
+    for (long k = 0; k < width; k += PAIR) write(k, normed(k), normed(k + LANES));
 }
 
 // Where number `column` of row `row` of a staged operand [rows, inputs] is.
@@ -29,7 +31,8 @@ inline long staged_at(long row, long column, long inputs) {
 template <class Number, class Operand>
 inline void stage_normed(const Number* from, long rows, long width, const Norm& norm, Operand* to) {
     for (long r = 0; r < rows; r++)
-        normed_row(from + r * width, width, norm, [&](long k, Vector y) { put(to + staged_at(r, k, width), y); });
+        normed_row(from + r * width, width, norm,
+                   [&](long k, Vector low, Vector high) { store(to + staged_at(r, k, width), low, high); });
 }
 
 // Rows that a thread takes at a time. width: numbers of a row at its widest; weights: numbers of all weights. The rows stay
@@ -74,10 +77,11 @@ inline Vector with_bias(const Linear& linear, const float* c, long column) {
 // c [32]: columns of a row of the product -> out[column ..] = [residual[column ..] +] (c + bias) * scale
 template <class Number>
 inline void write(const Linear& linear, const float* c, long column, const Number* residual, Number* out) {
-    for (long k = 0; k < SIDE; k += LANES) {
+    const auto of = [&](long k) {
         const Vector y = with_bias(linear, c + k, column + k);
-        store(out + column + k, residual ? y + load(residual + column + k) : y);
-    }
+        return residual ? y + load(residual + column + k) : y;
+    };
+    for (long k = 0; k < SIDE; k += PAIR) store(out + column + k, of(k), of(k + LANES));
 }
 
 // x [rows, inputs] -> out [rows, outputs]: [residual +] linear([norm](x)); norm and residual may be null.
@@ -132,7 +136,8 @@ void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const 
         stage_normed(x + first * dim, some, dim, *norm, a);
         products(a, some, dim, linear1->packed, hidden, [&](long row, long column, const float* c) {
             auto* to = h + staged_at(row, column, hidden);
-            for (long k = 0; k < SIDE; k += LANES) put(to + k, activated<Number>(activation, with_bias(*linear1, c + k, column + k)));
+            const auto of = [&](long k) { return activated<Number>(activation, with_bias(*linear1, c + k, column + k)); };
+            for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
         });
         products(h, some, hidden, linear2->packed, dim, [&](long row, long column, const float* c) {
             const long at = (first + row) * dim;
@@ -157,7 +162,7 @@ struct Grid {  // the patches of an image
         for (long k = 0; k < inputs(); k += patch) {  // a line of the patch
             const Number* line = corner + (k / patch / patch * height + k / patch % patch) * width;
             if (patch % LANES == 0) {
-                for (long x = 0; x < patch; x += LANES) put(to + staged_at(row, k + x, padded), load(line + x));
+                for (long x = 0; x < patch; x += LANES) some(line + x, to + staged_at(row, k + x, padded));
             } else {
                 for (long x = 0; x < patch; x++) one(to + staged_at(row, k + x, padded), line[x]);
             }
@@ -165,6 +170,9 @@ struct Grid {  // the patches of an image
         for (long k = inputs(); k < padded; k++) to[staged_at(row, k, padded)] = 0;
     }
 
+    template <class Number, class Operand>
+    static void some(const Number* from, Operand* to) { store(to, load(from)); }
+    static void some(const bf16* from, bf16* to) { std::memcpy(to, from, LANES * sizeof(bf16)); }
     static void one(float* to, float x) { *to = x; }
     static void one(float* to, bf16 x) { *to = number(x); }
     static void one(bf16* to, bf16 x) { *to = x; }
@@ -199,7 +207,7 @@ void norm_rows(const Number* x, long rows, long dim, const Norm& norm, Number* o
     const long tasks = least(rows, 4 * threads);
     in_parallel(threads, tasks, [&](long task) {
         for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
-            normed_row(x + r * dim, dim, norm, [&](long k, Vector y) { store(out + r * dim + k, y); });
+            normed_row(x + r * dim, dim, norm, [&](long k, Vector low, Vector high) { store(out + r * dim + k, low, high); });
     });
 }
 
@@ -217,8 +225,8 @@ void each_head(const Number* x, long rows, long heads, long inner, long outer, N
             stage(x + (first * heads + head) * inner, heads * inner, some, inner, a);
             products(a, some, inner, linear.packed, outer, [&](long row, long column, const float* c) {
                 Number* to = out + ((first + row) * heads + head) * outer;
-                for (long k = 0; k < SIDE; k += LANES)
-                    store(to + column + k, linear.bias ? with_bias(linear, c + k, column + k) : load(c + k));
+                const auto of = [&](long k) { return linear.bias ? with_bias(linear, c + k, column + k) : load(c + k); };
+                for (long k = 0; k < SIDE; k += PAIR) store(to + column + k, of(k), of(k + LANES));
             });
         }
     }

@@ -82,6 +82,19 @@ inline void store(bf16* to, Vector x) {  // rounded to the nearest, ties to even
     std::memcpy(to, &halves, sizeof halves);
 #endif
 }
+// PAIR numbers: two vectors, which are rounded to bfloat16 together where the processor can
+constexpr long PAIR = 2 * LANES;
+template <class Number>
+inline void store(Number* to, Vector low, Vector high) {
+    store(to, low);
+    store(to + LANES, high);
+}
+#if defined(__AVX512BF16__)
+inline void store(bf16* to, Vector low, Vector high) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &rounded, sizeof rounded);
+}
+#endif
 inline float number(float x) { return x; }
 inline float number(bf16 x) {
     const uint32_t bits = uint32_t(x) << 16;
@@ -120,24 +133,24 @@ inline Integers lane_numbers() {
 }
 inline Integers first_of(long n) { return lane_numbers() < int(n > LANES ? LANES : n); }  // true in the first n lanes
 
-// 2^x for x <= 0 or a little more; x below -126 gives 2^-126. Relative error for float32 2.4e-7; for bfloat16 1 / 7,000, a
+// 2^x for x <= 0 or a little more; x below -125 gives 2^-125. Relative error for float32 2.4e-7; for bfloat16 1 / 7,000, a
 // quarter of the error of rounding to it.
 template <class Number>
 inline Vector exp2(Vector x) {
     const Vector to_whole = same(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-    x = vmax(x, same(-126.f));
-    const Vector whole = (x + to_whole) - to_whole, rest = x - whole;
-    const Vector power = (Vector)((__builtin_convertvector(whole, Integers) + 127) << 23);
+    x = vmax(x, same(-125.f));
+    const Vector shifted = x + to_whole, rest = x - (shifted - to_whole);
+    const Bits exponent = (Bits)shifted << 23;  // the last bits of `shifted` are the whole number
     if (sizeof(Number) == 2) {
         Vector y = 0.05502884f * rest + 0.24225878f;
         y = y * rest + 0.69325324f;
-        return (y * rest + 0.99995125f) * power;
+        return (Vector)((Bits)(y * rest + 0.99995125f) + exponent);
     }
     Vector y = 0.00132764713f * rest + 0.00967554096f;
     y = y * rest + 0.0555071309f;
     y = y * rest + 0.240221202f;
     y = y * rest + 0.693146944f;
-    return (y * rest + 1.0000001f) * power;
+    return (Vector)((Bits)(y * rest + 1.0000001f) + exponent);
 }
 
 // e^x with the same error
