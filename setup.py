@@ -42,6 +42,7 @@ kernels = Extension(
         "-fopenmp",
         "-fvisibility=hidden",
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",  # of GCC 12's own headers
         "-Wno-psabi",
         "-g0",
         *FOR_DEBUGGING,
