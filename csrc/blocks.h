@@ -10,13 +10,20 @@ namespace tokengame::INSTRUCTIONS {
 template <class Number> constexpr long ROWS_PER_GROUP = sizeof(Operand<Number>) == 2 ? 800 : 200;
 
 // x [rows, dim] -> out [rows, last - first, heads, width]: parts first .. last - 1 of the queries (0), keys (1) and values (2)
-// of norm1(x).
+// of norm(x).
 template <class Number>
 void normed_qkv(const Block& b, const Number* x, long rows, long first, long last, Number* out, long threads) {
     const long inner = b.inner();
     const auto* packed = (const Operand<Number>*)b.qkv.packed + first * inner * b.dim;
     const Linear part{packed, b.qkv.bias + first * inner, nullptr};
-    normed_linear(x, rows, b.dim, &b.norm1, &part, (last - first) * inner, out, threads);
+    normed_linear(x, rows, b.dim, &b.norm, &part, (last - first) * inner, out, threads);
+}
+
+// attended [rows, heads, width] -> out [rows, dim]: x + proj([proj_norm](attended))
+template <class Number>
+void project_attended(const Block& b, const Number* attended, long rows, const Number* x, Number* out, long threads) {
+    const Norm* norm = b.proj_norm.weight ? &b.proj_norm : nullptr;
+    linear_rows(attended, rows, b.inner(), norm, b.proj, b.dim, x, out, threads);
 }
 
 // Turns the first `turned` of the parts of x [rows, parts, heads, width] by their positions, which start at `position`.
@@ -86,11 +93,11 @@ struct Group {
         Number* to = out + begin * b->dim;
         x += begin * b->dim;
         if (after_attention) {
-            residual_linear<Number>(attended + begin * inner, count, inner, &b->proj, b->dim, x, to, 1);
+            project_attended(*b, attended + begin * inner, count, x, to, 1);
             x = to, half++;
         }
         if (half % 2 && half < last) {
-            residual_mlp<Number>(x, count, b->dim, &b->norm2, &b->fc1, b->hidden, b->activation, &b->fc2, to, 1);
+            residual_mlp<Number>(x, count, b->dim, &b->mlp, to, 1);
             x = to, half++, b++;
         }
         if (half % 2) return;
@@ -213,7 +220,7 @@ void last_block(const Block* block, const Number* qkv, const Number* x, long row
     for (long image = 0; image < images; image++)
         std::memcpy(out + image * prefix * b.dim, x + cu_seqlens[image] * b.dim, prefix * b.dim * sizeof(Number));
     normed_qkv<Number>(b, out, tokens, 0, 1, query, threads);
-    norm_rows(x, rows, b.dim, b.norm1, normed, threads);
+    norm_rows(x, rows, b.dim, b.norm, normed, threads);
     each_head(query, tokens, b.heads, b.width, b.dim, folded, [&](long head) {
         pack_columns(qkv + inner * b.dim + head * b.width * b.dim, b.dim, b.width, b.dim, packed);
         return Linear{packed, nullptr, nullptr};
@@ -224,8 +231,8 @@ void last_block(const Block* block, const Number* qkv, const Number* x, long row
         const long first = 2 * inner + head * b.width;
         return Linear{(const Operand<Number>*)b.qkv.packed + first * b.dim, b.qkv.bias + first, nullptr};
     });
-    residual_linear<Number>(attended, tokens, inner, &b.proj, b.dim, out, out, threads);
-    residual_mlp(out, tokens, b.dim, &b.norm2, &b.fc1, b.hidden, b.activation, &b.fc2, out, threads);
+    project_attended(b, attended, tokens, out, out, threads);
+    residual_mlp(out, tokens, b.dim, &b.mlp, out, threads);
 }
 
 }  // namespace tokengame::INSTRUCTIONS

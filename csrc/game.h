@@ -109,7 +109,7 @@ class Worker {  // runs groups of images, one after the other, in its own workin
                           game.merges ? next_keys_values : nullptr, together ? next_query : nullptr, threads);
         if (together) return;
         if (!game.merges) return observe_past(images, request);
-        norm_rows(now.x, rows, b.dim, b.norm1, normed, threads);  // the query is that of the mean of normed rows
+        norm_rows(now.x, rows, b.dim, b.norm, normed, threads);  // the query is that of the mean of normed rows
         Number* mean = attended;
         mean_rows(normed, b.dim, b.dim, now.cu_seqlens, images, mean);
         queries_of(b, mean, images, true, next_query, threads);

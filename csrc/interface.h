@@ -28,9 +28,10 @@ using bf16 = uint16_t;  // the bits of a bfloat16 number
 // 5 dither: a fixed number for the token's position in the grid
 constexpr long EXTRA_FEATURES = 6;
 
-struct Norm {  // a LayerNorm
+struct Norm {  // a LayerNorm, or an RMSNorm, which does not take the mean away
     const float *weight, *bias;
     double eps;
+    long spare, rms;  // how many numbers of a row are zeros that do not count; whether it is an RMSNorm
 };
 
 struct Linear {  // a linear layer
@@ -38,13 +39,21 @@ struct Linear {  // a linear layer
     const float *bias, *scale;  // [outputs]; scale is the LayerScale that follows, or null
 };
 
-// What an MLP does between its layers: GELU; x sigmoid(1.702 x); GELU by tanh
-enum Activation : long { GELU, QUICK_GELU, TANH_GELU };
+// What an MLP does between its layers: GELU; x sigmoid(1.702 x); GELU by tanh; x sigmoid(x)
+enum Activation : long { GELU, QUICK_GELU, TANH_GELU, SILU };
 
-struct Block {  // a transformer block
-    Norm norm1, norm2;
-    Linear qkv, proj, fc1, fc2;
-    long dim, heads, width, hidden, activation;
+struct Mlp {  // norm, fc1, activation, fc2_norm, fc2; fc2_norm has no weight where there is none
+    Norm norm, fc2_norm;
+    Linear fc1, fc2;
+    long hidden, activation;
+    long gated;  // whether fc1 gives gates and values, 32 of each in turn: the hidden layer is activation(gate) * value
+};
+
+struct Block {  // a transformer block; proj_norm, before proj, has no weight where there is none
+    Norm norm, proj_norm;
+    Linear qkv, proj;
+    Mlp mlp;
+    long dim, heads, width;
     double scale;  // of the attention logits
 
     long inner() const { return heads * width; }
@@ -120,9 +129,8 @@ struct Table {
     int (*residual_linear)(const Number* x, long rows, long inputs, const Linear* linear, long outputs, const Number* residual,
                            Number* out, long threads);
 
-    // x [rows, dim] -> out [rows, dim]: x + scale * linear2(activation(linear1(norm(x)))). out may be x.
-    int (*residual_mlp)(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
-                        long activation, const Linear* linear2, Number* out, long threads);
+    // x [rows, dim] -> out [rows, dim]: x + mlp(x), the MLP with its norm before and its scale behind. out may be x.
+    int (*residual_mlp)(const Number* x, long rows, long dim, const Mlp* mlp, Number* out, long threads);
 
     // pixels [images, channels, height, width] -> out [images, prefix + patches, outputs]: start [prefix + patches, outputs],
     // for patch tokens plus linear(pixels of the patch). patch: side of a patch.

@@ -5,21 +5,27 @@
 
 namespace tokengame::INSTRUCTIONS {
 
-// Calls write(k, low, high) for each k = 0, PAIR .. of a row x [width] with norm(x)[k ..] in low and high.
-template <class Number, class Write>
-inline void normed_row(const Number* x, long width, const Norm& norm, Write write) {
+// Calls write(k, low, high) for each k = 0, PAIR .. of a row x [width] with norm(x)[k ..] in low and high. at(k) points at
+// numbers k .. k + PAIR - 1 of x.
+template <class At, class Write>
+inline void normed_row(At at, long width, const Norm& norm, Write write) {
+    const long counted = width - norm.spare;
     Vector sums[2]{}, squares[2]{};  // two of each, since a sum waits for the one before it
     for (long k = 0; k < width; k += PAIR)
-        for (int half = 0; half < 2; half++) sums[half] += load(x + k + half * LANES);
-    const Vector mean = same(total(sums[0] + sums[1]) / width);
+        for (int half = 0; half < 2; half++) sums[half] += load(at(k) + half * LANES);
+    const float middle = norm.rms ? 0 : total(sums[0] + sums[1]) / counted;
+    const Vector mean = same(middle);
     for (long k = 0; k < width; k += PAIR)
         for (int half = 0; half < 2; half++) {
-            const Vector off = load(x + k + half * LANES) - mean;
+            const Vector off = load(at(k) + half * LANES) - mean;
             squares[half] += off * off;
         }
-    const Vector scale = same(1 / std::sqrt(total(squares[0] + squares[1]) / width + float(norm.eps)));
-    const auto normed = [&](long k) { return (load(x + k) - mean) * scale * load(norm.weight + k) + load(norm.bias + k); };
-    for (long k = 0; k < width; k += PAIR) write(k, normed(k), normed(k + LANES));
+    const float variance = (total(squares[0] + squares[1]) - norm.spare * middle * middle) / counted;
+    const Vector scale = same(1 / std::sqrt(variance + float(norm.eps)));
+    const auto normed = [&](long k, long half) {
+        return (load(at(k) + half) - mean) * scale * load(norm.weight + k + half) + load(norm.bias + k + half);
+    };
+    for (long k = 0; k < width; k += PAIR) write(k, normed(k, 0), normed(k, LANES));
 }
 
 // Where number `column` of row `row` of a staged operand [rows, inputs] is.
@@ -31,8 +37,17 @@ inline long staged_at(long row, long column, long inputs) {
 template <class Number, class Operand>
 inline void stage_normed(const Number* from, long rows, long width, const Norm& norm, Operand* to) {
     for (long r = 0; r < rows; r++)
-        normed_row(from + r * width, width, norm,
+        normed_row([&](long k) { return from + r * width + k; }, width, norm,
                    [&](long k, Vector low, Vector high) { store(to + staged_at(r, k, width), low, high); });
+}
+
+// staged [rows, width] -> norm(staged), in its place.
+template <class Operand>
+inline void norm_staged(Operand* staged, long rows, long width, const Norm& norm) {
+    for (long r = 0; r < rows; r++) {
+        const auto at = [&](long k) { return staged + staged_at(r, k, width); };
+        normed_row(at, width, norm, [&](long k, Vector low, Vector high) { store(at(k), low, high); });
+    }
 }
 
 // Rows that a thread takes at a time. width: numbers of a row at its widest; weights: numbers of all weights. The rows stay
@@ -122,26 +137,48 @@ void residual_linear(const Number* x, long rows, long inputs, const Linear* line
     linear_rows(x, rows, inputs, nullptr, *linear, outputs, residual, out, threads);
 }
 
+// a [rows, dim] staged -> h [rows, hidden] staged: activation(fc1(a))
 template <class Number>
-void residual_mlp(const Number* x, long rows, long dim, const Norm* norm, const Linear* linear1, long hidden,
-                  long activation, const Linear* linear2, Number* out, long threads) {
+void expand(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, Operand<Number>* h) {
+    products(a, rows, dim, mlp.fc1.packed, mlp.hidden, [&](long row, long column, const float* c) {
+        auto* to = h + staged_at(row, column, mlp.hidden);
+        const auto of = [&](long k) { return activated<Number>(mlp.activation, with_bias(mlp.fc1, c + k, column + k)); };
+        for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
+    });
+}
+
+// The same where fc1 gives gates and values. A gate waits in h for its value, which comes later.
+template <class Number>
+void expand_gated(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, Operand<Number>* h) {
+    products(a, rows, dim, mlp.fc1.packed, 2 * mlp.hidden, [&](long row, long column, const float* c) {
+        const bool value = column / SIDE % 2;
+        auto* to = h + staged_at(row, column / SIDE / 2 * SIDE, mlp.hidden);
+        const auto of = [&](long k) {
+            const Vector y = with_bias(mlp.fc1, c + k, column + k);
+            return value ? load(to + k) * y : activated<Number>(mlp.activation, y);
+        };
+        for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
+    });
+}
+
+template <class Number>
+void residual_mlp(const Number* x, long rows, long dim, const Mlp* mlp, Number* out, long threads) {
+    const long hidden = mlp->hidden;
     EXPECT(rows >= 0 && threads >= 1 && dim > 0 && in_tiles(dim) && hidden > 0 && in_tiles(hidden));
-    EXPECT(activation >= GELU && activation <= TANH_GELU);
+    EXPECT(mlp->activation >= GELU && mlp->activation <= SILU);
     static thread_local Buffer staged, middle;
-    const long size = rows_at_once<Operand<Number>>(rows, hidden, 2 * dim * hidden, threads);
+    const long size = rows_at_once<Operand<Number>>(rows, hidden, (mlp->gated ? 3 : 2) * dim * hidden, threads);
     in_parallel(threads, (rows + size - 1) / size, [&](long task) {
         auto* a = staged.take<Operand<Number>>(up(size, SIDE) * dim);
         auto* h = middle.take<Operand<Number>>(up(size, SIDE) * hidden);
         const long first = task * size, some = least(size, rows - first);
-        stage_normed(x + first * dim, some, dim, *norm, a);
-        products(a, some, dim, linear1->packed, hidden, [&](long row, long column, const float* c) {
-            auto* to = h + staged_at(row, column, hidden);
-            const auto of = [&](long k) { return activated<Number>(activation, with_bias(*linear1, c + k, column + k)); };
-            for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
-        });
-        products(h, some, hidden, linear2->packed, dim, [&](long row, long column, const float* c) {
+        stage_normed(x + first * dim, some, dim, mlp->norm, a);
+        if (mlp->gated) expand_gated<Number>(*mlp, a, some, dim, h);
+        else expand<Number>(*mlp, a, some, dim, h);
+        if (mlp->fc2_norm.weight) norm_staged(h, some, hidden, mlp->fc2_norm);
+        products(h, some, hidden, mlp->fc2.packed, dim, [&](long row, long column, const float* c) {
             const long at = (first + row) * dim;
-            write(*linear2, c, column, x + at, out + at);
+            write(mlp->fc2, c, column, x + at, out + at);
         });
     });
 }
@@ -207,7 +244,8 @@ void norm_rows(const Number* x, long rows, long dim, const Norm& norm, Number* o
     const long tasks = least(rows, 4 * threads);
     in_parallel(threads, tasks, [&](long task) {
         for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
-            normed_row(x + r * dim, dim, norm, [&](long k, Vector low, Vector high) { store(out + r * dim + k, low, high); });
+            normed_row([&](long k) { return x + r * dim + k; }, dim, norm,
+                       [&](long k, Vector low, Vector high) { store(out + r * dim + k, low, high); });
     });
 }
 

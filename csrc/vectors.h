@@ -193,6 +193,7 @@ template <class Number>
 inline Vector activated(long activation, Vector x) {
     switch (activation) {
         case QUICK_GELU: return gate<Number>(x, 1.702f * x);
+        case SILU: return gate<Number>(x, x);
         case TANH_GELU: return gate<Number>(x, x * (1.595769122f + 0.0713548163f * x * x));  // 2 sqrt(2 / pi) (x + 0.044715 x^3)
         default: return gelu<Number>(x);
     }
@@ -215,7 +216,7 @@ struct Violated {};
 
 inline bool in_tiles(long width) { return width >= 0 && width % 32 == 0; }
 inline bool in_tiles(const Block& b) {
-    return in_tiles(b.dim) && in_tiles(b.width) && in_tiles(b.hidden) && b.dim > 0 && b.heads > 0;
+    return in_tiles(b.dim) && in_tiles(b.width) && in_tiles(b.mlp.hidden) && b.dim > 0 && b.heads > 0;
 }
 // Whether images follow each other in an array of so many rows, each with at least `fewest` of them.
 inline bool are_packed(const int64_t* cu_seqlens, long images, long rows, long fewest) {

@@ -18,8 +18,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from tokengame import kernels
 from tokengame.kernels import functions
 from tokengame.kernels.library import call
-from tokengame.kernels.structs import NormStruct
-from tokengame.kernels.weights import LinearWeights, pack
+from tokengame.kernels.plain import LinearWeights
+from tokengame.kernels.structs import MlpStruct, NormStruct
+from tokengame.kernels.weights import pack
 from tokengame.measure.conditions import conditions
 from tokengame.measure.in_turn import interleave
 from tokengame.packed.layout import RaggedLayout
@@ -59,34 +60,21 @@ class KernelSteps:
         weights = [torch.randn(outputs, inputs).to(dtype) * 0.05 for outputs, inputs in shapes(dim)]
         qkv, fc1, fc2 = (pack(LinearWeights(weight, None)) for weight in weights)
         ones, zeros = torch.ones(dim), torch.zeros(dim)
-        norm, structs = NormStruct(ones.data_ptr(), zeros.data_ptr(), 1e-6), (fc1.struct, fc2.struct)
-        keep, layout = (ones, zeros, structs), RaggedLayout([ROWS] * self.images, "cpu")
+        norm = NormStruct(ones.data_ptr(), zeros.data_ptr(), 1e-6)
+        mlp = MlpStruct(norm, NormStruct(), fc1.struct, fc2.struct, 4 * dim)
+        layout = RaggedLayout([ROWS] * self.images, "cpu")
         heads = torch.randn(rows, 3, dim // WIDTH, WIDTH).to(dtype)
         q, k, v = (part.unflatten(0, (self.images, ROWS)).transpose(1, 2) for part in heads.unbind(1))
 
         out = torch.empty_like(x)
 
-        def mlp(_keep: Any = keep) -> None:
-            first, second = map(ctypes.addressof, structs)
-            call(
-                "residual_mlp",
-                dtype,
-                x,
-                rows,
-                dim,
-                ctypes.addressof(norm),
-                first,
-                4 * dim,
-                0,
-                second,
-                out,
-                self.threads,
-            )
+        def residual_mlp(_keep: Any = (ones, zeros, fc1, fc2)) -> None:
+            call("residual_mlp", dtype, x, rows, dim, ctypes.addressof(mlp), out, self.threads)
 
         calls: dict[str, Callable[[], Any]] = {
             "norm, q, k, v": lambda: functions.normed_linear(x, norm, qkv),
             "F.linear to q, k, v": lambda: linear(x, weights[0]),
-            "norm, MLP, residual": mlp,
+            "norm, MLP, residual": residual_mlp,
             "F.linear to the MLP's width": lambda: linear(x, weights[1]),
             "F.linear from the MLP's width": lambda: linear(hidden, weights[2]),
             "attention": lambda: functions.self_attention(heads, layout),

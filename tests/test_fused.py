@@ -3,12 +3,15 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 
 import pytest
 import torch
 from conftest import half_vit, needs_kernels, normal, off, policy_for, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import GluMlp, LayerNorm, RmsNorm, SwiGLU
+from torch import nn
 
 from tokengame import kernels
 from tokengame.backbones import wrap
@@ -58,6 +61,21 @@ WHOLE = {
     }.items()
 }
 """in float32, in which the mean of rows is the same however it is computed"""
+
+
+BLOCKS = {
+    "SwiGLU": {"name": "vit_giant_patch14_dinov2", "mlp_ratio": 4},
+    "SwiGLU of 44": {"name": "vit_giant_patch14_dinov2", "mlp_ratio": 1.375},
+    "two layers for gates and values, norm": {"mlp_layer": partial(SwiGLU, norm_layer=LayerNorm), "mlp_ratio": 1.7},
+    "gates last, without biases": {"mlp_layer": partial(GluMlp, act_layer=nn.GELU, bias=False)},
+    "norm in the MLP": {"scale_mlp_norm": True},
+    "norm in an MLP of 300": {"scale_mlp_norm": True, "mlp_ratio": 4.7},
+    "norm of attention": {"scale_attn_norm": True},
+    "norm of attention, heads of 24": {"scale_attn_norm": True, "embed_dim": 96, "num_heads": 4},
+    "RMS norms": {"norm_layer": RmsNorm},
+    "RMS norms everywhere": {"norm_layer": RmsNorm, "scale_mlp_norm": True, "scale_attn_norm": True, "mlp_ratio": 1.3},
+}
+"""blocks of other parts"""
 
 
 class Reluctant(ContextActor):
@@ -117,6 +135,25 @@ def test_equals_the_game_step_by_step(key, number, stages, tokens_before, thresh
     tokens_before &= threshold > -math.inf  # nothing falls back where nothing is pruned
     settings = game, images, actor_of(game, seed), threshold, tokens_before
     assert_same(forward(*settings), step_by_step(*settings))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("key", BLOCKS)
+@torch.no_grad()
+def test_norms_and_gates_equal_pytorch(key):
+    model = half_vit(**BLOCKS[key]).float()
+    for module in model.modules():
+        if isinstance(module, LayerNorm | RmsNorm):  # each norm its own, and not around zero
+            module.weight.data.copy_(1 + 0.3 * normal(*module.weight.shape, seed=5))
+    game, images = game_of(model), images_for(model, 5)
+    request = game, images, actor_of(game), 0.0, False
+    found, in_steps = forward(*request), step_by_step(*request)
+    assert game.backend_for(images).name == "compiled"
+    with kernels.disabled():
+        expected = step_by_step(*request)
+    assert torch.equal(found.alive, expected.alive)
+    assert off(found.logits, expected.logits) < 1e-5
+    assert off(in_steps.logits, expected.logits) < 1e-5
 
 
 @pytest.mark.usefixtures("level")

@@ -17,6 +17,7 @@ from tokengame.kernels.structs import (
     CachedKeysValuesStruct,
     FusedGameStruct,
     LinearStruct,
+    MlpStruct,
     NormStruct,
     ObservationRequestStruct,
     RotaryStruct,
@@ -27,7 +28,7 @@ both_levels = pytest.mark.usefixtures("level")
 DEBUG = kernels.available() and bool(library.loaded().library.checks_bounds())
 """whether the library checks its arguments: only scripts/sanitize builds it so"""
 NORM, LINEAR, GAME = NormStruct(), LinearStruct(), FusedGameStruct()
-BLOCK, NARROW = (BlockStruct(dim=64, heads=2, width=32, hidden=hidden) for hidden in (64, 40))
+BLOCK, NARROW = (BlockStruct(dim=64, heads=2, width=32, mlp=MlpStruct(hidden=hidden)) for hidden in (64, 40))
 REQUEST, CACHED, ROTARY = ObservationRequestStruct(), CachedKeysValuesStruct(), RotaryStruct()
 
 

@@ -22,7 +22,8 @@ from tokengame.config import GameConfig
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted
 from tokengame.kernels import functions, library, structs
-from tokengame.kernels.weights import Activation, LinearWeights, pack
+from tokengame.kernels.plain import Activation, LinearWeights
+from tokengame.kernels.weights import pack
 
 pytestmark = needs_kernels
 both_levels = pytest.mark.usefixtures("level")
@@ -243,6 +244,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "tanh_gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
 }
 
 
@@ -260,9 +262,8 @@ def test_activations_far_from_zero_too(dtype):
         for bias in values:  # the norm gives zeros, so the bias is what the activation gets
             layers = [pack(LinearWeights(same.to(dtype), b.to(dtype))) for b in (bias, none)]
             x, out = torch.zeros(1, 32, dtype=dtype), torch.empty(1, 32, dtype=dtype)
-            first, second = (layer.struct for layer in layers)
-            library.call("residual_mlp", dtype, x, 1, 32, ctypes.addressof(norm), ctypes.addressof(first), 32, number,
-                         ctypes.addressof(second), out, 1)  # fmt: skip
+            mlp = structs.MlpStruct(norm, structs.NormStruct(), *[layer.struct for layer in layers], 32, number)
+            library.call("residual_mlp", dtype, x, 1, 32, ctypes.addressof(mlp), out, 1)
             found.append(out[0])
         inputs = values.to(dtype).double()
         wrong = (torch.stack(found).double() - exact(inputs)).abs() / inputs.abs().clamp(min=1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import half_vit, needs_kernels, normal, off, policy_for, tiny_vit
 from test_kernels import game_of, is_compiled, predicted
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, SwiGLU
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -198,12 +198,12 @@ def with_part(part, name, value):
 
 UNSUPPORTED = {
     "qk norm": lambda: half_vit(qk_norm=True),
-    "norm of attention": lambda: half_vit(scale_attn_norm=True),
-    "norm in the MLP": lambda: half_vit(scale_mlp_norm=True),
     "ReLU": lambda: half_vit(act_layer=nn.ReLU),
     "heads of 16": lambda: half_vit(num_heads=4),
     "rows of 80": lambda: half_vit(embed_dim=80),
-    "SwiGLU": lambda: half_vit(name="vit_giant_patch14_dinov2", mlp_ratio=4),
+    "something in place of a norm": lambda: with_part("blocks.1.mlp", "norm", nn.Hardtanh()),
+    "another norm": lambda: with_part("blocks.1", "norm1", nn.LayerNorm(64, bias=False)),
+    "SwiGLU of ReLU": lambda: with_part("blocks.1", "mlp", SwiGLU(64, 256, act_layer=nn.ReLU)),
     "gate": lambda: with_part("blocks.1", "attn", Attention(64, 2, qkv_bias=True, gated=True)),
     "more heads in a block": lambda: with_part("blocks.1", "attn", Attention(64, 4, attn_head_dim=64)),
     "something in place of a dropout": lambda: with_part("blocks.1.mlp", "drop1", nn.Hardtanh()),

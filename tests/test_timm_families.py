@@ -232,10 +232,9 @@ def test_compiled_attention_with_rotary_positions():
 
 ONE_CALL = [
     "dinov3", "dinov3, class token", "perception encoder", "perception encoder, language", "rope", "mrope",
-    "eva, pooled by attention", "any size",
+    "eva, pooled by attention", "any size", "eva02", "eva02 small", "eva02 clip",
 ]  # fmt: skip
 STEP_BY_STEP = [
-    "eva02",
     "eva without class token",
     "rope of each block",
     "rope, registers",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokengame.backbones.calls import Call, Interface, Intermediates, check_masks
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import ModelWeights
+from tokengame.kernels.plain import ModelWeights
 from tokengame.modules import Watch
 from tokengame.packed.heads import Heads
 from tokengame.packed.layout import Places, RaggedLayout

@@ -26,7 +26,7 @@ from tokengame.backbones.hf_processor import processor_preprocessing
 from tokengame.backbones.hf_weights import block_weights, head_weights, is_plain_embedding, without_bias
 from tokengame.backbones.parts import drop_paths, is_plain_linear, linear_macs, patch_weights
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import ModelWeights
+from tokengame.kernels.plain import ModelWeights
 from tokengame.packed.layout import Places, RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 from tokengame.ranges import require

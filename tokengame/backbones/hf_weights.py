@@ -10,30 +10,37 @@ from torch import Tensor, nn
 
 from tokengame.backbones.hf_kinds import CLASS_TOKEN, Parts
 from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
-from tokengame.kernels.weights import BlockWeights, LinearWeights, NormWeights
+from tokengame.kernels.plain import BlockWeights, LinearWeights, NormWeights
 
-MLPS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
-"""names of the parts of MLPs that the kernels run"""
+MLPS = (
+    ("fc1", "activation_fn", "fc2"),
+    ("up_proj", "act_fn", "down_proj"),
+    ("gate_proj", "act_fn", "down_proj", "up_proj"),
+)
+"""names of the parts of MLPs that the kernels run; those of four parts have gates"""
 
 
 def block_weights(backbone: Any, block: Any) -> BlockWeights | None:
     """Of a block of a `HuggingFaceViT`; None where it computes what the kernels do not."""
     parts = backbone.parts
     attn, mlp = getattr(block, parts.attention), _mlp(getattr(block, parts.mlp))
-    norms, scales = [getattr(block, name) for name in (parts.norm1, parts.norm2)], _scales(block, parts)
-    if mlp is None or scales is None or not all(map(is_plain_norm, norms)) or not _drops_nothing(block, parts):
+    norms, scales = [_norm(getattr(block, name)) for name in (parts.norm1, parts.norm2)], _scales(block, parts)
+    if mlp is None or scales is None or not _drops_nothing(block, parts):
         return None
-    layers = [attn.q_proj, attn.k_proj, attn.v_proj, getattr(attn, parts.output), mlp[0], mlp[2]]
-    activation = activation_of(mlp[1])
+    first, act, fc2, *values = mlp
+    layers = [attn.q_proj, attn.k_proj, attn.v_proj, proj := getattr(attn, parts.output), first, fc2, *values]
+    activation = activation_of(act)
     if activation is None or not all(type(layer) is nn.Linear for layer in layers):
         return None
-    proj, fc1, fc2 = layers[3:]
+    if norms[0] is None or norms[1] is None:
+        return None
     return BlockWeights(
-        norm1=norm_weights(norms[0]),
+        norm1=norms[0],
         qkv=joined(layers[:3]),
         proj=LinearWeights(proj.weight, proj.bias, scales[0]),
-        norm2=norm_weights(norms[1]),
-        fc1=LinearWeights(fc1.weight, fc1.bias),
+        norm2=norms[1],
+        fc1=joined([first, *values]),
+        gated=bool(values),
         fc2=LinearWeights(fc2.weight, fc2.bias, scales[1]),
         heads=backbone.heads,
         head_dim=backbone.head_dim,
@@ -61,9 +68,20 @@ def _is_own(module: Any) -> bool:
     return type(module).__module__.startswith("transformers.models.")
 
 
+def _norm(module: Any) -> NormWeights | None:
+    """None where it is no norm that the kernels compute."""
+    if is_plain_norm(module):
+        return norm_weights(module)
+    if _is_own(module) and type(module).__name__.endswith("RMSNorm"):
+        return NormWeights(module.weight, None, module.variance_epsilon, rms=True)
+    return None
+
+
 def _mlp(module: Any) -> list[Any] | None:
-    """First layer, activation and second layer; None where it has others beside them."""
+    """First layer, activation and last layer, of gated ones also that of the values; None where it has others."""
     found = {name for name, _ in module.named_children()}
+    if not _is_own(module):
+        return None
     return next(([getattr(module, name) for name in names] for names in MLPS if found == set(names)), None)
 
 
@@ -81,9 +99,8 @@ EMBEDDING = (nn.Conv2d, nn.Embedding, nn.Dropout, nn.Identity)
 def is_plain_embedding(embedding: nn.Module) -> bool:
     """Whether an embedding is a convolution, positions that are added and tokens that are put before; by exact type."""
     modules = list(embedding.modules())
-    return all(type(part) in EMBEDDING or _is_own(part) for part in modules) and (
-        sum(type(part) is nn.Conv2d for part in modules) == 1
-    )
+    known = all(type(part) in EMBEDDING or (_is_own(part) and any(part.children())) for part in modules)
+    return known and sum(type(part) is nn.Conv2d for part in modules) == 1
 
 
 def without_bias(embedding: nn.Module, images: Tensor, options: dict[str, Any]) -> Tensor:

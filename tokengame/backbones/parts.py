@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm
+from timm.layers import DropPath, LayerNorm, RmsNorm
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tokengame.backbones.base import KeyValueWeights
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import Activation, LinearWeights, NormWeights
+from tokengame.kernels.plain import Activation, LinearWeights, NormWeights
 from tokengame.modules import hooks_of
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import append_rows
@@ -114,11 +114,19 @@ def patch_weights(proj: nn.Module) -> LinearWeights | None:
     return LinearWeights(proj.weight.flatten(1), proj.bias)
 
 
+RMS_NORMS = (nn.RMSNorm, RmsNorm)
+
+
 def is_plain_norm(norm: Any) -> bool:
+    """Whether a norm is a LayerNorm with weight and bias or an RMSNorm with weight, over the last dimension."""
+    if type(norm) in RMS_NORMS:
+        return norm.weight is not None and norm.eps is not None and len(norm.normalized_shape) == 1
     return type(norm) in (nn.LayerNorm, LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
 
 
 def norm_weights(norm: Any) -> NormWeights:
+    if type(norm) in RMS_NORMS:
+        return NormWeights(norm.weight, None, norm.eps, rms=True)
     return NormWeights(norm.weight, norm.bias, norm.eps)
 
 
@@ -140,6 +148,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "transformers.activations.GELUTanh": "tanh_gelu",
     "transformers.activations.NewGELUActivation": "tanh_gelu",
     "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
     "open_clip.transformer.QuickGELU": "quick_gelu",
 }
 """of the libraries whose models are supported, by module and name of their class"""
@@ -150,6 +159,8 @@ def activation_of(module: Any) -> Activation | None:
     kind = type(module)
     if kind is nn.GELU:
         return "gelu" if module.approximate == "none" else "tanh_gelu"
+    if kind is nn.SiLU:
+        return "silu"
     return ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 

@@ -22,7 +22,7 @@ from tokengame.backbones.parts import linear_macs
 from tokengame.backbones.timm_base import TimmBackbone
 from tokengame.backbones.timm_eva_weights import block_weights, is_plain_block
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import ModelWeights
+from tokengame.kernels.plain import ModelWeights
 from tokengame.packed.layout import Places, RaggedLayout
 
 

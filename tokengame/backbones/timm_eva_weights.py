@@ -5,30 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope, Mlp
+from timm.layers import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
-from tokengame.kernels.weights import BlockWeights, LinearWeights
+from tokengame.backbones.parts import INACTIVE, is_plain_norm, joined, norm_weights
+from tokengame.backbones.timm_mlp import is_none_or_plain, mlp_weights, none_or_norm
+from tokengame.kernels.plain import BlockWeights, LinearWeights
 
 ATTENTIONS = (EvaAttention, AttentionRope)
 
 
 def is_plain_block(block: Any) -> bool:
     """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
-    if type(block) is not EvaBlock or type(block.attn) not in ATTENTIONS or type(block.mlp) is not Mlp:
+    if type(block) is not EvaBlock or type(block.attn) not in ATTENTIONS:
         return False
-    attn, mlp = block.attn, block.mlp
-    nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
-    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
-    layers = (*_projections(attn), attn.proj, mlp.fc1, mlp.fc2)
+    attn = block.attn
+    drops = (attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2)
     return (
-        activation_of(mlp.act) is not None
+        mlp_weights(block.mlp, None) is not None
         and is_plain_norm(block.norm1)
         and is_plain_norm(block.norm2)
-        and all(type(layer) is nn.Linear for layer in layers)
-        and all(type(part) is nn.Identity for part in nothing)
+        and is_none_or_plain(attn.norm)
+        and all(type(layer) is nn.Linear for layer in (*_projections(attn), attn.proj))
+        and all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm))
         and all(type(drop) in INACTIVE for drop in drops)
         and getattr(attn, "gate", None) is None
     )
@@ -46,19 +46,18 @@ def block_weights(block: Any, order: Tensor | None) -> BlockWeights:
         block: of `is_plain_block`.
         order: [D] of the numbers of a head of queries and keys; None: as they are.
     """
-    attn, mlp, activation = block.attn, block.mlp, activation_of(block.mlp.act)
-    assert activation is not None
+    attn, mlp = block.attn, mlp_weights(block.mlp, block.gamma_2)
+    assert mlp is not None
     return BlockWeights(
         norm1=norm_weights(block.norm1),
         qkv=_ordered(_qkv(attn), order, attn),
         proj=LinearWeights(attn.proj.weight, attn.proj.bias, block.gamma_1),
         norm2=norm_weights(block.norm2),
-        fc1=LinearWeights(mlp.fc1.weight, mlp.fc1.bias),
-        fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, block.gamma_2),
+        **vars(mlp),
+        proj_norm=none_or_norm(attn.norm),
         heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.head_dim**-0.5,
-        activation=activation,
     )
 
 

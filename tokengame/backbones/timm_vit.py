@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Attention, LayerScale, Mlp, PatchEmbed
+from timm.layers import Attention, LayerScale, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, norm_weights, patch_weights
+from tokengame.backbones.parts import INACTIVE, is_plain_norm, norm_weights, patch_weights
 from tokengame.backbones.timm_base import TimmBackbone
+from tokengame.backbones.timm_mlp import is_none_or_plain, mlp_weights, none_or_norm
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.kernels.plain import BlockWeights, LinearWeights, ModelWeights, NormWeights
 
 
 class TimmViT(TimmBackbone):
@@ -73,15 +74,13 @@ def _is_plain_block(block: Any) -> bool:
     """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
-    attn, mlp = block.attn, block.mlp
-    if type(mlp) is not Mlp or activation_of(mlp.act) is None:
+    attn = block.attn
+    if mlp_weights(block.mlp, None) is None or not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj)):
         return False
-    if not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)):
+    if not is_plain_norm(block.norm1) or not is_plain_norm(block.norm2) or not is_none_or_plain(attn.norm):
         return False
-    if not is_plain_norm(block.norm1) or not is_plain_norm(block.norm2):
-        return False
-    nothing = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
-    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
+    nothing = (attn.q_norm, attn.k_norm)
+    drops = (attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2)
     scales = (block.ls1, block.ls2)
     return (
         all(type(part) is nn.Identity for part in nothing)
@@ -92,18 +91,18 @@ def _is_plain_block(block: Any) -> bool:
 
 
 def _block_weights(block: Any) -> BlockWeights:
-    attn, mlp, activation = block.attn, block.mlp, activation_of(block.mlp.act)
-    assert activation is not None
+    attn = block.attn
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
+    mlp = mlp_weights(block.mlp, scales[1])
+    assert mlp is not None
     return BlockWeights(
         norm1=norm_weights(block.norm1),
         qkv=LinearWeights(attn.qkv.weight, attn.qkv.bias),
         proj=LinearWeights(attn.proj.weight, attn.proj.bias, scales[0]),
         norm2=norm_weights(block.norm2),
-        fc1=LinearWeights(mlp.fc1.weight, mlp.fc1.bias),
-        fc2=LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scales[1]),
+        **vars(mlp),
+        proj_norm=none_or_norm(attn.norm),
         heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.scale,
-        activation=activation,
     )

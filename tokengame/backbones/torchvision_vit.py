@@ -28,7 +28,7 @@ from tokengame.backbones.parts import (
     patch_weights,
 )
 from tokengame.errors import TokenGameError
-from tokengame.kernels.weights import BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.kernels.plain import BlockWeights, LinearWeights, ModelWeights, NormWeights
 from tokengame.packed.layout import RaggedLayout
 from tokengame.packed.rows import add_in_pieces
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 
 class NormStruct(ctypes.Structure):
-    """Norm in csrc/interface.h: a LayerNorm."""
+    """Norm in csrc/interface.h: a LayerNorm or an RMSNorm."""
 
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_double))
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias")],
+        ("eps", ctypes.c_double),
+        *[(name, ctypes.c_long) for name in ("spare", "rms")],
+    )
 
 
 class LinearStruct(ctypes.Structure):
@@ -21,13 +25,24 @@ class LinearStruct(ctypes.Structure):
     _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("scale", ctypes.c_void_p))
 
 
+class MlpStruct(ctypes.Structure):
+    """Mlp in csrc/interface.h: the norm of a block's MLP, and the MLP."""
+
+    _fields_ = (
+        *[(name, NormStruct) for name in ("norm", "fc2_norm")],
+        *[(name, LinearStruct) for name in ("fc1", "fc2")],
+        *[(name, ctypes.c_long) for name in ("hidden", "activation", "gated")],
+    )
+
+
 class BlockStruct(ctypes.Structure):
     """Block in csrc/interface.h: a pre-norm transformer block."""
 
     _fields_ = (
-        *[(name, NormStruct) for name in ("norm1", "norm2")],
-        *[(name, LinearStruct) for name in ("qkv", "proj", "fc1", "fc2")],
-        *[(name, ctypes.c_long) for name in ("dim", "heads", "width", "hidden", "activation")],
+        *[(name, NormStruct) for name in ("norm", "proj_norm")],
+        *[(name, LinearStruct) for name in ("qkv", "proj")],
+        ("mlp", MlpStruct),
+        *[(name, ctypes.c_long) for name in ("dim", "heads", "width")],
         ("scale", ctypes.c_double),
     )
 
@@ -106,7 +121,7 @@ SIGNATURES = {
     "pack_weight": "pllp",
     "normed_linear": "pllpplpl",
     "residual_linear": "pllplppl",
-    "residual_mlp": "pllppllppl",
+    "residual_mlp": "pllppl",
     "embed": "plllllplplpl",
     "attention": "pllpllpllpplllpdpl",
     "class_attention": "pllllpdplppl",
@@ -136,7 +151,7 @@ class TableStruct(ctypes.Structure):
 
 
 STRUCTS = (
-    NormStruct, LinearStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, RotaryStruct,
+    NormStruct, LinearStruct, MlpStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, RotaryStruct,
     FusedGameStruct, FusedResultsStruct, TableStruct,
 )  # fmt: skip
 """in the order of struct_bytes in csrc/processor.cpp"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,63 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokengame.kernels.library import INSTRUCTIONS, TILE, call, level, operand_bytes, weight_version
-from tokengame.kernels.structs import BlockStruct, LinearStruct, NormStruct, PackedLinear
+from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.kernels.structs import BlockStruct, LinearStruct, MlpStruct, NormStruct, PackedLinear
+from tokengame.kernels.widths import slots_of, widened
 from tokengame.modules import Watch, global_hooks
 
-Activation = Literal["gelu", "quick_gelu", "tanh_gelu"]
-"""in the order of csrc/interface.h: GELU; x sigmoid(1.702 x); the approximation of GELU by tanh"""
-WIDEST = 1.5
-"""times as wide as the model's heads may be, filled up with zeros, on which attention computes for nothing"""
 HASHED_PARTS = 32
 """parts of the weights, of which every call hashes another: some of all rows would take 5 % of an image's time"""
 _write_count = attrgetter("_version")
-
-
-@dataclass(frozen=True)
-class NormWeights:
-    """A LayerNorm over the last dimension: weight and bias [C]."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class LinearWeights:
-    """A linear layer: weight [outputs, inputs], bias [outputs] or None, and a LayerScale [outputs] that follows."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A pre-norm block: norm, attention of `heads` heads, norm, MLP."""
-
-    norm1: NormWeights
-    qkv: LinearWeights
-    proj: LinearWeights
-    norm2: NormWeights
-    fc1: LinearWeights
-    fc2: LinearWeights
-    heads: int
-    head_dim: int
-    scale: float
-    """factor on q.k"""
-    activation: Activation = "gelu"
-    """of the MLP"""
-
-
-@dataclass(frozen=True)
-class ModelWeights:
-    """What a backbone family exports of a model for the kernels (see `Backbone.plain_weights`)."""
-
-    blocks: list[BlockWeights]
-    patches: LinearWeights | None
-    """patch embedding [C, channels * patch^2]; None where the family must embed itself"""
-    head: tuple[NormWeights, LinearWeights] | None
-    """final norm and classifier of the class token; None where the head is more than that"""
 
 
 @dataclass(frozen=True)
@@ -176,78 +127,12 @@ def _is_plain(p: Tensor) -> bool:
     return plain and p.layout == torch.strided and p.is_contiguous()
 
 
-def _slots(head_dim: int) -> Tensor | None:
-    """`PackedWeights.slots`: each half of a head at the beginning of a half of the wider one.
-
-    So halves still turn with each other, and the same values are compared (see `decisions.similarity_of`).
-    """
-    if head_dim % TILE == 0:
-        return None
-    half = torch.arange(head_dim // 2)
-    return torch.cat([half, half + _up(head_dim) // 2])
-
-
-def _up(width: int) -> int:
-    return width + -width % TILE
-
-
-def _widened(block: BlockWeights) -> BlockWeights:
-    """The same block with heads and MLP filled up with zeros to multiples of `TILE`; it computes the same."""
-    heads, width, dim, hidden = block.heads, block.head_dim, len(block.proj.weight), len(block.fc1.weight)
-    slots, spare = _slots(width), -hidden % TILE
-    fc1 = replace(
-        block.fc1, weight=F.pad(block.fc1.weight.detach(), (0, 0, 0, spare)), bias=_filled(block.fc1.bias, spare)
-    )
-    fc2 = replace(block.fc2, weight=F.pad(block.fc2.weight.detach(), (0, spare)))
-    block = replace(block, fc1=fc1, fc2=fc2) if spare else block
-    if slots is None:
-        return block
-    weight = block.qkv.weight.detach().view(3 * heads, width, -1)
-    qkv = weight.new_zeros(3 * heads, _up(width), weight.shape[2]).index_copy_(1, slots, weight).flatten(0, 1)
-    bias = block.qkv.bias
-    if bias is not None:
-        wide = bias.new_zeros(3 * heads, _up(width))
-        bias = wide.index_copy_(1, slots, bias.detach().view(3 * heads, width)).flatten()
-    output = block.proj.weight.detach().view(dim, heads, width)
-    proj = output.new_zeros(dim, heads, _up(width)).index_copy_(2, slots, output).flatten(1)
-    wider = replace(block.qkv, weight=qkv, bias=bias), replace(block.proj, weight=proj)
-    return replace(block, head_dim=_up(width), qkv=wider[0], proj=wider[1])
-
-
-def _filled(bias: Tensor | None, spare: int) -> Tensor | None:
-    return None if bias is None else F.pad(bias.detach(), (0, spare))
-
-
-def _fits(model: ModelWeights) -> bool:
-    """Whether all widths are multiples of `TILE` now and all blocks have the same heads."""
-    layers = [layer for block in model.blocks for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
-    widths = [width for layer in layers for width in layer.weight.shape] + [block.head_dim for block in model.blocks]
-    if model.patches is not None:
-        widths.append(model.patches.weight.shape[0])
-    if model.head is not None:
-        widths.append(model.head[1].weight.shape[1])
-    same = len({(block.heads, block.head_dim) for block in model.blocks}) == 1
-    return same and all(width % TILE == 0 for width in widths)
-
-
-def _is_whole(block: BlockWeights) -> bool:
-    """Whether layers take what those before them give."""
-    dim, inner, hidden = len(block.norm1.weight), block.heads * block.head_dim, len(block.fc1.weight)
-    layers = (block.qkv, block.proj, block.fc1, block.fc2)
-    shapes = (3 * inner, dim), (dim, inner), (hidden, dim), (dim, hidden)
-    return all(tuple(layer.weight.shape) == shape for layer, shape in zip(layers, shapes, strict=True))
-
-
 def _packed(model: ModelWeights) -> PackedWeights | None:
     """None where the kernels cannot take its widths."""
-    width = model.blocks[0].head_dim
-    if width % 2 or _up(width) > WIDEST * width:
+    wide, slots = widened(model), slots_of(model.blocks[0].head_dim)
+    if wide is None:
         return None
-    if not all(map(_is_whole, model.blocks)):
-        return None
-    slots, model = _slots(width), replace(model, blocks=[_widened(block) for block in model.blocks])
-    if not _fits(model):
-        return None
+    model = wide
     tensors: list[Tensor] = []
     structs = [_block(block, tensors) for block in model.blocks]
     patches = None if model.patches is None else pack(model.patches)
@@ -270,8 +155,10 @@ def pack(layer: LinearWeights) -> PackedLinear:
 
 
 def _norm(norm: NormWeights, tensors: list[Tensor]) -> NormStruct:
-    tensors += [part.detach().float().contiguous() for part in (norm.weight, norm.bias)]
-    return NormStruct(tensors[-2].data_ptr(), tensors[-1].data_ptr(), norm.eps)
+    weight = norm.weight.detach().float().contiguous()
+    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().contiguous()
+    tensors += [weight, bias]
+    return NormStruct(weight.data_ptr(), bias.data_ptr(), norm.eps, norm.spare, norm.rms)
 
 
 def _linear(layer: LinearWeights, tensors: list[Tensor]) -> LinearStruct:
@@ -281,7 +168,12 @@ def _linear(layer: LinearWeights, tensors: list[Tensor]) -> LinearStruct:
 
 
 def _block(block: BlockWeights, tensors: list[Tensor]) -> BlockStruct:
-    norms = [_norm(norm, tensors) for norm in (block.norm1, block.norm2)]
+    norms = [
+        NormStruct() if norm is None else _norm(norm, tensors)
+        for norm in (block.norm1, block.proj_norm, block.norm2, block.fc2_norm)
+    ]
     linears = [_linear(layer, tensors) for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
-    sizes = block.qkv.weight.shape[1], block.heads, block.head_dim, block.fc1.weight.shape[0]
-    return BlockStruct(*norms, *linears, *sizes, get_args(Activation).index(block.activation), block.scale)
+    hidden, activation = block.fc2.weight.shape[1], get_args(Activation).index(block.activation)
+    mlp = MlpStruct(*norms[2:], *linears[2:], hidden, activation, block.gated)
+    sizes = block.qkv.weight.shape[1], block.heads, block.head_dim
+    return BlockStruct(*norms[:2], *linears[:2], mlp, *sizes, block.scale)

@@ -1,0 +1,61 @@
+"""Weights of timm's attention and MLPs for the compiled kernels: what is the same in all of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
+from tokengame.kernels.plain import Activation, LinearWeights, NormWeights
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """What the kernels need of an MLP, as in `BlockWeights`."""
+
+    fc1: LinearWeights
+    fc2: LinearWeights
+    fc2_norm: NormWeights | None
+    activation: Activation
+    gated: bool
+
+
+def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights | None:
+    """Of one of timm's MLPs, by exact type; None where the kernels do not compute it.
+
+    Args:
+        mlp: of a block.
+        scale: [C] that follows it, or None.
+    """
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU) or not is_none_or_plain(mlp.norm):
+        return None
+    split = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+    activation = activation_of(mlp.act)
+    plain = all(type(layer) is nn.Linear for layer in (*split, mlp.fc2))
+    if activation is None or not plain or not all(type(drop) in INACTIVE for drop in (mlp.drop1, mlp.drop2)):
+        return None
+    gated = type(mlp) is not Mlp
+    fc1 = joined(split) if len(split) > 1 else LinearWeights(mlp.fc1.weight, mlp.fc1.bias)
+    if gated and getattr(mlp, "gate_last", False):
+        fc1 = _gates_first(fc1)
+    fc2 = LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scale)
+    return MlpWeights(fc1, fc2, none_or_norm(mlp.norm), activation, gated)
+
+
+def _gates_first(layer: LinearWeights) -> LinearWeights:
+    half = len(layer.weight) // 2
+    bias = None if layer.bias is None else torch.roll(layer.bias.detach(), half, 0)
+    return LinearWeights(torch.roll(layer.weight.detach(), half, 0), bias)
+
+
+def is_none_or_plain(norm: Any) -> bool:
+    """Whether a norm is one that the kernels compute, or none at all."""
+    return type(norm) is nn.Identity or is_plain_norm(norm)
+
+
+def none_or_norm(norm: Any) -> NormWeights | None:
+    return None if type(norm) is nn.Identity else norm_weights(norm)
