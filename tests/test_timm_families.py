@@ -232,7 +232,8 @@ def test_compiled_attention_with_rotary_positions():
 
 ONE_CALL = [
     "dinov3", "dinov3, class token", "perception encoder", "perception encoder, language", "rope", "mrope",
-    "eva, pooled by attention", "any size", "eva02", "eva02 small", "eva02 clip",
+    "eva, pooled by attention", "any size", "eva02", "eva02 small", "eva02 clip", "naflex", "naflex, attention pool",
+    "naflex, factorised", "naflex, radio",
 ]  # fmt: skip
 STEP_BY_STEP = [
     "eva without class token",

@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from tokengame.backbones import timm_weights
 from tokengame.backbones.calls import Call
 from tokengame.backbones.parts import linear_macs
 from tokengame.backbones.timm_base import TimmBackbone
@@ -135,6 +136,11 @@ class TimmNaFlex(RotaryBackbone):
 
     def position(self, images: Tensor) -> Tensor:
         return self.model.embeds(images)[0]
+
+    def plain_weights(self) -> ModelWeights | None:
+        if self.positional or not all(timm_weights.is_plain_block(block) for block in self.blocks):
+            return None
+        return ModelWeights([timm_weights.block_weights(block) for block in self.blocks], None, None)
 
     def read_call(  # type: ignore[override]
         self, images: Any, patch_coord: Any = None, patch_valid: Any = None, attn_mask: Any = None

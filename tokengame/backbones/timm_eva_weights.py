@@ -10,7 +10,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from tokengame.backbones.parts import INACTIVE, is_plain_norm, joined, norm_weights
-from tokengame.backbones.timm_mlp import is_none_or_plain, mlp_weights, none_or_norm
+from tokengame.backbones.timm_weights import is_none_or_plain, mlp_weights, none_or_norm
 from tokengame.kernels.plain import BlockWeights, LinearWeights
 
 ATTENTIONS = (EvaAttention, AttentionRope)

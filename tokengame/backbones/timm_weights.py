@@ -1,4 +1,4 @@
-"""Weights of timm's attention and MLPs for the compiled kernels: what is the same in all of its blocks."""
+"""Weights of timm's MLPs and of VisionTransformer's blocks for the compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
-from tokengame.kernels.plain import Activation, LinearWeights, NormWeights
+from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, NormWeights
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,44 @@ def is_none_or_plain(norm: Any) -> bool:
 
 def none_or_norm(norm: Any) -> NormWeights | None:
     return None if type(norm) is nn.Identity else norm_weights(norm)
+
+
+# Blocks of VisionTransformer
+
+
+def is_plain_block(block: Any) -> bool:
+    """Whether a block is norm, attention, MLP and layer scale as the kernels compute them, by exact type."""
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    attn = block.attn
+    if mlp_weights(block.mlp, None) is None or not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj)):
+        return False
+    if not is_plain_norm(block.norm1) or not is_plain_norm(block.norm2) or not is_none_or_plain(attn.norm):
+        return False
+    nothing = (attn.q_norm, attn.k_norm)
+    drops = (attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2)
+    scales = (block.ls1, block.ls2)
+    return (
+        all(type(part) is nn.Identity for part in nothing)
+        and all(type(drop) in INACTIVE for drop in drops)
+        and all(type(scale) in (nn.Identity, LayerScale) for scale in scales)
+        and getattr(attn, "gate", None) is None
+    )
+
+
+def block_weights(block: Any) -> BlockWeights:
+    attn = block.attn
+    scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
+    mlp = mlp_weights(block.mlp, scales[1])
+    assert mlp is not None
+    return BlockWeights(
+        norm1=norm_weights(block.norm1),
+        qkv=LinearWeights(attn.qkv.weight, attn.qkv.bias),
+        proj=LinearWeights(attn.proj.weight, attn.proj.bias, scales[0]),
+        norm2=norm_weights(block.norm2),
+        **vars(mlp),
+        proj_norm=none_or_norm(attn.norm),
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        scale=attn.scale,
+    )
