@@ -31,7 +31,8 @@ constexpr long EXTRA_FEATURES = 6;
 struct Norm {  // a LayerNorm, or an RMSNorm, which does not take the mean away
     const float *weight, *bias;
     double eps;
-    long spare, rms;  // how many numbers of a row are zeros that do not count; whether it is an RMSNorm
+    const float* counted;  // 1 for each number of a row, or 0 for zeros that fill it up; null where all count
+    long spare, rms;  // how many zeros fill a row up; whether it is an RMSNorm
 };
 
 struct Linear {  // a linear layer

@@ -13,17 +13,20 @@ inline void normed_row(At at, long width, const Norm& norm, Write write) {
     Vector sums[2]{}, squares[2]{};  // two of each, since a sum waits for the one before it
     for (long k = 0; k < width; k += PAIR)
         for (int half = 0; half < 2; half++) sums[half] += load(at(k) + half * LANES);
-    const float middle = norm.rms ? 0 : total(sums[0] + sums[1]) / counted;
-    const Vector mean = same(middle);
-    for (long k = 0; k < width; k += PAIR)
-        for (int half = 0; half < 2; half++) {
-            const Vector off = load(at(k) + half * LANES) - mean;
-            squares[half] += off * off;
-        }
-    const float variance = (total(squares[0] + squares[1]) - norm.spare * middle * middle) / counted;
-    const Vector scale = same(1 / std::sqrt(variance + float(norm.eps)));
+    const Vector mean = same(norm.rms ? 0 : total(sums[0] + sums[1]) / counted);
+    const auto square = [&](auto off_at) {
+        for (long k = 0; k < width; k += PAIR)
+            for (int half = 0; half < 2; half++) {
+                const Vector off = off_at(k, half * LANES);
+                squares[half] += off * off;
+            }
+    };
+    const auto off_at = [&](long k, long half) { return load(at(k) + half) - mean; };
+    if (norm.counted) square([&](long k, long half) { return off_at(k, half) * load(norm.counted + k + half); });
+    else square(off_at);
+    const Vector scale = same(1 / std::sqrt(total(squares[0] + squares[1]) / counted + float(norm.eps)));
     const auto normed = [&](long k, long half) {
-        return (load(at(k) + half) - mean) * scale * load(norm.weight + k + half) + load(norm.bias + k + half);
+        return off_at(k, half) * scale * load(norm.weight + k + half) + load(norm.bias + k + half);
     };
     for (long k = 0; k < width; k += PAIR) write(k, normed(k, 0), normed(k, LANES));
 }

@@ -157,6 +157,27 @@ def test_norms_and_gates_equal_pytorch(key):
 
 
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("off", [0.0, 30.0])
+@torch.no_grad()
+def test_zeros_that_fill_up_a_norm_do_not_count(off):
+    """A hidden layer of 44 numbers of which each row is nearly constant."""
+    torch.manual_seed(0)
+    model = half_vit(
+        name="vit_giant_patch14_dinov2", mlp_layer=partial(SwiGLU, norm_layer=LayerNorm), mlp_ratio=44 / 64
+    )
+    for block in model.float().blocks:
+        block.mlp.fc1_x.bias.add_(off)
+        block.mlp.fc1_g.weight.mul_(0.01)
+        block.mlp.fc1_g.bias.add_(5)
+    game, images = game_of(model), images_for(model, 3)
+    found = forward(game, images, actor_of(game))
+    with kernels.disabled():
+        expected = step_by_step(game, images, actor_of(game))
+    assert torch.equal(found.alive, expected.alive)
+    assert (found.logits - expected.logits).norm() < 1e-4 * expected.logits.norm()
+
+
+@pytest.mark.usefixtures("level")
 @settings(max_examples=60)
 @given(key=st.sampled_from(sorted(WHOLE)), number=st.integers(1, 9), seed=st.integers(0, 99),
        transition=st.sampled_from(["drop", "merge"]), stages=st.sampled_from([(1,), (1, 2), (1, 3), (1, 2, 3)]),

@@ -20,8 +20,8 @@ class NormWeights:
     eps: float
     rms: bool = False
     """whether it is an RMSNorm, which does not take the mean away"""
-    spare: int = 0
-    """of its numbers, zeros by which rows were filled up and which do not count"""
+    counted: Tensor | None = None
+    """[C] 0 for numbers by which rows were filled up and which do not count, else 1; None where all count"""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class NormStruct(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("weight", "bias")],
         ("eps", ctypes.c_double),
+        ("counted", ctypes.c_void_p),
         *[(name, ctypes.c_long) for name in ("spare", "rms")],
     )
 

@@ -158,7 +158,11 @@ def _norm(norm: NormWeights, tensors: list[Tensor]) -> NormStruct:
     weight = norm.weight.detach().float().contiguous()
     bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().contiguous()
     tensors += [weight, bias]
-    return NormStruct(weight.data_ptr(), bias.data_ptr(), norm.eps, norm.spare, norm.rms)
+    counted, spare = None, 0
+    if norm.counted is not None and not norm.counted.all():
+        tensors.append(norm.counted.float().contiguous())
+        counted, spare = tensors[-1].data_ptr(), int((norm.counted == 0).sum())
+    return NormStruct(weight.data_ptr(), bias.data_ptr(), norm.eps, counted, spare, norm.rms)
 
 
 def _linear(layer: LinearWeights, tensors: list[Tensor]) -> LinearStruct:

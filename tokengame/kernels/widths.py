@@ -82,12 +82,12 @@ def _wide_mlp(block: BlockWeights) -> BlockWeights:
         block,
         fc1=replace(block.fc1, **_both(block.fc1, filled)),
         fc2=replace(block.fc2, weight=F.pad(block.fc2.weight.detach(), (0, spare))),
-        fc2_norm=_wide_norm(block.fc2_norm, spare, lambda numbers: F.pad(numbers, (0, spare))),
+        fc2_norm=_wide_norm(block.fc2_norm, lambda numbers: F.pad(numbers, (0, spare))),
     )
 
 
 def _wide_heads(block: BlockWeights) -> BlockWeights:
-    heads, width, slots = block.heads, block.head_dim, slots_of(block.head_dim)
+    width, slots = block.head_dim, slots_of(block.head_dim)
     if slots is None:
         return block
 
@@ -101,7 +101,7 @@ def _wide_heads(block: BlockWeights) -> BlockWeights:
         head_dim=_up(width),
         qkv=replace(block.qkv, **_both(block.qkv, spread)),
         proj=replace(block.proj, weight=spread(block.proj.weight.detach().T).T),
-        proj_norm=_wide_norm(block.proj_norm, heads * (_up(width) - width), spread),
+        proj_norm=_wide_norm(block.proj_norm, spread),
     )
 
 
@@ -113,5 +113,5 @@ def _both(layer: LinearWeights | NormWeights, wider: Callable[[Tensor], Tensor])
     }
 
 
-def _wide_norm(norm: NormWeights | None, spare: int, wider: Callable[[Tensor], Tensor]) -> NormWeights | None:
-    return None if norm is None else replace(norm, **_both(norm, wider), spare=spare)
+def _wide_norm(norm: NormWeights | None, wider: Callable[[Tensor], Tensor]) -> NormWeights | None:
+    return None if norm is None else replace(norm, **_both(norm, wider), counted=wider(torch.ones_like(norm.weight)))
