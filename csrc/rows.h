@@ -9,11 +9,11 @@ namespace tokengame::INSTRUCTIONS {
 // numbers k .. k + PAIR - 1 of x.
 template <class At, class Write>
 inline void normed_row(At at, long width, const Norm& norm, Write write) {
-    const long counted = width - norm.spare;
+    const long numbers = width - norm.spare;
     Vector sums[2]{}, squares[2]{};  // two of each, since a sum waits for the one before it
     for (long k = 0; k < width; k += PAIR)
         for (int half = 0; half < 2; half++) sums[half] += load(at(k) + half * LANES);
-    const Vector mean = same(norm.rms ? 0 : total(sums[0] + sums[1]) / counted);
+    const Vector mean = same(norm.rms ? 0 : total(sums[0] + sums[1]) / numbers);
     const auto square = [&](auto off_at) {
         for (long k = 0; k < width; k += PAIR)
             for (int half = 0; half < 2; half++) {
@@ -24,7 +24,7 @@ inline void normed_row(At at, long width, const Norm& norm, Write write) {
     const auto off_at = [&](long k, long half) { return load(at(k) + half) - mean; };
     if (norm.counted) square([&](long k, long half) { return off_at(k, half) * load(norm.counted + k + half); });
     else square(off_at);
-    const Vector scale = same(1 / std::sqrt(total(squares[0] + squares[1]) / counted + float(norm.eps)));
+    const Vector scale = same(1 / std::sqrt(total(squares[0] + squares[1]) / numbers + float(norm.eps)));
     const auto normed = [&](long k, long half) {
         return off_at(k, half) * scale * load(norm.weight + k + half) + load(norm.bias + k + half);
     };

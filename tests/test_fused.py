@@ -66,8 +66,8 @@ WHOLE = {
 BLOCKS = {
     "SwiGLU": {"name": "vit_giant_patch14_dinov2", "mlp_ratio": 4},
     "SwiGLU of 44": {"name": "vit_giant_patch14_dinov2", "mlp_ratio": 1.375},
-    "two layers for gates and values, norm": {"mlp_layer": partial(SwiGLU, norm_layer=LayerNorm), "mlp_ratio": 1.7},
-    "gates last, without biases": {"mlp_layer": partial(GluMlp, act_layer=nn.GELU, bias=False)},
+    "two layers for gates and values, norm": {"mlp_layer": SwiGLU, "scale_mlp_norm": True, "mlp_ratio": 1.7},
+    "gates last, without biases": {"mlp_layer": partial(GluMlp, bias=False)},
     "norm in the MLP": {"scale_mlp_norm": True},
     "norm in an MLP of 300": {"scale_mlp_norm": True, "mlp_ratio": 4.7},
     "norm of attention": {"scale_attn_norm": True},
@@ -142,6 +142,7 @@ def test_equals_the_game_step_by_step(key, number, stages, tokens_before, thresh
 @torch.no_grad()
 def test_norms_and_gates_equal_pytorch(key):
     model = half_vit(**BLOCKS[key]).float()
+    assert (type(model.blocks[0].mlp.norm) is nn.Identity) != BLOCKS[key].get("scale_mlp_norm", False)
     for module in model.modules():
         if isinstance(module, LayerNorm | RmsNorm):  # each norm its own, and not around zero
             module.weight.data.copy_(1 + 0.3 * normal(*module.weight.shape, seed=5))
@@ -162,9 +163,8 @@ def test_norms_and_gates_equal_pytorch(key):
 def test_zeros_that_fill_up_a_norm_do_not_count(off):
     """A hidden layer of 44 numbers of which each row is nearly constant."""
     torch.manual_seed(0)
-    model = half_vit(
-        name="vit_giant_patch14_dinov2", mlp_layer=partial(SwiGLU, norm_layer=LayerNorm), mlp_ratio=44 / 64
-    )
+    model = half_vit(mlp_layer=SwiGLU, scale_mlp_norm=True, mlp_ratio=44 / 64)
+    assert type(model.blocks[0].mlp.norm) is LayerNorm
     for block in model.float().blocks:
         block.mlp.fc1_x.bias.add_(off)
         block.mlp.fc1_g.weight.mul_(0.01)

@@ -11,6 +11,7 @@ from converted_hf import hugging_face
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 import tokengame
 from tokengame import kernels
@@ -507,6 +508,29 @@ def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, dtype, monkeypa
     else:  # rounding changes a decision now and then
         assert (found.alive == slow.alive).float().mean() > 0.9
         assert off(found.logits, slow.logits) < 0.15
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_an_epsilon_of_an_rms_norm_may_change():
+    model = build("aimv2")
+    images, fast = images_for(model), tokengame.prune(model, gmacs_ratio=0.7)
+    before = fast.predict(images).logits
+    for layer in model.encoder.layers:
+        layer.rms_norm1.variance_epsilon = 1.0
+    with kernels.disabled():
+        expected = fast.predict(images).logits
+    assert off(before, expected) > 0.05
+    assert off(fast.predict(images).logits, expected) < 1e-5
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_another_rms_norm_runs_on_pytorch():
+    """Gemma's multiplies by 1 + weight, and its epsilon has another name."""
+    model = build("vit")
+    model.layers[1].layernorm_before = GemmaRMSNorm(64)
+    assert wrap(model).plain_weights() is None
 
 
 @needs_kernels

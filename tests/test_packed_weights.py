@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import half_vit, needs_kernels, normal, off, policy_for, tiny_vit
 from test_kernels import game_of, is_compiled, predicted
-from timm.layers import Attention, Mlp, SwiGLU
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -70,6 +70,18 @@ def test_a_model_that_changed_predicts_as_it_is_now(key):
     assert off(before, model(images)) > 0.07, "the change changes the prediction"
     for now in (game_of(model), game):
         assert off(predicted(now, images), model(images)) < 0.03
+
+
+@torch.no_grad()
+def test_which_half_of_a_layer_gives_the_gates_may_change():
+    model, images = half_vit(mlp_layer=GluMlp, mlp_ratio=3), normal(3, 3, 32, 32)
+    game = game_of(model)
+    before = predicted(game, images)
+    assert is_compiled(game, images)
+    for block in model.blocks:
+        block.mlp.gate_last = False
+    assert off(before, model(images)) > 0.07
+    assert off(predicted(game, images), model(images)) < 0.03
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ RECORDERS = ("transformers.utils.output_capturing",)
 """where hooks come from that record outputs for their library, and only while it calls the model itself"""
 SETTINGS = (
     "eps", "approximate", "scale", "num_heads", "p", "drop_prob", "prob", "grad_checkpointing", "global_pool",
-    "num_classes", "distilled_training", "rotate_half",
+    "num_classes", "distilled_training", "rotate_half", "gate_last", "variance_epsilon",
 )  # fmt: skip
 """attributes of modules that change what they compute"""
 

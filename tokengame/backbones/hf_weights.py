@@ -17,28 +17,28 @@ MLPS = (
     ("up_proj", "act_fn", "down_proj"),
     ("gate_proj", "act_fn", "down_proj", "up_proj"),
 )
-"""names of the parts of MLPs that the kernels run; those of four parts have gates"""
+"""names of the parts of MLPs that the kernels run, in the order of use; where there are gates, the values last"""
+RMS_NORMS = ("Aimv2RMSNorm",)
 
 
 def block_weights(backbone: Any, block: Any) -> BlockWeights | None:
     """Of a block of a `HuggingFaceViT`; None where it computes what the kernels do not."""
     parts = backbone.parts
     attn, mlp = getattr(block, parts.attention), _mlp(getattr(block, parts.mlp))
-    norms, scales = [_norm(getattr(block, name)) for name in (parts.norm1, parts.norm2)], _scales(block, parts)
-    if mlp is None or scales is None or not _drops_nothing(block, parts):
+    norm1, norm2 = (_norm(getattr(block, name)) for name in (parts.norm1, parts.norm2))
+    scales = _scales(block, parts)
+    if mlp is None or norm1 is None or norm2 is None or scales is None or not _drops_nothing(block, parts):
         return None
     first, act, fc2, *values = mlp
-    layers = [attn.q_proj, attn.k_proj, attn.v_proj, proj := getattr(attn, parts.output), first, fc2, *values]
+    projections, proj = [attn.q_proj, attn.k_proj, attn.v_proj], getattr(attn, parts.output)
     activation = activation_of(act)
-    if activation is None or not all(type(layer) is nn.Linear for layer in layers):
-        return None
-    if norms[0] is None or norms[1] is None:
+    if activation is None or not all(type(layer) is nn.Linear for layer in (*projections, proj, first, fc2, *values)):
         return None
     return BlockWeights(
-        norm1=norms[0],
-        qkv=joined(layers[:3]),
+        norm1=norm1,
+        qkv=joined(projections),
         proj=LinearWeights(proj.weight, proj.bias, scales[0]),
-        norm2=norms[1],
+        norm2=norm2,
         fc1=joined([first, *values]),
         gated=bool(values),
         fc2=LinearWeights(fc2.weight, fc2.bias, scales[1]),
@@ -72,16 +72,16 @@ def _norm(module: Any) -> NormWeights | None:
     """None where it is no norm that the kernels compute."""
     if is_plain_norm(module):
         return norm_weights(module)
-    if _is_own(module) and type(module).__name__.endswith("RMSNorm"):
+    if _is_own(module) and type(module).__name__ in RMS_NORMS:
         return NormWeights(module.weight, None, module.variance_epsilon, rms=True)
     return None
 
 
 def _mlp(module: Any) -> list[Any] | None:
     """First layer, activation and last layer, of gated ones also that of the values; None where it has others."""
-    found = {name for name, _ in module.named_children()}
     if not _is_own(module):
         return None
+    found = {name for name, _ in module.named_children()}
     return next(([getattr(module, name) for name in names] for names in MLPS if found == set(names)), None)
 
 

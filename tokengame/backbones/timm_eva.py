@@ -138,9 +138,13 @@ class TimmNaFlex(RotaryBackbone):
         return self.model.embeds(images)[0]
 
     def plain_weights(self) -> ModelWeights | None:
-        if self.positional or not all(timm_weights.is_plain_block(block) for block in self.blocks):
+        if self.positional:
             return None
-        return ModelWeights([timm_weights.block_weights(block) for block in self.blocks], None, None)
+        if all(map(timm_weights.is_plain_block, self.blocks)):
+            return ModelWeights([*map(timm_weights.block_weights, self.blocks)], None, None)
+        if all(map(is_plain_block, self.blocks)):
+            return ModelWeights([block_weights(block, None) for block in self.blocks], None, None)
+        return None
 
     def read_call(  # type: ignore[override]
         self, images: Any, patch_coord: Any = None, patch_valid: Any = None, attn_mask: Any = None

@@ -10,7 +10,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from tokengame.backbones.parts import INACTIVE, is_plain_norm, joined, norm_weights
-from tokengame.backbones.timm_weights import is_none_or_plain, mlp_weights, none_or_norm
+from tokengame.backbones.timm_weights import is_none_or_plain, is_plain_mlp, mlp_weights, none_or_norm
 from tokengame.kernels.plain import BlockWeights, LinearWeights
 
 ATTENTIONS = (EvaAttention, AttentionRope)
@@ -23,7 +23,7 @@ def is_plain_block(block: Any) -> bool:
     attn = block.attn
     drops = (attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2)
     return (
-        mlp_weights(block.mlp, None) is not None
+        is_plain_mlp(block.mlp)
         and is_plain_norm(block.norm1)
         and is_plain_norm(block.norm2)
         and is_none_or_plain(attn.norm)
@@ -46,14 +46,13 @@ def block_weights(block: Any, order: Tensor | None) -> BlockWeights:
         block: of `is_plain_block`.
         order: [D] of the numbers of a head of queries and keys; None: as they are.
     """
-    attn, mlp = block.attn, mlp_weights(block.mlp, block.gamma_2)
-    assert mlp is not None
+    attn = block.attn
     return BlockWeights(
         norm1=norm_weights(block.norm1),
         qkv=_ordered(_qkv(attn), order, attn),
         proj=LinearWeights(attn.proj.weight, attn.proj.bias, block.gamma_1),
         norm2=norm_weights(block.norm2),
-        **vars(mlp),
+        **vars(mlp_weights(block.mlp, block.gamma_2)),
         proj_norm=none_or_norm(attn.norm),
         heads=attn.num_heads,
         head_dim=attn.head_dim,

@@ -25,26 +25,37 @@ class MlpWeights:
     gated: bool
 
 
-def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights | None:
-    """Of one of timm's MLPs, by exact type; None where the kernels do not compute it.
+def is_plain_mlp(mlp: Any) -> bool:
+    """Whether an MLP is one of timm's that the kernels compute, by exact type."""
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        return False
+    return (
+        activation_of(mlp.act) is not None
+        and is_none_or_plain(mlp.norm)
+        and all(type(layer) is nn.Linear for layer in (*_first(mlp), mlp.fc2))
+        and all(type(drop) in INACTIVE for drop in (mlp.drop1, mlp.drop2))
+    )
+
+
+def _first(mlp: Any) -> list[Any]:
+    """The layers of gates and of values, or the one that gives both."""
+    return [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+
+
+def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights:
+    """Of a plain MLP.
 
     Args:
-        mlp: of a block.
+        mlp: of `is_plain_mlp`.
         scale: [C] that follows it, or None.
     """
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU) or not is_none_or_plain(mlp.norm):
-        return None
-    split = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
     activation = activation_of(mlp.act)
-    plain = all(type(layer) is nn.Linear for layer in (*split, mlp.fc2))
-    if activation is None or not plain or not all(type(drop) in INACTIVE for drop in (mlp.drop1, mlp.drop2)):
-        return None
-    gated = type(mlp) is not Mlp
-    fc1 = joined(split) if len(split) > 1 else LinearWeights(mlp.fc1.weight, mlp.fc1.bias)
-    if gated and getattr(mlp, "gate_last", False):
+    assert activation is not None
+    fc1 = joined(_first(mlp)) if type(mlp) is SwiGLU else LinearWeights(mlp.fc1.weight, mlp.fc1.bias)
+    if type(mlp) is GluMlp and mlp.gate_last:
         fc1 = _gates_first(fc1)
     fc2 = LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scale)
-    return MlpWeights(fc1, fc2, none_or_norm(mlp.norm), activation, gated)
+    return MlpWeights(fc1, fc2, none_or_norm(mlp.norm), activation, type(mlp) is not Mlp)
 
 
 def _gates_first(layer: LinearWeights) -> LinearWeights:
@@ -70,7 +81,7 @@ def is_plain_block(block: Any) -> bool:
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attn = block.attn
-    if mlp_weights(block.mlp, None) is None or not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj)):
+    if not is_plain_mlp(block.mlp) or not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj)):
         return False
     if not is_plain_norm(block.norm1) or not is_plain_norm(block.norm2) or not is_none_or_plain(attn.norm):
         return False
@@ -88,14 +99,12 @@ def is_plain_block(block: Any) -> bool:
 def block_weights(block: Any) -> BlockWeights:
     attn = block.attn
     scales = [None if isinstance(ls, nn.Identity) else ls.gamma for ls in (block.ls1, block.ls2)]
-    mlp = mlp_weights(block.mlp, scales[1])
-    assert mlp is not None
     return BlockWeights(
         norm1=norm_weights(block.norm1),
         qkv=LinearWeights(attn.qkv.weight, attn.qkv.bias),
         proj=LinearWeights(attn.proj.weight, attn.proj.bias, scales[0]),
         norm2=norm_weights(block.norm2),
-        **vars(mlp),
+        **vars(mlp_weights(block.mlp, scales[1])),
         proj_norm=none_or_norm(attn.norm),
         heads=attn.num_heads,
         head_dim=attn.head_dim,

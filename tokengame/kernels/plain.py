@@ -13,7 +13,7 @@ Activation = Literal["gelu", "quick_gelu", "tanh_gelu", "silu"]
 
 @dataclass(frozen=True)
 class NormWeights:
-    """A LayerNorm over the last dimension: weight and bias [C]."""
+    """A LayerNorm or RMSNorm over the last dimension: weight and bias [C], which may be None for zeros."""
 
     weight: Tensor
     bias: Tensor | None

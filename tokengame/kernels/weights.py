@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokengame.kernels.library import INSTRUCTIONS, TILE, call, level, operand_bytes, weight_version
 from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, ModelWeights, NormWeights
 from tokengame.kernels.structs import BlockStruct, LinearStruct, MlpStruct, NormStruct, PackedLinear
-from tokengame.kernels.widths import slots_of, widened
+from tokengame.kernels.widths import fits, slots_of, widened
 from tokengame.modules import Watch, global_hooks
 
 HASHED_PARTS = 32
@@ -129,15 +129,14 @@ def _is_plain(p: Tensor) -> bool:
 
 def _packed(model: ModelWeights) -> PackedWeights | None:
     """None where the kernels cannot take its widths."""
-    wide, slots = widened(model), slots_of(model.blocks[0].head_dim)
-    if wide is None:
+    if not fits(model):
         return None
-    model = wide
     tensors: list[Tensor] = []
-    structs = [_block(block, tensors) for block in model.blocks]
+    structs = [_block(widened(block), tensors) for block in model.blocks]
     patches = None if model.patches is None else pack(model.patches)
     head = None if model.head is None else (_norm(model.head[0], tensors), pack(model.head[1]))
-    last_qkv = model.blocks[-1].qkv.weight.detach()
+    last_qkv = widened(model.blocks[-1]).qkv.weight.detach()
+    slots = slots_of(model.blocks[0].head_dim)
     return PackedWeights((BlockStruct * len(structs))(*structs), patches, head, last_qkv, tensors, slots)
 
 

@@ -17,16 +17,21 @@ WIDEST = 1.5
 """times as wide as the model's heads may be, filled up with zeros, on which attention computes for nothing"""
 
 
-def widened(model: ModelWeights) -> ModelWeights | None:
-    """The model with all widths multiples of `TILE`; None where they cannot be, or where layers do not fit each other.
+def fits(model: ModelWeights) -> bool:
+    """Whether the kernels take its widths once blocks are widened, and layers take what those before them give."""
+    width, dims = model.blocks[0].head_dim, [len(block.norm1.weight) for block in model.blocks]
+    if model.patches is not None:
+        dims.append(model.patches.weight.shape[0])
+    if model.head is not None:
+        dims.append(model.head[1].weight.shape[1])
+    same = len({(block.heads, block.head_dim) for block in model.blocks}) == 1
+    even = width % 2 == 0 and _up(width) <= WIDEST * width
+    return same and even and all(dim % TILE == 0 for dim in dims) and all(map(_is_whole, model.blocks))
 
-    Of gates and values in `fc1`, `TILE` of each come in turn then.
-    """
-    width = model.blocks[0].head_dim
-    if width % 2 or _up(width) > WIDEST * width or not all(map(_is_whole, model.blocks)):
-        return None
-    model = replace(model, blocks=[_wide_heads(_wide_mlp(block)) for block in model.blocks])
-    return model if _fits(model) else None
+
+def widened(block: BlockWeights) -> BlockWeights:
+    """The block with all widths multiples of `TILE`; of gates and values in `fc1`, `TILE` of each come in turn then."""
+    return _wide_heads(_wide_mlp(block))
 
 
 def slots_of(head_dim: int) -> Tensor | None:
@@ -54,18 +59,6 @@ def _is_whole(block: BlockWeights) -> bool:
     return all(tuple(layer.weight.shape) == shape for layer, shape in zip(layers, shapes, strict=True)) and all(
         norm is None or len(norm.weight) == width for norm, width in norms
     )
-
-
-def _fits(model: ModelWeights) -> bool:
-    """Whether all widths are multiples of `TILE` now and all blocks have the same heads."""
-    layers = [layer for block in model.blocks for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
-    widths = [width for layer in layers for width in layer.weight.shape] + [block.head_dim for block in model.blocks]
-    if model.patches is not None:
-        widths.append(model.patches.weight.shape[0])
-    if model.head is not None:
-        widths.append(model.head[1].weight.shape[1])
-    same = len({(block.heads, block.head_dim) for block in model.blocks}) == 1
-    return same and all(width % TILE == 0 for width in widths)
 
 
 def _wide_mlp(block: BlockWeights) -> BlockWeights:
