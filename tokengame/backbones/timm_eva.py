@@ -17,11 +17,12 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from tokengame.backbones import timm_weights
 from tokengame.backbones.calls import Call
 from tokengame.backbones.parts import linear_macs
 from tokengame.backbones.timm_base import TimmBackbone
 from tokengame.backbones.timm_eva_weights import block_weights, is_plain_block
+from tokengame.backbones.timm_weights import block_weights as vit_block_weights
+from tokengame.backbones.timm_weights import is_plain_block as is_plain_vit_block
 from tokengame.errors import TokenGameError
 from tokengame.kernels.plain import ModelWeights
 from tokengame.packed.layout import Places, RaggedLayout
@@ -140,8 +141,8 @@ class TimmNaFlex(RotaryBackbone):
     def plain_weights(self) -> ModelWeights | None:
         if self.positional:
             return None
-        if all(map(timm_weights.is_plain_block, self.blocks)):
-            return ModelWeights([*map(timm_weights.block_weights, self.blocks)], None, None)
+        if all(map(is_plain_vit_block, self.blocks)):
+            return ModelWeights([*map(vit_block_weights, self.blocks)], None, None)
         if all(map(is_plain_block, self.blocks)):
             return ModelWeights([block_weights(block, None) for block in self.blocks], None, None)
         return None
