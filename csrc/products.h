@@ -19,31 +19,29 @@ template <class Number> struct OperandOf { using Type = float; };
 #endif
 template <class Number> using Operand = typename OperandOf<Number>::Type;
 
-// float32: a panel is [K, PANEL], and ROWS x PANEL sums fit into registers.
+// float32: a panel is [K, PANEL], and the sums of some rows and VECTORS of its columns fit into registers.
 
-#if LANES == 16
-constexpr int ROWS = 8, VECTORS = 2;
-#elif LANES == 8
-constexpr int ROWS = 6, VECTORS = 2;
-#else
-constexpr int ROWS = 4, VECTORS = 2;
-#endif
+constexpr int VECTORS = 2;
 constexpr long PANEL = VECTORS * LANES;
 constexpr long CHUNK = 8;  // steps whose part of a panel stays in the first cache
+constexpr long AHEAD = LANES == 16 ? 24 : 0;  // rows of a panel that are fetched ahead, from the second cache or beyond
 
 // Rows that products compute together: work is split at multiples of it.
 template <class Operand> constexpr long ROWS_TOGETHER = 4;
 
-// a [R of the rows, K] staged, b one panel [K, PANEL] -> c [R, V vectors of 32]; added to what c holds, if `more`.
-// A function of its own, so that the compiler keeps all sums in registers.
-template <int R, int V>
+// a [R of the rows, K] staged, b one panel [K, PANEL] -> c [R, V vectors of 32]; added to what c holds, if `more`. FIRST: b was
+// not read before. A function of its own, so that the compiler keeps all sums in registers.
+template <int R, int V, bool FIRST>
 __attribute__((noinline)) void sums_of(const float* a, const float* b, long inner, float* c, bool more) {
     Vector sums[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = more ? load(c + r * SIDE + v * LANES) : Vector{};
     const auto add = [&](long k) {
         Vector right[V];
-        for (int v = 0; v < V; v++) right[v] = load(b + v * LANES);
+        for (int v = 0; v < V; v++) {
+            if (FIRST && AHEAD) __builtin_prefetch(b + AHEAD * PANEL + v * LANES);
+            right[v] = load(b + v * LANES);
+        }
         for (int r = 0; r < R; r++) {
             const Vector left = same(a[r * SIDE + k]);
             for (int v = 0; v < V; v++) sums[r][v] += left * right[v];
@@ -59,37 +57,43 @@ __attribute__((noinline)) void sums_of(const float* a, const float* b, long inne
         for (int v = 0; v < V; v++) store(c + r * SIDE + v * LANES, sums[r][v]);
 }
 
-// How many of n rows, of which the last may not be beyond `room`, are computed next.
-inline int rows_next(long n, long room) {
-    if (n > ROWS / 2 + 1 && room >= ROWS && (ROWS != 6 || n != 8)) return ROWS;  // 8 rows are 4 and 4, not 6 and 2
-    return n > 2 && room >= 4 ? 4 : n > 1 ? 2 : 1;
+// sums_of for the next of n rows -> how many rows that were, as many as have their sums in registers. Their last may lie beyond
+// n, not beyond `room`.
+template <int V, bool FIRST>
+inline long next_sums(const float* a, const float* b, long inner, long n, long room, float* c, bool more) {
+#if LANES == 16
+    if (room >= 12 && (n > 16 || (n > 8 && n <= 12))) return sums_of<12, V, FIRST>(a, b, inner, c, more), 12;
+    if (room >= 8 && n > 5) return sums_of<8, V, FIRST>(a, b, inner, c, more), 8;
+#elif LANES == 8
+    if (room >= 6 && n > 4 && n != 8) return sums_of<6, V, FIRST>(a, b, inner, c, more), 6;  // 8 are 4 and 4, not 6 and 2
+#endif
+    if (room >= 4 && n > 2) return sums_of<4, V, FIRST>(a, b, inner, c, more), 4;
+    if (n > 1) return sums_of<2, V, FIRST>(a, b, inner, c, more), 2;
+    return sums_of<1, V, FIRST>(a, b, inner, c, more), 1;
 }
 
 // As sums_of, for `rows` rows of a block.
 template <int V>
 inline void sums_of_rows(const float* a, const float* b, long inner, long rows, float* c, bool more) {
-    for (long row = 0, taken; row < rows; row += taken, a += taken * SIDE, c += taken * SIDE) {
-        switch (taken = rows_next(rows - row, SIDE - row)) {
-            case ROWS: sums_of<ROWS, V>(a, b, inner, c, more); break;
-            case 2: sums_of<2, V>(a, b, inner, c, more); break;
-            case 1: sums_of<1, V>(a, b, inner, c, more); break;
-            default: sums_of<4, V>(a, b, inner, c, more);
-        }
-    }
+    long row = next_sums<V, true>(a, b, inner, rows, SIDE, c, more);
+    while (row < rows) row += next_sums<V, false>(a + row * SIDE, b, inner, rows - row, SIDE - row, c + row * SIDE, more);
 }
 
+template <class Operand> constexpr long PANEL_COLUMNS = PANEL;
+
 // a [32, K] staged, b [K, 32] packed -> c [32, 32] = a b; only the first `rows` rows and `columns` columns need be right. K is
-// `inner`. between(step) is called once for each step: other work for the vector units, where they are idle while tiles compute.
+// `inner`. b may be a part of a longer operand, whose panels have `stride` rows; the product is added to c, if `more`.
+// between(step) is called once for each step: other work for the vector units, where they are idle while tiles compute.
 template <class Between>
-inline void product(const float* a, const float* b, long inner, long rows, long columns, float* c, Between between) {
-    const long steps = up(inner, SIDE) / SIDE;
-    for (long s = 0; s < steps; s++) between(s);
+inline void product(const float* a, const float* b, long inner, long stride, long rows, long columns, float* c, bool more,
+                    Between between) {
+    for (long s = 0; s < up(inner, SIDE) / SIDE; s++) between(s);
     for (long k = 0; k < inner; k += CHUNK * SIDE) {
         const long some = least(CHUNK * SIDE, inner - k);
         for (long column = 0; column < columns; column += PANEL) {
-            const float *left = a + k * SIDE, *panel = b + column * steps * SIDE + k * PANEL;
-            if (columns - column <= LANES) sums_of_rows<1>(left, panel, some, rows, c + column, k);
-            else sums_of_rows<VECTORS>(left, panel, some, rows, c + column, k);
+            const float *left = a + k * SIDE, *panel = b + column * stride + k * PANEL;
+            if (columns - column <= LANES) sums_of_rows<1>(left, panel, some, rows, c + column, more || k);
+            else sums_of_rows<VECTORS>(left, panel, some, rows, c + column, more || k);
         }
     }
 }
@@ -151,12 +155,16 @@ inline void pack_columns(const Number* from, long stride, long rows, long column
 // bfloat16: a panel is [K / 2, 16, 2], pairs of rows side by side.
 
 constexpr long PAIR_PANEL = 16, PAIR_STEP = SIDE * PAIR_PANEL;  // columns of a panel; its numbers in a step
+template <> constexpr long PANEL_COLUMNS<bf16> = PAIR_PANEL;
 #if defined(__AMX_BF16__)
 template <> constexpr long ROWS_TOGETHER<bf16> = 16;
 #endif
 
+// Of whole operands alone.
 template <class Between>
-inline void product(const bf16* a, const bf16* b, long inner, long rows, long, float* c, Between between) {
+inline void product(const bf16* a, const bf16* b, long inner, [[maybe_unused]] long stride, long rows, long, float* c,
+                    [[maybe_unused]] bool more, Between between) {
+    EXPECT(stride == up(inner, SIDE) && !more);
     const long steps = up(inner, SIDE) / SIDE;
     const bf16* second = b + steps * PAIR_STEP;
 #if defined(__AMX_BF16__)
@@ -247,7 +255,7 @@ inline void pack_columns(const bf16* from, long stride, long rows, long columns,
 
 template <class Operand>
 inline void product(const Operand* a, const Operand* b, long inner, long rows, long columns, float* c) {
-    product(a, b, inner, rows, columns, c, [](long) {});
+    product(a, b, inner, up(inner, SIDE), rows, columns, c, false, [](long) {});
 }
 
 // SIDE numbers

@@ -63,27 +63,37 @@ inline long rows_at_once(long rows, long width, long weights, long threads) {
     return up((rows + rounds * threads - 1) / (rounds * threads), together);
 }
 
-// a [rows, inputs] staged, packed [inputs, outputs]: calls epilogue(row, column, c) for each row and every 32nd column, with
-// c [32] of their product. The epilogue of a block runs on the vector units while tiles compute the next block.
+// a [rows, K] staged, packed [inputs, outputs], of which the K inputs from `first_input` on are multiplied: adds the product to
+// sums [rows, outputs] (blocks of [32, 32]; not read for the first input). With the last input calls epilogue(row, column, c)
+// for each row and every 32nd column, with c [32] of the sums. The epilogue of a block runs on the vector units while tiles
+// compute the next block. Without sums all inputs are multiplied at once.
 template <class Operand, class Epilogue>
-inline void products(const Operand* a, long rows, long inputs, const void* packed, long outputs, Epilogue epilogue) {
+inline void add_products(const Operand* a, long rows, long inner, const void* packed, long first_input, long inputs,
+                         long outputs, float* sums, Epilogue epilogue) {
     alignas(64) float memory[2][BLOCK];
-    const long steps = inputs / SIDE;
-    long row = 0, column = 0, count = 0;  // of the previous block; count: its rows
-    float *now = memory[0], *previous = memory[1];
+    const long steps = inner / SIDE;
+    const bool last = first_input + inner == inputs;
+    const float* previous = nullptr;
+    long row = 0, column = 0, count = 0, block = 0;  // of the previous block; count: its rows
     auto finish = [&](long from, long to) {
         for (long r = from; r < to; r++) epilogue(row + r, column, previous + r * SIDE);
     };
     for (long next = 0; next < outputs; next += SIDE)
-        for (long first = 0; first < rows; first += SIDE) {
+        for (long first = 0; first < rows; first += SIDE, block++) {
             const long some = least(SIDE, rows - first);
-            product(a + first * inputs, (const Operand*)packed + next * inputs, inputs, some, SIDE, now,
+            const Operand* panel = (const Operand*)packed + next * inputs + first_input * PANEL_COLUMNS<Operand>;
+            float* now = sums ? sums + block * BLOCK : memory[block % 2];
+            product(a + first * inner, panel, inner, inputs, some, SIDE, now, first_input,
                     [&](long s) { finish(count * s / steps, count * (s + 1) / steps); });
-            float* other = now;
-            now = previous, previous = other;
-            row = first, column = next, count = some;
+            previous = now, row = first, column = next, count = last ? some : 0;
         }
     finish(0, count);
+}
+
+// a [rows, inputs] staged, packed [inputs, outputs]: all of them at once.
+template <class Operand, class Epilogue>
+inline void products(const Operand* a, long rows, long inputs, const void* packed, long outputs, Epilogue epilogue) {
+    add_products(a, rows, inputs, packed, 0, inputs, outputs, nullptr, epilogue);
 }
 
 // c: LANES columns, from `column` on, of a row of the product -> (c + bias) * scale
@@ -140,49 +150,64 @@ void residual_linear(const Number* x, long rows, long inputs, const Linear* line
     linear_rows(x, rows, inputs, nullptr, *linear, outputs, residual, out, threads);
 }
 
-// a [rows, dim] staged -> h [rows, hidden] staged: activation(fc1(a))
+// a [rows, dim] staged -> h [rows, some] staged: numbers `first` .. of activation(fc1(a))
 template <class Number>
-void expand(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, Operand<Number>* h) {
-    products(a, rows, dim, mlp.fc1.packed, mlp.hidden, [&](long row, long column, const float* c) {
-        auto* to = h + staged_at(row, column, mlp.hidden);
-        const auto of = [&](long k) { return activated<Number>(mlp.activation, with_bias(mlp.fc1, c + k, column + k)); };
+void expand(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, long first, long some, Operand<Number>* h) {
+    products(a, rows, dim, (const Operand<Number>*)mlp.fc1.packed + first * dim, some, [&](long row, long column, const float* c) {
+        auto* to = h + staged_at(row, column, some);
+        const auto of = [&](long k) {
+            return activated<Number>(mlp.activation, with_bias(mlp.fc1, c + k, first + column + k));
+        };
         for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
     });
 }
 
 // The same where fc1 gives gates and values. A gate waits in h for its value, which comes later.
 template <class Number>
-void expand_gated(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, Operand<Number>* h) {
-    products(a, rows, dim, mlp.fc1.packed, 2 * mlp.hidden, [&](long row, long column, const float* c) {
+void expand_gated(const Mlp& mlp, const Operand<Number>* a, long rows, long dim, long first, long some, Operand<Number>* h) {
+    const auto* packed = (const Operand<Number>*)mlp.fc1.packed + 2 * first * dim;
+    products(a, rows, dim, packed, 2 * some, [&](long row, long column, const float* c) {
         const bool value = column / SIDE % 2;
-        auto* to = h + staged_at(row, column / SIDE / 2 * SIDE, mlp.hidden);
+        auto* to = h + staged_at(row, column / SIDE / 2 * SIDE, some);
         const auto of = [&](long k) {
-            const Vector y = with_bias(mlp.fc1, c + k, column + k);
+            const Vector y = with_bias(mlp.fc1, c + k, 2 * first + column + k);
             return value ? load(to + k) * y : activated<Number>(mlp.activation, y);
         };
         for (long k = 0; k < SIDE; k += PAIR) store(to + k, of(k), of(k + LANES));
     });
 }
 
+// Numbers of a hidden layer that are computed and multiplied at a time, so that many rows fit into the cache together. Products
+// of bfloat16 are too fast for sums that are added to in memory.
+template <class Operand> constexpr long HIDDEN_AT_ONCE = 12 * SIDE;
+template <> constexpr long HIDDEN_AT_ONCE<bf16> = INT64_MAX;
+
 template <class Number>
 void residual_mlp(const Number* x, long rows, long dim, const Mlp* mlp, Number* out, long threads) {
     const long hidden = mlp->hidden;
     EXPECT(rows >= 0 && threads >= 1 && dim > 0 && in_tiles(dim) && hidden > 0 && in_tiles(hidden));
     EXPECT(mlp->activation >= GELU && mlp->activation <= SILU);
-    static thread_local Buffer staged, middle;
-    const long size = rows_at_once<Operand<Number>>(rows, hidden, (mlp->gated ? 3 : 2) * dim * hidden, threads);
+    static thread_local Buffer staged, middle, sum_memory;
+    const long slice = mlp->fc2_norm.weight ? hidden : least(hidden, HIDDEN_AT_ONCE<Operand<Number>>);
+    const bool sliced = slice < hidden;
+    const long width = sliced ? slice + 2 * dim : hidden;  // with a slice the rows and their sums are kept
+    const long size = rows_at_once<Operand<Number>>(rows, width, (mlp->gated ? 3 : 2) * dim * hidden, threads);
     in_parallel(threads, (rows + size - 1) / size, [&](long task) {
         auto* a = staged.take<Operand<Number>>(up(size, SIDE) * dim);
-        auto* h = middle.take<Operand<Number>>(up(size, SIDE) * hidden);
+        auto* h = middle.take<Operand<Number>>(up(size, SIDE) * slice);
+        float* sums = sliced ? sum_memory.take<float>(up(size, SIDE) * dim) : nullptr;
         const long first = task * size, some = least(size, rows - first);
         stage_normed(x + first * dim, some, dim, mlp->norm, a);
-        if (mlp->gated) expand_gated<Number>(*mlp, a, some, dim, h);
-        else expand<Number>(*mlp, a, some, dim, h);
-        if (mlp->fc2_norm.weight) norm_staged(h, some, hidden, mlp->fc2_norm);
-        products(h, some, hidden, mlp->fc2.packed, dim, [&](long row, long column, const float* c) {
-            const long at = (first + row) * dim;
-            write(mlp->fc2, c, column, x + at, out + at);
-        });
+        for (long part = 0; part < hidden; part += slice) {
+            const long inner = least(slice, hidden - part);
+            if (mlp->gated) expand_gated<Number>(*mlp, a, some, dim, part, inner, h);
+            else expand<Number>(*mlp, a, some, dim, part, inner, h);
+            if (mlp->fc2_norm.weight) norm_staged(h, some, hidden, mlp->fc2_norm);
+            add_products(h, some, inner, mlp->fc2.packed, part, hidden, dim, sums, [&](long row, long column, const float* c) {
+                const long at = (first + row) * dim;
+                write(mlp->fc2, c, column, x + at, out + at);
+            });
+        }
     });
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,7 @@ SETTINGS = (
 """attributes of modules that change what they compute"""
 
 
-_is_training = attrgetter("training")
+_is_training = itemgetter("training")
 
 
 class Watch:
@@ -39,7 +39,7 @@ class Watch:
     def __init__(self, model: nn.Module):
         _, *self.modules = model.modules()  # without the model itself, so that what is kept of it can outlive it
         self.kinds, owners = [*map(type, self.modules)], [vars(part) for part in (model, *self.modules)]
-        self.root = owners[0]
+        self.attributes = owners
         self.part_dicts = [own[kind] for own in owners for kind in ("_modules", "_parameters") if own[kind]]
         self.parts = [*_values(self.part_dicts)]
         self.held = self.part_dicts + owners
@@ -68,7 +68,7 @@ class Watch:
     @property
     def training(self) -> bool:
         """Whether some module is in training mode."""
-        return self.root["training"] or any(map(_is_training, self.modules))
+        return any(map(_is_training, self.attributes))
 
 
 def _values(dicts: Iterable[dict]) -> Iterator[Any]:

@@ -150,8 +150,10 @@ class CompiledBlocks(CompiledDecisions):
     def fused(self, images: Tensor, request: FusedRequest) -> FusedOutput | None:
         backbone, end = self.backbone, 2 * self.backbone.depth - 2
         entry = self._entry(images)
-        grid = backbone.grid(*images.shape[2:])
-        places = backbone.whole_layout(images.new_empty(1, len(entry.start), 0), grid).places
+        places = None
+        if backbone.positional:
+            grid = backbone.grid(*images.shape[2:])
+            places = backbone.whole_layout(images.new_empty(1, len(entry.start), 0), grid).places
         angles = self._angles(places)
         classify = self.weights.head is not None and backbone.has_class_token and request.end == end and angles is None
         played = functions.fused_forward(self.weights, entry, classify, *request, angles=angles)

@@ -21,7 +21,7 @@ from tokengame.kernels.structs import BlockStruct, LinearStruct, MlpStruct, Norm
 from tokengame.kernels.widths import fits, slots_of, widened
 from tokengame.modules import Watch, global_hooks
 
-HASHED_PARTS = 32
+HASHED_PARTS = 64
 """parts of the weights, of which every call hashes another: some of all rows would take 5 % of an image's time"""
 _write_count = attrgetter("_version")
 
