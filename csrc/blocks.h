@@ -26,20 +26,25 @@ void project_attended(const Block& b, const Number* attended, long rows, const N
     linear_rows(attended, rows, b.inner(), norm, b.proj, b.dim, x, out, threads);
 }
 
-// Turns the first `turned` of the parts of x [rows, parts, heads, width] by their positions, which start at `position`.
+// Turns the first `turned` of the parts of x [rows, parts, heads, width] of block number `block` by the positions of its rows,
+// which are rows `first` .. of the batch.
 template <class Number>
-void rotate(const Block& b, const int64_t* position, const float* angles, long rows, long parts, long turned, Number* x) {
+void rotate(const Block& b, long block, const Rotary& rotary, long first, long rows, long parts, long turned, Number* x) {
+    const Angles& angles = rotary.angles;
     const long half = b.width / 2;
     for (long row = 0; row < rows; row++) {
-        if (position[row] < 0) continue;
-        const float *cosine = angles + position[row] * 2 * b.width, *sine = cosine + b.width;
+        const int64_t position = rotary.position[first + row];
+        if (position < 0) continue;
+        const float* turn = angles.at + block * angles.block + position * angles.position;
         Number* head = x + row * parts * b.inner();
-        for (long k = 0; k < turned * b.heads; k++, head += b.width)
+        for (long k = 0; k < turned * b.heads; k++, head += b.width) {
+            const float *cosine = turn + k % b.heads * angles.head, *sine = cosine + b.width;
             for (long d = 0; d < half; d += LANES) {
                 const Vector left = load(head + d), right = load(head + half + d);
                 store(head + d, left * load(cosine + d) - right * load(sine + d));
                 store(head + half + d, right * load(cosine + half + d) + left * load(sine + half + d));
             }
+        }
     }
 }
 
@@ -57,12 +62,33 @@ void mean_rows(const Number* x, long stride, long width, const int64_t* cu_seqle
     }
 }
 
-// rows [images, dim] -> query [images, heads, width] of block b; `normed`: whether the norm has run already.
+// x [rows, dim] -> query [images, heads, width] by which an image observes the attention of block number `block`: that of its
+// first row (class_query), or the mean of all its rows' queries. These are linear in normed rows unless they are turned.
 template <class Number>
-void queries_of(const Block& b, const Number* rows, long images, bool normed, Number* query, long threads) {
-    if (!normed) return normed_qkv(b, rows, images, 0, 1, query, threads);
+void observing_queries(const Block& b, long block, const Number* x, const int64_t* cu_seqlens, long images, bool class_query,
+                       const Rotary& rotary, Number* query, long threads) {
+    static thread_local Buffer row_memory, mean_memory, query_memory;
+    const long start = cu_seqlens[0], rows = cu_seqlens[images] - start, inner = b.inner();
+    Number* mean = mean_memory.take<Number>(images * b.dim);
+    if (class_query) {
+        for (long image = 0; image < images; image++)
+            std::memcpy(mean + image * b.dim, x + cu_seqlens[image] * b.dim, b.dim * sizeof(Number));
+        return normed_qkv<Number>(b, mean, images, 0, 1, query, threads);
+    }
+    Number* normed = row_memory.take<Number>(rows * b.dim);
+    norm_rows(x + start * b.dim, rows, b.dim, b.norm, normed, threads);
     const Linear part{b.qkv.packed, b.qkv.bias, nullptr};
-    linear_rows(rows, images, b.dim, nullptr, part, b.inner(), (const Number*)nullptr, query, threads);
+    const auto project = [&](const Number* from, long count, Number* to) {
+        linear_rows(from, count, b.dim, nullptr, part, inner, (const Number*)nullptr, to, threads);
+    };
+    if (rotary.angles.at) {
+        Number* queries = query_memory.take<Number>(rows * inner);
+        project(normed, rows, queries);
+        rotate(b, block, rotary, start, rows, 1, 1, queries);
+        return mean_rows(queries - start * inner, inner, inner, cu_seqlens, images, query);
+    }
+    mean_rows(normed - start * b.dim, b.dim, b.dim, cu_seqlens, images, mean);
+    project(mean, images, query);
 }
 
 // A group of consecutive images on its way through half-blocks first .. last - 1; see run_half_blocks. All arrays with a row
@@ -79,7 +105,7 @@ struct Group {
     void project(const Block& b, const Number* x, long begin, long count, long from, long to, Number* parts) const {
         parts += begin * (to - from) * b.inner();
         normed_qkv(b, x, count, from, to, parts, 1);
-        if (rotary.angles) rotate(b, rotary.position + begin, rotary.angles, count, to - from, least(to, 2L) - from, parts);
+        if (rotary.angles.at) rotate(b, &b - blocks, rotary, begin, count, to - from, least(to, 2L) - from, parts);
     }
 
     // Queries [.., heads, width] of such an attention, by row number.
@@ -122,9 +148,8 @@ struct Group {
 template <class Number>
 void run_group(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens, long images,
                const float* bias, const CachedKeysValues<Number>& cached, const ObservationRequest& request,
-               const Rotary& rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values,
+               const Rotary& rotary, bool class_query, Number* qkv, Number* attended, Number* out, Number* next_keys_values,
                Number* next_query, long threads) {
-    static thread_local Buffer first_memory;
     const bool cached_first = first < last && first % 2 == 0 && cached.keys;
     const Group<Number> group{blocks, first, last, cu_seqlens[0], rows, threads, cached_first, rotary,
                               qkv, attended, out, next_keys_values};
@@ -142,13 +167,8 @@ void run_group(const Block* blocks, long first, long last, const Number* x, long
                               cu_seqlens, cu_seqlens, images, b.heads, b.width, bias, b.scale, attended, threads);
         group.run_all_rows(half, true, x);
     }
-    if (next_query) {
-        const Block& b = blocks[last / 2];
-        Number* first_rows = first_memory.take<Number>(images * b.dim);
-        for (long image = 0; image < images; image++)
-            std::memcpy(first_rows + image * b.dim, x + cu_seqlens[image] * b.dim, b.dim * sizeof(Number));
-        normed_qkv<Number>(b, first_rows, images, 0, 1, next_query, threads);
-    }
+    if (next_query)
+        observing_queries(blocks[last / 2], last / 2, x, cu_seqlens, images, class_query, rotary, next_query, threads);
     if (request.batch_agents) {
         const Block& b = blocks[last / 2];
         const long inner = b.inner();
@@ -171,8 +191,8 @@ inline long groups_of(long rows, long images, long threads) {
 template <class Number>
 void run_half_blocks(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens,
                      long images, const float* bias, const CachedKeysValues<Number>* cached, const ObservationRequest* request,
-                     const Rotary* rotary, Number* qkv, Number* attended, Number* out, Number* next_keys_values,
-                     Number* next_query, long threads) {
+                     const Rotary* rotary, long class_query, Number* qkv, Number* attended, Number* out,
+                     Number* next_keys_values, Number* next_query, long threads) {
     EXPECT(threads >= 1 && rows >= 0 && 0 <= first && first <= last && are_packed(cu_seqlens, images, rows, 0));
     for ([[maybe_unused]] long half = first; half < last; half++) EXPECT(in_tiles(blocks[half / 2]));
     EXPECT(!cached->keys || (first % 2 == 0 && are_packed(cached->cu_seqlens, images, ANY_ROWS, 0)));
@@ -182,7 +202,7 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
     const Block& b = blocks[first / 2];
     const long groups = groups_of<Number>(rows, images, threads);
     if (groups == 1) {
-        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, *rotary, qkv, attended, out,
+        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, *rotary, class_query, qkv, attended, out,
                   next_keys_values, next_query, threads);
         return;
     }
@@ -197,7 +217,7 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
         }
         group_request.first_image = image;
         run_group(blocks, first, last, x, cu_seqlens[end] - cu_seqlens[image], cu_seqlens + image, end - image, bias,
-                  group_cached, group_request, *rotary, qkv, attended, out, next_keys_values,
+                  group_cached, group_request, *rotary, class_query, qkv, attended, out, next_keys_values,
                   next_query ? next_query + image * b.inner() : nullptr, 1);
     });
 }

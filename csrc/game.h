@@ -40,7 +40,6 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     const long threads, inner, columns;  // columns: features of an agent
     PackedRows<Number> now, spare;  // spare: receives the kept rows of a decision, then the two are swapped
     Number *qkv, *attended, *next_keys_values, *next_query;  // as in run_half_blocks
-    Number* normed;  // [rows, dim] of the models whose mean row observes; else null
     float *features, *logits;  // [agents, columns], [agents]
     uint8_t* keep;  // [agents]
 
@@ -100,20 +99,12 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     // Runs the half-blocks between the previous decision and the decision of this stage. Writes `features`.
     void run_to_decision(long stage, long images, const CachedKeysValues<Number>& cached) {
         const long first = stage ? 2 * game.stages[stage - 1] : 0, last = 2 * game.stages[stage], rows = now.cu_seqlens[images];
-        const Block& b = game.blocks[game.stages[stage]];
         const ObservationRequest request{now.position, game.dither, game.agents, game.prefix, features, nullptr,
                                          rows - game.prefix * images, 0};
-        const bool together = game.merges && game.class_query;  // what is observed is computed in the same call
         run_group<Number>(game.blocks, first, last, now.x, rows, now.cu_seqlens, images, stage && game.merges ? now.bias : nullptr,
-                          cached, together ? request : ObservationRequest{}, rotary(), qkv, attended, now.x,
-                          game.merges ? next_keys_values : nullptr, together ? next_query : nullptr, threads);
-        if (together) return;
-        if (!game.merges) return observe_past(images, request);
-        norm_rows(now.x, rows, b.dim, b.norm, normed, threads);  // the query is that of the mean of normed rows
-        Number* mean = attended;
-        mean_rows(normed, b.dim, b.dim, now.cu_seqlens, images, mean);
-        queries_of(b, mean, images, true, next_query, threads);
-        look(images, next_keys_values, 2 * inner, stage ? now.bias : nullptr, true, request);
+                          cached, game.merges ? request : ObservationRequest{}, rotary(), game.class_query, qkv, attended, now.x,
+                          game.merges ? next_keys_values : nullptr, game.merges ? next_query : nullptr, threads);
+        if (!game.merges) observe_past(images, request);
     }
 
     // What agents see of the attention that has just run, whose queries, keys and values are in `qkv`.
@@ -124,15 +115,10 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         } else {
             mean_rows(qkv, 3 * inner, inner, now.cu_seqlens, images, next_query);
         }
-        look(images, qkv + inner, 3 * inner, nullptr, false, request);
-    }
-
-    // Writes `features` of keys and values [rows, heads, width], the values behind the keys in each row, and `next_query`.
-    void look(long images, const Number* keys, long row, const float* bias, bool compare, const ObservationRequest& request) {
         const Block& b = *game.blocks;
-        observe<Number>(keys, row, b.width, keys + inner, row, b.width, b.heads, b.width, next_query, b.scale, now.cu_seqlens,
-                        images, request.prefix, bias, request.position, request.dither, request.total_agents, compare,
-                        request.features, nullptr, 0, 0, threads);
+        observe<Number>(qkv + inner, 3 * inner, b.width, qkv + 2 * inner, 3 * inner, b.width, b.heads, b.width, next_query, b.scale,
+                        now.cu_seqlens, images, request.prefix, nullptr, request.position, request.dither, request.total_agents,
+                        0, request.features, nullptr, 0, 0, threads);
     }
 
     // Decides, and removes the pruned tokens. When they are merged, returns the keys and values of all tokens before the
@@ -167,8 +153,8 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     const float* run_to_end(long images, const CachedKeysValues<Number>& cached) {
         const long count = game.stage_count, first = count ? 2 * game.stages[count - 1] : 0, rows = now.cu_seqlens[images];
         const float* bias = count && game.merges ? now.bias : nullptr;
-        run_group<Number>(game.blocks, first, game.end, now.x, rows, now.cu_seqlens, images, bias, cached, {}, rotary(), qkv,
-                          attended, now.x, nullptr, nullptr, threads);
+        run_group<Number>(game.blocks, first, game.end, now.x, rows, now.cu_seqlens, images, bias, cached, {}, rotary(),
+                          game.class_query, qkv, attended, now.x, nullptr, nullptr, threads);
         return bias;
     }
 
@@ -201,7 +187,6 @@ class Worker {  // runs groups of images, one after the other, in its own workin
           attended(arena.take<Number>(images * game.rows() * most(inner, game.dim()))),
           next_keys_values(arena.take<Number>(game.merges ? images * game.rows() * 2 * inner : 0)),
           next_query(arena.take<Number>(images * inner)),
-          normed(arena.take<Number>(game.merges && !game.class_query ? images * game.rows() * game.dim() : 0)),
           features(arena.take<float>(images * game.agents * columns)), logits(arena.take<float>(game.agents)),
           keep(arena.take<uint8_t>(images * game.agents)) {}
 

@@ -43,8 +43,8 @@ struct Linear {  // a linear layer
 // What an MLP does between its layers: GELU; x sigmoid(1.702 x); GELU by tanh; x sigmoid(x)
 enum Activation : long { GELU, QUICK_GELU, TANH_GELU, SILU };
 
-struct Mlp {  // norm, fc1, activation, fc2_norm, fc2; fc2_norm has no weight where there is none
-    Norm norm, fc2_norm;
+struct Mlp {  // norm, fc1_norm, fc1, activation, fc2_norm, fc2; the norms of layers have no weight where there is none
+    Norm norm, fc1_norm, fc2_norm;
     Linear fc1, fc2;
     long hidden, activation;
     long gated;  // whether fc1 gives gates and values, 32 of each in turn: the hidden layer is activation(gate) * value
@@ -77,9 +77,15 @@ struct ObservationRequest {  // what `observe` needs and writes after a run of h
     long batch_agents, first_image;  // agents of the whole batch; index of the first image in the batch
 };
 
-struct Rotary {  // positions by which queries and keys are turned; angles is null where they are not
+struct Angles {  // by which queries and keys are turned; `at` is null where they are not
+    // [blocks, positions, heads, 2, width]: cosines, then sines, of the numbers of a head; d turns with d +- width / 2
+    const float* at;
+    long block, position, head;  // strides; 0 of what all blocks or all heads share
+};
+
+struct Rotary {
     const int64_t* position;  // [rows], -1 for prefix tokens, which are not turned
-    const float* angles;  // [positions, 2, width]: cosines, then sines, of the numbers of a head; d turns with d +- width / 2
+    Angles angles;
 };
 
 template <class Number>
@@ -98,7 +104,7 @@ struct FusedGame {  // a model, and a game whose policy is linear in the feature
     const float *linear, *dither;  // [stage_count, heads + EXTRA_FEATURES + 1], the last number is a bias; [agents]
     const float* thresholds;  // [stage_count, images]: tokens with a higher logit are kept, or else the one with the highest
     const float* shares;  // [stage_count] or null: logits are taken relative to that of the last token in this share of them
-    const float* angles;  // see `Rotary`, or null
+    Angles angles;
 
     long rows() const { return prefix + agents; }
     long dim() const { return blocks->dim; }
@@ -171,15 +177,16 @@ struct Table {
 
     // x [rows, dim] -> out [rows, dim]: half-blocks first .. last - 1; 2 i is the attention of block i, 2 i + 1 its MLP.
     // If there are cached keys and values, half-block `first` is an attention and its queries attend to them.
-    // With `rotary` queries and keys are turned; next_query is not: an image's first row is then a prefix token.
+    // With `rotary` queries and keys are turned.
     // Optional results, null if not wanted, of the attention of half-block `last`: next_keys_values [rows, 2, heads, width],
-    // next_query [images, heads, width] of the first row of each image, and from both of them what `request` wants.
+    // next_query [images, heads, width] of the first row of each image (class_query) or the mean of all rows, and from both of
+    // them what `request` wants.
     // qkv [rows, 3, heads, width] holds queries, keys and values of the last attention afterwards, unless it was a cached one.
     // attended [rows, heads * width] is working memory. out may be x.
     int (*run_half_blocks)(const Block* blocks, long first, long last, const Number* x, long rows, const int64_t* cu_seqlens,
                            long images, const float* bias, const CachedKeysValues<Number>* cached,
-                           const ObservationRequest* request, const Rotary* rotary, Number* qkv, Number* attended, Number* out,
-                           Number* next_keys_values, Number* next_query, long threads);
+                           const ObservationRequest* request, const Rotary* rotary, long class_query, Number* qkv,
+                           Number* attended, Number* out, Number* next_keys_values, Number* next_query, long threads);
 
     // x [rows, dim] -> out [images * prefix, dim]: the last block, for the prefix tokens only. qkv [3 * heads * width, dim] is
     // the weight of its first layer, not packed; normed [rows, dim] is working memory.

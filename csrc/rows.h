@@ -198,6 +198,7 @@ void residual_mlp(const Number* x, long rows, long dim, const Mlp* mlp, Number* 
         float* sums = sliced ? sum_memory.take<float>(up(size, SIDE) * dim) : nullptr;
         const long first = task * size, some = least(size, rows - first);
         stage_normed(x + first * dim, some, dim, mlp->norm, a);
+        if (mlp->fc1_norm.weight) norm_staged(a, some, dim, mlp->fc1_norm);
         for (long part = 0; part < hidden; part += slice) {
             const long inner = least(slice, hidden - part);
             if (mlp->gated) expand_gated<Number>(*mlp, a, some, dim, part, inner, h);

@@ -26,7 +26,8 @@ from tokengame.errors import TokenGameError
 from tokengame.game import TokenGame
 from tokengame.game.testing import Scripted, check_contract, masked_features, merged_by_loops, played_features
 from tokengame.packed.attention import unfused_attention
-from tokengame.runtime import prune, prune_by
+from tokengame.policies.networks import START, ContextActor
+from tokengame.runtime import cascade, fused, prune, prune_by
 from tokengame.runtime.macs import native_macs, pruned_macs
 
 SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
@@ -233,16 +234,12 @@ def test_compiled_attention_with_rotary_positions():
 ONE_CALL = [
     "dinov3", "dinov3, class token", "perception encoder", "perception encoder, language", "rope", "mrope",
     "eva, pooled by attention", "any size", "eva02", "eva02 small", "eva02 clip", "naflex", "naflex, attention pool",
-    "naflex, factorised", "naflex, radio",
+    "naflex, factorised", "naflex, radio", "eva without class token", "rope of each block", "rope, registers",
+    "conv stem",
 ]  # fmt: skip
-STEP_BY_STEP = [
-    "eva without class token",
-    "rope of each block",
-    "rope, registers",
-    "sapiens2",
-    "beit",
-    "relpos",
-]
+STEP_BY_STEP = ["sapiens2", "beit", "relpos"]
+ROTATED = ["rope", "rope of each block", "eva without class token"]
+"""positions of all blocks and of each, with and without a class token"""
 
 
 def wide(key, monkeypatch, dim=64, heads=2):
@@ -269,6 +266,22 @@ def test_a_whole_game_is_one_call_and_the_game_step_by_step(key, heads, monkeypa
     assert torch.equal(found.alive, slow.alive)
     assert distance(found.logits, slow.logits) < 1e-5
     assert distance(in_steps, slow.logits) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("key", ROTATED)
+@torch.inference_mode()
+def test_a_game_that_drops_rotated_tokens_is_one_call(key, monkeypatch):
+    model, images = wide(key, monkeypatch)
+    game = TokenGame(wrap(model), GameConfig(stages=(1, 2), transition="drop"))
+    actor = ContextActor(game.backbone.heads, 2, START["drop"]).requires_grad_(False)
+    with kernels.disabled():
+        slow = cascade.step_by_step(game, game.backend_for(images), images, actor, 0.0, False)
+    found = fused.forward(game, game.backend_for(images), images, actor, 0.0, False)
+    assert 0 < slow.alive.float().mean() < 1
+    assert torch.equal(found.alive, slow.alive)
+    assert distance(found.logits, slow.logits) < 1e-5
 
 
 @needs_kernels

@@ -167,8 +167,10 @@ class Backbone(ABC):
         return None
 
     def rotary_table(self, _places: Places) -> Tensor | None:
-        """[N, 2, D] float32, contiguous: cosines and sines of the places of the grid, in the order of `plain_weights`,
-        where number d of a head turns with d +- D / 2. None where nothing is turned."""
+        """[1 or depth, N, 1 or H, 2, D] float32, contiguous: cosines and sines of the places of the grid.
+
+        Numbers of a head are in the order of `plain_weights`, where d turns with d +- D / 2. None: nothing is turned.
+        """
         return None
 
     def plain_weights(self) -> ModelWeights | None:

@@ -196,7 +196,7 @@ class HuggingFaceViT(Backbone):
         if not self.positional:
             return None
         cos, sin = self._angles(places.grid, self._convolution.weight)
-        return torch.stack([cos[1:], sin[1:]], 1).float()
+        return torch.stack([cos[1:], sin[1:]], 1).float()[None, :, None].contiguous()
 
     def add_attention(self, block: int, x: Tensor, attended: Tensor, layout: RaggedLayout) -> Tensor:
         return x + self._dropped(block, self._scaled(block, 0, self._output(block)(attended)), layout)

@@ -83,14 +83,11 @@ class TimmEva(RotaryBackbone):
         return super().rotary_embedding(grid)
 
     def plain_weights(self) -> ModelWeights | None:
-        rotary = self.positional
-        if rotary and (not self.has_class_token or self.rotary_embedding(self.grid(*self.input_size)).ndim > 2):
-            return None
         if not all(is_plain_block(block) for block in self.blocks):
             return None
         if len({block.attn.rotate_half for block in self.blocks}) > 1:
             return None
-        order = self._order if rotary else None
+        order = self._order if self.positional else None
         return ModelWeights([block_weights(block, order) for block in self.blocks], None, None)
 
     @property
@@ -103,8 +100,8 @@ class TimmEva(RotaryBackbone):
     def rotary_table(self, places: Places) -> Tensor | None:
         if places.angles is None:
             return None
-        sin, cos = places.angles[0, 1:, 0].chunk(2, -1)
-        table, order = torch.stack([cos, sin], 1).float(), self._order
+        sin, cos = places.angles[:, 1:].chunk(2, -1)
+        table, order = torch.stack([cos, sin], 3).float(), self._order
         return table if order is None else table[..., order].contiguous()
 
     def position(self, images: Tensor) -> Tensor:

@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Block
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
 from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, NormWeights
+
+
+FIRST_LAYERS = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x"), GeGluMlp: ("w0", "w1")}
+"""by the exact type of an MLP that the kernels compute: what gives its hidden layer, or gates and values"""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class MlpWeights:
 
     fc1: LinearWeights
     fc2: LinearWeights
+    fc1_norm: NormWeights | None
     fc2_norm: NormWeights | None
     activation: Activation
     gated: bool
@@ -27,19 +33,23 @@ class MlpWeights:
 
 def is_plain_mlp(mlp: Any) -> bool:
     """Whether an MLP is one of timm's that the kernels compute, by exact type."""
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+    if type(mlp) not in FIRST_LAYERS:
         return False
     return (
         activation_of(mlp.act) is not None
         and is_none_or_plain(mlp.norm)
-        and all(type(layer) is nn.Linear for layer in (*_first(mlp), mlp.fc2))
+        and all(type(layer) is nn.Linear for layer in (*_first(mlp), _last(mlp)))
         and all(type(drop) in INACTIVE for drop in (mlp.drop1, mlp.drop2))
     )
 
 
 def _first(mlp: Any) -> list[Any]:
     """The layers of gates and of values, or the one that gives both."""
-    return [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+    return [getattr(mlp, name) for name in FIRST_LAYERS[type(mlp)]]
+
+
+def _last(mlp: Any) -> Any:
+    return mlp.w2 if type(mlp) is GeGluMlp else mlp.fc2
 
 
 def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights:
@@ -51,11 +61,12 @@ def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights:
     """
     activation = activation_of(mlp.act)
     assert activation is not None
-    fc1 = joined(_first(mlp)) if type(mlp) is SwiGLU else LinearWeights(mlp.fc1.weight, mlp.fc1.bias)
+    fc1 = joined(_first(mlp))
     if type(mlp) is GluMlp and mlp.gate_last:
         fc1 = _gates_first(fc1)
-    fc2 = LinearWeights(mlp.fc2.weight, mlp.fc2.bias, scale)
-    return MlpWeights(fc1, fc2, none_or_norm(mlp.norm), activation, type(mlp) is not Mlp)
+    fc2, norm = LinearWeights(_last(mlp).weight, _last(mlp).bias, scale), none_or_norm(mlp.norm)
+    norms = (norm, None) if type(mlp) is GeGluMlp else (None, norm)  # of its first layer, or of its last
+    return MlpWeights(fc1, fc2, *norms, activation, type(mlp) is not Mlp)
 
 
 def _gates_first(layer: LinearWeights) -> LinearWeights:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -115,19 +114,14 @@ class CompiledBlocks(CompiledDecisions):
         self, first: int, last: int, x: Tensor, layout: RaggedLayout, bias: Tensor | None = None,
         cached: CachedKeysValues | None = None, request: ObservationRequest | None = None,
     ) -> Stretch:  # fmt: skip
-        block, class_query = last // 2, request is not None and self.backbone.has_class_token
-        angles = self._angles(layout.places)
+        angles, class_query = self._angles(layout.places), self.backbone.has_class_token
         ran = functions.run_half_blocks(
             self.weights.blocks, first, last, x, layout, bias, cached, request, class_query, angles
         )
         if request is None or ran.next_keys_values is None:
             return Stretch(ran.x, ran.qkv)
-        if ran.next_query is None:
-            heads = self.backbone.next_heads(block, ran.x, layout, ran.next_keys_values)
-            heads = replace(heads, query=self.weights.widened(heads.query))
-        else:
-            keys, values = ran.next_keys_values.unbind(1)
-            heads = Heads(ran.next_query, keys, values, self.backbone.scale)
+        assert ran.next_query is not None
+        heads = Heads(ran.next_query, *ran.next_keys_values.unbind(1), self.backbone.scale)
         observed = ran.observed if ran.observed is not None else self.observe(heads, layout, bias, request)
         return Stretch(ran.x, ran.qkv, heads, observed)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokengame.kernels.library import call
 from tokengame.kernels.structs import (
+    AnglesStruct,
     CachedKeysValuesStruct,
     FusedGameStruct,
     FusedResultsStruct,
@@ -43,7 +44,7 @@ class HalfBlocks(NamedTuple):
     next_keys_values: Tensor | None
     """[M, 2, H, D] of the attention that comes next, where it was requested"""
     next_query: Tensor | None
-    """[B, H, D] query of each image's first row in it"""
+    """[B, H, D] query of each image's first row in it, or the mean of all rows' queries"""
     observed: Observed | None = None
     """what agents observe of it"""
 
@@ -63,7 +64,7 @@ def run_half_blocks(
         bias: [M] added to the attention logits of each key, or None.
         cached: what the first half, an attention, reads in place of the rows' own keys and values.
         request: for keys and values of the next attention, and for observations.
-        class_query: whether each image's first row gives the query of the observations; without it there are none.
+        class_query: whether each image's first row gives the query of the observations, not the mean of all rows.
         angles: of rotary positions, as `Backbone.rotary_table`; `layout` then says where its rows come from.
     """
     heads, width = blocks[0].heads, blocks[0].width
@@ -71,14 +72,14 @@ def run_half_blocks(
     out = x.new_empty(x.shape) if first < last else x
     qkv, attended = x.new_empty(rows, 3, heads, width), x.new_empty(rows, max(heads * width, x.shape[1]))
     keys_values = x.new_empty(rows, 2, heads, width) if request else None
-    query = x.new_empty(layout.images, heads, width) if class_query else None
+    query = x.new_empty(layout.images, heads, width) if request else None
     observation, observed = ObservationRequestStruct(), None
-    if request is not None and class_query and request.features:
+    if request is not None and request.features:
         observation, observed = _observation(request, heads)
     (struct, kept_alive), rotary = _cached(cached), _rotary(layout, angles)
     call("run_half_blocks", x.dtype, ctypes.addressof(blocks), first, last, x, rows, layout.cu_seqlens, layout.images,
          _floats(bias), ctypes.addressof(struct), ctypes.addressof(observation),
-         ctypes.addressof(rotary), qkv, attended, out, keys_values, query,
+         ctypes.addressof(rotary), class_query, qkv, attended, out, keys_values, query,
          torch.get_num_threads())  # fmt: skip
     del kept_alive
     among_rows = any(half % 2 == 0 for half in range(first + (cached is not None), last))
@@ -100,7 +101,7 @@ def _rotary(layout: RaggedLayout, angles: Tensor | None) -> RotaryStruct:
     if angles is None:
         return RotaryStruct()
     assert layout.places is not None
-    return RotaryStruct(layout.places.position.data_ptr(), angles.data_ptr())
+    return RotaryStruct(layout.places.position.data_ptr(), AnglesStruct.of(angles))
 
 
 def _observation(request: ObservationRequest, heads: int) -> tuple[ObservationRequestStruct, Observed]:
@@ -290,7 +291,7 @@ def fused_forward(
         ctypes.addressof(weights.blocks), len(weights.blocks), patches, head, norm, start.data_ptr(),
         weights.last_qkv.data_ptr(), *shape, entry.patch, prefix, rows - prefix, classes, merges, entry.class_query,
         end, blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (shares, angles)),
+        0 if shares is None else shares.data_ptr(), AnglesStruct.of(angles),
     )  # fmt: skip
     logits = images.new_empty(number, classes) if classify else None
     tokens = images.new_empty(number, *start.shape) if tokens_before else None

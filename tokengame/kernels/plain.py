@@ -53,6 +53,8 @@ class BlockWeights:
     """whether `fc1` gives gates, then as many values; the hidden layer is activation(gate) * value"""
     proj_norm: NormWeights | None = None
     """before `proj`"""
+    fc1_norm: NormWeights | None = None
+    """before `fc1`, after `norm2`"""
     fc2_norm: NormWeights | None = None
     """before `fc2`"""
 

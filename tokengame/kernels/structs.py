@@ -30,7 +30,7 @@ class MlpStruct(ctypes.Structure):
     """Mlp in csrc/interface.h: the norm of a block's MLP, and the MLP."""
 
     _fields_ = (
-        *[(name, NormStruct) for name in ("norm", "fc2_norm")],
+        *[(name, NormStruct) for name in ("norm", "fc1_norm", "fc2_norm")],
         *[(name, LinearStruct) for name in ("fc1", "fc2")],
         *[(name, ctypes.c_long) for name in ("hidden", "activation", "gated")],
     )
@@ -89,10 +89,24 @@ class ObservationRequestStruct(ctypes.Structure):
     )
 
 
+class AnglesStruct(ctypes.Structure):
+    """Angles in csrc/interface.h."""
+
+    _fields_ = (("at", ctypes.c_void_p), *[(name, ctypes.c_long) for name in ("block", "position", "head")])
+
+    @classmethod
+    def of(cls, angles: Tensor | None) -> AnglesStruct:
+        """Of a table as `Backbone.rotary_table`, contiguous."""
+        if angles is None:
+            return cls()
+        block, position, head = (0 if size == 1 else step for size, step in zip(angles.shape, angles.stride()[:3]))
+        return cls(angles.data_ptr(), block, position, head)
+
+
 class RotaryStruct(ctypes.Structure):
     """Rotary in csrc/interface.h."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("position", "angles"))
+    _fields_ = (("position", ctypes.c_void_p), ("angles", AnglesStruct))
 
 
 class FusedGameStruct(ctypes.Structure):
@@ -108,7 +122,8 @@ class FusedGameStruct(ctypes.Structure):
         *[(name, ctypes.c_long) for name in ("merges", "class_query", "end")],
         ("stages", ctypes.c_void_p),
         ("stage_count", ctypes.c_long),
-        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares", "angles")],
+        *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares")],
+        ("angles", AnglesStruct),
     )
 
 
@@ -128,7 +143,7 @@ SIGNATURES = {
     "class_attention": "pllllpdplppl",
     "observe": "pllpllllpdpllpppllpplll",
     "absorb": "pllllplpppppllppppl",
-    "run_half_blocks": "pllplplpppppppppl",
+    "run_half_blocks": "pllplplpppplpppppl",
     "last_block": "ppplpllpppl",
     "fused_workspace": "pll",
     "fused_forward": "pplppl",
@@ -152,7 +167,7 @@ class TableStruct(ctypes.Structure):
 
 
 STRUCTS = (
-    NormStruct, LinearStruct, MlpStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, RotaryStruct,
-    FusedGameStruct, FusedResultsStruct, TableStruct,
+    NormStruct, LinearStruct, MlpStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, AnglesStruct,
+    RotaryStruct, FusedGameStruct, FusedResultsStruct, TableStruct,
 )  # fmt: skip
 """in the order of struct_bytes in csrc/processor.cpp"""

@@ -173,7 +173,7 @@ def _linear(layer: LinearWeights, tensors: list[Tensor]) -> LinearStruct:
 def _block(block: BlockWeights, tensors: list[Tensor]) -> BlockStruct:
     norms = [
         NormStruct() if norm is None else _norm(norm, tensors)
-        for norm in (block.norm1, block.proj_norm, block.norm2, block.fc2_norm)
+        for norm in (block.norm1, block.proj_norm, block.norm2, block.fc1_norm, block.fc2_norm)
     ]
     linears = [_linear(layer, tensors) for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
     hidden, activation = block.fc2.weight.shape[1], get_args(Activation).index(block.activation)

@@ -55,7 +55,7 @@ def _is_whole(block: BlockWeights) -> bool:
     dim, inner, hidden = len(block.norm1.weight), block.heads * block.head_dim, block.fc2.weight.shape[1]
     layers = (block.qkv, block.proj, block.fc1, block.fc2)
     shapes = (3 * inner, dim), (dim, inner), (hidden * (2 if block.gated else 1), dim), (dim, hidden)
-    norms = (block.norm2, dim), (block.proj_norm, inner), (block.fc2_norm, hidden)
+    norms = (block.norm2, dim), (block.proj_norm, inner), (block.fc1_norm, dim), (block.fc2_norm, hidden)
     return all(tuple(layer.weight.shape) == shape for layer, shape in zip(layers, shapes, strict=True)) and all(
         norm is None or len(norm.weight) == width for norm, width in norms
     )
