@@ -202,8 +202,8 @@ void run_half_blocks(const Block* blocks, long first, long last, const Number* x
     const Block& b = blocks[first / 2];
     const long groups = groups_of<Number>(rows, images, threads);
     if (groups == 1) {
-        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, *rotary, class_query, qkv, attended, out,
-                  next_keys_values, next_query, threads);
+        run_group(blocks, first, last, x, rows, cu_seqlens, images, bias, *cached, *request, *rotary, class_query, qkv, attended,
+                  out, next_keys_values, next_query, threads);
         return;
     }
     in_parallel(threads, groups, [&](long group) {

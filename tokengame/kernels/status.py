@@ -20,7 +20,7 @@ STEP_BY_STEP = (
     "training, which draws its actions",
     "policies that are not linear in what they observe (the paper's actor)",
     "games that drop tokens before the first block",
-    "rotary positions that differ from block to block, or without a class token",
+    "rotary positions of a NaFlexViT",
     "blocks with relative positions, normed queries and keys, norms after, or hooks",
 )
 """what the compiled kernels do not run as one call from pixels to the last decision"""
