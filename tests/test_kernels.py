@@ -262,7 +262,8 @@ def test_activations_far_from_zero_too(dtype):
         for bias in values:  # the norm gives zeros, so the bias is what the activation gets
             layers = [pack(LinearWeights(same.to(dtype), b.to(dtype))) for b in (bias, none)]
             x, out = torch.zeros(1, 32, dtype=dtype), torch.empty(1, 32, dtype=dtype)
-            mlp = structs.MlpStruct(norm, structs.NormStruct(), *[layer.struct for layer in layers], 32, number)
+            fc1, fc2 = (layer.struct for layer in layers)
+            mlp = structs.MlpStruct(norm=norm, fc1=fc1, fc2=fc2, hidden=32, activation=number)
             library.call("residual_mlp", dtype, x, 1, 32, ctypes.addressof(mlp), out, 1)
             found.append(out[0])
         inputs = values.to(dtype).double()
