@@ -34,7 +34,7 @@ REQUEST, CACHED, ROTARY = ObservationRequestStruct(), CachedKeysValuesStruct(), 
 
 def half_blocks(first, last, rows, cu_seqlens, images, block=BLOCK):
     structs = ctypes.addressof(CACHED), ctypes.addressof(REQUEST), ctypes.addressof(ROTARY)
-    return ctypes.addressof(block), first, last, None, rows, cu_seqlens, images, None, *structs, *[None] * 5, 1
+    return ctypes.addressof(block), first, last, None, rows, cu_seqlens, images, None, *structs, 1, *[None] * 5, 1
 
 
 def class_attention(cu_seqlens, heads=2, width=32):
