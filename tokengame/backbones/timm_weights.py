@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tokengame.backbones.parts import INACTIVE, activation_of, is_plain_norm, joined, norm_weights
 from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, NormWeights
 
-
 FIRST_LAYERS = {Mlp: ("fc1",), GluMlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x"), GeGluMlp: ("w0", "w1")}
 """by the exact type of an MLP that the kernels compute: what gives its hidden layer, or gates and values"""
 
@@ -65,8 +64,8 @@ def mlp_weights(mlp: Any, scale: Tensor | None) -> MlpWeights:
     if type(mlp) is GluMlp and mlp.gate_last:
         fc1 = _gates_first(fc1)
     fc2, norm = LinearWeights(_last(mlp).weight, _last(mlp).bias, scale), none_or_norm(mlp.norm)
-    norms = (norm, None) if type(mlp) is GeGluMlp else (None, norm)  # of its first layer, or of its last
-    return MlpWeights(fc1, fc2, *norms, activation, type(mlp) is not Mlp)
+    first, last = (norm, None) if type(mlp) is GeGluMlp else (None, norm)  # before which layer it is
+    return MlpWeights(fc1, fc2, first, last, activation, type(mlp) is not Mlp)
 
 
 def _gates_first(layer: LinearWeights) -> LinearWeights:

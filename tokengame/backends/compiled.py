@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,7 +120,8 @@ class CompiledBlocks(CompiledDecisions):
         if request is None or ran.next_keys_values is None:
             return Stretch(ran.x, ran.qkv)
         assert ran.next_query is not None
-        heads = Heads(ran.next_query, *ran.next_keys_values.unbind(1), self.backbone.scale)
+        keys, values = ran.next_keys_values.unbind(1)
+        heads = Heads(ran.next_query, keys, values, self.backbone.scale)
         observed = ran.observed if ran.observed is not None else self.observe(heads, layout, bias, request)
         return Stretch(ran.x, ran.qkv, heads, observed)
 

@@ -99,8 +99,8 @@ class AnglesStruct(ctypes.Structure):
         """Of a table as `Backbone.rotary_table`, contiguous."""
         if angles is None:
             return cls()
-        block, position, head = (0 if size == 1 else step for size, step in zip(angles.shape, angles.stride()[:3]))
-        return cls(angles.data_ptr(), block, position, head)
+        steps = [0 if size == 1 else step for size, step in zip(angles.shape, angles.stride(), strict=True)]
+        return cls(angles.data_ptr(), *steps[:3])
 
 
 class RotaryStruct(ctypes.Structure):
