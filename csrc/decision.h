@@ -2,6 +2,8 @@
 // each pruned token.
 #pragma once
 
+#include <utility>
+
 #include "attention.h"
 
 namespace tokengame::INSTRUCTIONS {
@@ -157,6 +159,42 @@ void similarities(const Heads<Number>& h, long first, long n, const float* atten
             leader[(row + r) * columns] = most(column_leader[row + r], highest(row_leader[r]));
         }
     }
+}
+
+// x [agents, dim], position [agents] -> keep logits [agents] by an actor that reads tokens and their ids.
+template <class Number>
+void act_on(const Actor& actor, const Number* x, const int64_t* position, long agents, float* logits) {
+    static thread_local Buffer memories[2];
+    long widest = 0;
+    for (long i = 0; i <= actor.count; i++) widest = most<long>(widest, actor.widths[i]);
+    float *from = memories[0].take<float>(up(agents, SIDE) * widest), *to = memories[1].take<float>(up(agents, SIDE) * widest);
+    const long dim = actor.widths[0];
+    for (long a = 0; a < agents; a += SIDE) stage(x + a * dim, dim, least(SIDE, agents - a), dim, from + a * dim);
+    for (long i = 0; i < actor.count; i++, std::swap(from, to)) {
+        const Linear& layer = actor.layers[i];
+        const long outputs = actor.widths[i + 1];
+        products(from, agents, actor.widths[i], layer.packed, outputs, [&](long row, long column, const float* c) {
+            if (i + 1 == actor.count) {
+                logits[row] = c[1] + layer.bias[1] - (c[0] + layer.bias[0]);
+                return;
+            }
+            const float* identity = i ? nullptr : actor.identity + position[row] * outputs + column;
+            for (long k = 0; k < SIDE; k += LANES) {
+                const Vector y = with_bias(layer, c + k, column + k);
+                store(to + staged_at(row, column, outputs) + k, tanh<float>(identity ? y + load(identity + k) : y));
+            }
+        });
+    }
+}
+
+// The same by several threads.
+template <class Number>
+void act(const Actor& actor, const Number* x, const int64_t* position, long agents, float* logits, long threads) {
+    const long size = up((agents + threads - 1) / threads, ROWS_TOGETHER<float>);
+    in_parallel(threads, (agents + size - 1) / size, [&](long task) {
+        const long first = task * size;
+        act_on(actor, x + first * actor.widths[0], position + first, least(size, agents - first), logits + first);
+    });
 }
 
 template <class Number>

@@ -43,16 +43,15 @@ class Worker {  // runs groups of images, one after the other, in its own workin
     float *features, *logits;  // [agents, columns], [agents]
     uint8_t* keep;  // [agents]
 
-    // features [agents, columns] of an image, policy [columns + 1] -> `logits` [agents]. Returns the agent with the highest.
-    long judge(const float* policy, const float* features, long agents) const {
-        long best = 0;
+    bool observes() const { return !game.actor.layers; }  // whether the policy reads features
+
+    // features [agents, columns] of an image, policy [columns + 1] -> `logits` [agents].
+    void judge(const float* policy, const float* features, long agents) const {
         for (long a = 0; a < agents; a++, features += columns) {
             float logit = policy[columns];
             for (long c = 0; c < columns; c++) logit += policy[c] * features[c];
             logits[a] = logit;
-            if (logit > logits[best]) best = a;
         }
-        return best;
     }
 
     // Makes `logits` [agents] relative to that of the last of the best ones that make up `share` of them: above 0 within.
@@ -71,10 +70,12 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         }
     }
 
-    // Decides on the agents of an image -> keep [agents]; if none is kept, the one with the highest logit is. Returns how many
-    // are kept.
-    long decide(long stage, float threshold, const float* features, long agents, uint8_t* keep) const {
-        const long best = judge(game.linear + stage * (columns + 1), features, agents);
+    // Decides on the agents of an image, rows row .. row + agents - 1 -> keep [agents]; if none is kept, the one with the
+    // highest logit is. Returns how many are kept.
+    long decide(long stage, float threshold, long row, const float* features, long agents, uint8_t* keep) const {
+        if (observes()) judge(game.linear + stage * (columns + 1), features, agents);
+        else act(game.actor, now.x + row * game.dim(), now.position + row, agents, logits, threads);
+        const long best = std::max_element(logits, logits + agents) - logits;
         if (game.shares) relate(game.shares[stage], agents);
         long kept = 0;
         for (long a = 0; a < agents; a++) kept += keep[a] = logits[a] > threshold;
@@ -96,15 +97,18 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         for (long row = 0; row < images * game.rows(); row++) now.position[row] = most(-1L, row % game.rows() - game.prefix);
     }
 
-    // Runs the half-blocks between the previous decision and the decision of this stage. Writes `features`.
+    // Runs the half-blocks between the previous decision and the decision of this stage. Writes `features`, if they are read.
     void run_to_decision(long stage, long images, const CachedKeysValues<Number>& cached) {
         const long first = stage ? 2 * game.stages[stage - 1] : 0, last = 2 * game.stages[stage], rows = now.cu_seqlens[images];
-        const ObservationRequest request{now.position, game.dither, game.agents, game.prefix, features, nullptr,
-                                         rows - game.prefix * images, 0};
+        const long agents = rows - game.prefix * images;
+        const ObservationRequest request{now.position, game.dither, game.agents, game.prefix, features, nullptr, agents, 0};
+        const bool ahead = game.merges && observes();  // of the attention that comes next
         run_group<Number>(game.blocks, first, last, now.x, rows, now.cu_seqlens, images, stage && game.merges ? now.bias : nullptr,
-                          cached, game.merges ? request : ObservationRequest{}, rotary(), game.class_query, qkv, attended, now.x,
-                          game.merges ? next_keys_values : nullptr, game.merges ? next_query : nullptr, threads);
-        if (!game.merges) observe_past(images, request);
+                          cached, ahead ? request : ObservationRequest{}, rotary(), game.class_query, qkv, attended, now.x,
+                          game.merges ? next_keys_values : nullptr, ahead ? next_query : nullptr, threads);
+        if (game.merges || !observes()) return;
+        if (last) observe_past(images, request);
+        else std::fill(features, features + agents * columns, 0.f);  // no attention has run
     }
 
     // What agents see of the attention that has just run, whose queries, keys and values are in `qkv`.
@@ -128,9 +132,9 @@ class Worker {  // runs groups of images, one after the other, in its own workin
         const float* sizes = stage ? now.size : nullptr;
         spare.cu_seqlens[0] = 0;
         for (long image = 0; image < images; image++) {
-            const long first = now.cu_seqlens[image] - image * game.prefix;
-            const long agents = now.cu_seqlens[image + 1] - now.cu_seqlens[image] - game.prefix;
-            kept[image] = decide(stage, thresholds[image], features + first * columns, agents, keep + first);
+            const long row = now.cu_seqlens[image] + game.prefix, first = row - (image + 1) * game.prefix;
+            const long agents = now.cu_seqlens[image + 1] - row;
+            kept[image] = decide(stage, thresholds[image], row, features + first * columns, agents, keep + first);
             spare.cu_seqlens[image + 1] = spare.cu_seqlens[image] + game.prefix + kept[image];
         }
         if (game.merges) {
@@ -238,6 +242,8 @@ template <class Number>
 void fused_forward(const FusedGame<Number>* game, const Number* input, long images, const FusedResults<Number>* results,
                    char* memory, long threads) {
     EXPECT(images >= 0 && threads >= 1 && game->prefix >= 0 && game->agents >= 1);
+    for ([[maybe_unused]] long i = 0; i <= game->actor.count && game->actor.layers; i++) EXPECT(in_tiles(game->actor.widths[i]));
+    EXPECT(!game->actor.layers || (game->actor.count >= 1 && game->actor.widths[0] == game->dim()));
     EXPECT(in_tiles(*game->blocks) && in_tiles(game->classes) && 0 <= game->end && game->end <= 2 * game->depth);
     for ([[maybe_unused]] long i = 0; i < game->stage_count; i++)
         EXPECT((i ? game->stages[i - 1] : -1) < game->stages[i] && game->stages[i] < game->depth);

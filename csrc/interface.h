@@ -88,8 +88,15 @@ struct Rotary {
     Angles angles;
 };
 
+struct Actor {  // RL4EViT's actor, in float32: layers with tanh between them; `layers` is null where the policy is linear
+    const Linear* layers;  // [count], packed for float32; the last gives (prune, keep), whose difference is the keep logit
+    const int64_t* widths;  // [count + 1] inputs of the first layer, then outputs of each
+    const float* identity;  // [agents, widths[1]] what an agent's id adds to the first layer
+    long count;
+};
+
 template <class Number>
-struct FusedGame {  // a model, and a game whose policy is linear in the features
+struct FusedGame {  // a model, and a game whose policy is linear in the features, or reads tokens and their ids
     const Block* blocks;  // [depth]
     long depth;
     Linear patches, head;  // patch embedding, without weights if tokens are given; classifier, without if rows are wanted
@@ -104,6 +111,7 @@ struct FusedGame {  // a model, and a game whose policy is linear in the feature
     const float *linear, *dither;  // [stage_count, heads + EXTRA_FEATURES + 1], the last number is a bias; [agents]
     const float* thresholds;  // [stage_count, images]: tokens with a higher logit are kept, or else the one with the highest
     const float* shares;  // [stage_count] or null: logits are taken relative to that of the last token in this share of them
+    Actor actor;  // decides in place of `linear`
     Angles angles;
 
     long rows() const { return prefix + agents; }

@@ -111,10 +111,9 @@ EXPORTED int checks_bounds() {
 
 // Bytes of each struct that Python lays out too, by its place in tokengame/kernels/structs.py; 0 beyond the last.
 EXPORTED long struct_bytes(int which) {
-    const long bytes[] = {sizeof(Norm),           sizeof(Linear),           sizeof(Mlp),
-                          sizeof(Block),          sizeof(CachedKeysValues<float>), sizeof(ObservationRequest), sizeof(Angles),
-                          sizeof(Rotary),         sizeof(FusedGame<float>),        sizeof(FusedResults<float>),
-                          sizeof(Table<float>)};
+    const long bytes[] = {sizeof(Norm),  sizeof(Linear), sizeof(Mlp),   sizeof(Block), sizeof(CachedKeysValues<float>),
+                          sizeof(ObservationRequest),   sizeof(Angles), sizeof(Rotary), sizeof(Actor), sizeof(FusedGame<float>),
+                          sizeof(FusedResults<float>),  sizeof(Table<float>)};
     return which < long(sizeof bytes / sizeof *bytes) ? bytes[which] : 0;
 }
 

@@ -199,6 +199,13 @@ inline Vector activated(long activation, Vector x) {
     }
 }
 
+// Error for float32 2e-7.
+template <class Number>
+inline Vector tanh(Vector x) {
+    const Vector size = vmax(x, -x), small = exp<Number>(-2 * size), y = (1 - small) / (1 + small);
+    return x < 0 ? -y : y;
+}
+
 // What a debug build (-DTOKENGAME_DEBUG, as by scripts/sanitize) checks of the arguments of every function of the table, and
 // of what these functions pass to each other. In any other build nothing is left of it.
 struct Violated {};

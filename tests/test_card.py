@@ -293,7 +293,7 @@ def test_what_is_sound_gives_finite_logits_for_any_features():
     with torch.no_grad():
         actor.weight.fill_(1e3)
     check_weights(actor)
-    weights = actor.linear.weights
+    weights = actor.line
     assert (weights[:, :-1].abs() @ torch.full((weights.shape[1] - 1,), 1e30)).isfinite().all()
 
 

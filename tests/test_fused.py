@@ -102,6 +102,16 @@ def budget_of(game, seed=0):
     return actor.requires_grad_(False)
 
 
+def paper_actor_of(game, seed=0, hidden=(64, 256, 64)):
+    """RL4EViT's, of which the token and the id both matter."""
+    torch.manual_seed(seed)
+    actor = TokenActor(game.backbone.dim, game.backbone.patches, hidden)
+    for layer in (actor.token, *actor.rest[::2]):
+        layer.bias.data.add_(0.3 * torch.randn_like(layer.bias))
+    actor.rest[-1].weight.data.mul_(100)
+    return actor.requires_grad_(False)
+
+
 def images_for(model, number, seed=0):
     return normal(number, 3, *(model.patch_embed.img_size or (40, 24)), seed=seed).to(model.pos_embed.dtype)
 
@@ -190,6 +200,60 @@ def test_any_model_and_transition_equals_the_game_step_by_step(key, number, tran
     found, expected = forward(*request), step_by_step(*request)
     assert_same(found, expected)
     assert off(found.logits, expected.logits) < 1e-5
+
+
+@pytest.mark.usefixtures("level")
+@settings(max_examples=40)
+@given(key=st.sampled_from(sorted(MODELS)), number=st.integers(1, 9), seed=st.integers(0, 99),
+       transition=st.sampled_from(["drop", "merge"]), stages=st.sampled_from([(0,), (0, 1, 2), (1, 2), (0, 1, 2, 3)]),
+       hidden=st.sampled_from([(64, 256, 64), (8,), (40, 24)]),
+       threshold=st.sampled_from([-math.inf, -1.0, 0.0, 99.0]))  # fmt: skip
+@torch.no_grad()
+def test_the_papers_actor_equals_the_game_step_by_step(key, number, transition, stages, hidden, threshold, seed):
+    """It reads no features, so that it may also decide before the first block; hidden layers may fill no tile."""
+    model = MODELS[key]
+    config = GameConfig(stages=stages, transition=transition)
+    game, images = TokenGame(wrap(model), config, features=False), images_for(model, number, seed)
+    request = game, images, paper_actor_of(game, seed, hidden), threshold, False
+    assert_same(forward(*request), step_by_step(*request))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("stages", [(0,), (0, 2)])
+@torch.no_grad()
+def test_a_line_sees_zeros_before_the_first_block(stages):
+    game, images = game_of(MODELS["plain"], stages, "drop"), images_for(MODELS["plain"], 3)
+    request = game, images, actor_of(game), 0.0, False
+    assert_same(forward(*request), step_by_step(*request))
+
+
+@pytest.mark.usefixtures("level", "two_threads")
+@torch.no_grad()
+def test_the_papers_actor_gives_an_image_the_same_bytes_in_any_batch_and_for_any_threads():
+    model = MODELS["another seed, 257 rows"]
+    game, images = game_of(model, (0, 1, 2), "drop"), images_for(model, 12)
+    actor = paper_actor_of(game)
+    together = forward(game, images, actor)
+    assert len(set(together.kept[1].tolist())) > 3, "every image has its own count"
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for some in (slice(0, 12), slice(5, 6), slice(3, 10)):
+            found = forward(game, images[some], actor)
+            assert torch.equal(found.logits, together.logits[some])
+            assert torch.equal(found.alive, together.alive[some])
+
+
+@torch.no_grad()
+def test_changes_of_the_papers_actor_take_effect_at_once():
+    model = half_vit()
+    game, images = game_of(model, (0, 1), "drop"), images_for(model, 3)
+    actor = paper_actor_of(game)
+    for part in (actor.identity, actor.token.weight, actor.rest[0].bias):
+        before = forward(game, images, actor)
+        part.data.add_(torch.randn_like(part))
+        after = forward(game, images, actor)
+        assert not torch.equal(after.alive, before.alive)
+        assert_same(after, step_by_step(game, images, actor))
 
 
 @torch.no_grad()
@@ -290,11 +354,19 @@ def test_other_games_policies_and_models_are_played_step_by_step():
         return forward(game, images, actor) is not None
 
     assert runs()
-    assert not runs(game_of(model, (0, 1), "drop")), "no attention comes before the first decision"
     assert not runs(CompiledGame(game.backbone, game.config))
     assert not runs(TokenGame(game.backbone, game.config, features=False))
     assert not runs(actor=lambda obs: obs.attention)
-    assert not runs(actor=TokenActor(64, 16, (8, 8)))
+    paper = paper_actor_of(game)
+    assert runs(actor=paper)
+    paper.rest[1].register_forward_hook(lambda *_: None)
+    assert not runs(actor=paper)
+    other, relu = paper_actor_of(game), paper_actor_of(game)
+    other.token, relu.rest[1] = nn.Sequential(other.token), nn.ReLU()
+    assert not runs(actor=other)
+    assert not runs(actor=relu)
+    with pytest.raises((IndexError, RuntimeError)):
+        cascade.predict(game, images, TokenActor(64, 15, (8, 8)), 0.0)  # an id is missing
     assert not runs(actor=actor_of(game).double())
     assert not runs(actor=Reluctant(game.backbone.heads, 2, START["merge"])), "its class does not say that it is linear"
     assert not runs(images=images.float())

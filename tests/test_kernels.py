@@ -299,7 +299,7 @@ def test_which_rows_the_kernels_can_run(monkeypatch):
         assert not kernels.usable(normal(2, 32))
     with torch.enable_grad():
         assert not kernels.usable(normal(2, 32))
-    assert len(kernels.status(torch.float32).step_by_step) == 5
+    assert len(kernels.status(torch.float32).step_by_step) == 4
     with kernels.limited("none"):
         assert not kernels.usable(normal(2, 32))
         assert kernels.status(torch.float32).step_by_step == ("everything",)

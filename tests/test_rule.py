@@ -22,7 +22,7 @@ from tokengame.game import Observation
 from tokengame.packed.attention import deterministic_attention
 from tokengame.packed.layout import RaggedLayout
 from tokengame.policies import Policy
-from tokengame.policies.networks import START, BudgetActor, ContextActor, linear_decision
+from tokengame.policies.networks import START, BudgetActor, ContextActor, decision_of
 from tokengame.runtime.macs import native_macs, pruned_macs
 from tokengame.runtime.rule import Rule, nearest
 
@@ -160,7 +160,7 @@ def test_saved_and_loaded_it_decides_the_same(images, tmp_path):
     assert torch.equal(prune(model, loaded)(others), fast(others))
     assert loaded.card["training"]["rule"] == "the starting rule, nothing was learned"
     assert type(loaded.actor) is (BudgetActor if images is None else ContextActor)
-    assert linear_decision(loaded.actor) is not None, "a game in one call may run it"
+    assert decision_of(loaded.actor) is not None, "a game in one call may run it"
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokengame.backbones.base import Backbone
 from tokengame.kernels.functions import FusedOutput
+from tokengame.kernels.plain import ActorWeights
 from tokengame.packed.heads import CachedKeysValues, Heads, ObservationRequest, Observed
 from tokengame.packed.layout import RaggedLayout
 
@@ -80,7 +81,7 @@ class Kept(NamedTuple):
 
 
 class FusedRequest(NamedTuple):
-    """A whole game under a linear policy (see `runtime.fused`)."""
+    """A whole game under a policy that is linear in observed features, or reads tokens and ids (`runtime.fused`)."""
 
     stages: tuple[int, ...]
     """blocks that decide; without any, all tokens are kept"""
@@ -88,8 +89,8 @@ class FusedRequest(NamedTuple):
     """whether pruned tokens are merged into kept ones"""
     end: int
     """the half-block up to which patches are computed"""
-    weights: Tensor
-    """[T, H + 7] of the observed features at each stage, a bias last"""
+    weights: Tensor | None
+    """[T, H + 7] of the observed features at each stage, a bias last; None under another policy"""
     thresholds: Tensor
     """[T, B] a token is kept where its logit exceeds it"""
     shares: Tensor | None
@@ -98,6 +99,8 @@ class FusedRequest(NamedTuple):
     """[N]"""
     tokens_before: bool
     """whether tokens before the first decision are wanted"""
+    actor: ActorWeights | None = None
+    """what reads tokens and ids instead"""
 
 
 class Backend(Protocol):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tokengame.kernels.library import call
+from tokengame.kernels.plain import ActorWeights
 from tokengame.kernels.structs import (
+    ActorStruct,
     AnglesStruct,
     CachedKeysValuesStruct,
     FusedGameStruct,
@@ -20,7 +22,7 @@ from tokengame.kernels.structs import (
     PackedLinear,
     RotaryStruct,
 )
-from tokengame.kernels.weights import PackedWeights
+from tokengame.kernels.weights import PackedActor, PackedWeights
 from tokengame.packed.heads import EXTRA_FEATURES, CachedKeysValues, ObservationRequest, Observed
 from tokengame.packed.layout import RaggedLayout
 
@@ -266,16 +268,16 @@ class Entry(NamedTuple):
 
 def fused_forward(
     weights: PackedWeights, entry: Entry, classify: bool, stages: tuple[int, ...], merges: bool, end: int,
-    linear: Tensor, thresholds: Tensor, shares: Tensor | None, dither: Tensor, tokens_before: bool,
-    angles: Tensor | None = None,
+    linear: Tensor | None, thresholds: Tensor, shares: Tensor | None, dither: Tensor, tokens_before: bool,
+    actor: ActorWeights | None = None, angles: Tensor | None = None,
 ) -> FusedGame:  # fmt: skip
-    """Whole games under a linear policy in one call.
+    """Whole games in one call.
 
     Args:
         weights: of the model.
         entry: the images.
         classify: whether the last block and the classifier run too; `end` is then the end of the block before.
-        stages, merges, end, linear, thresholds, shares, dither, tokens_before: see `backends.base.FusedRequest`.
+        stages, merges, end, linear, thresholds, shares, dither, tokens_before, actor: see `backends.base.FusedRequest`.
         angles: of rotary positions, as `Backbone.rotary_table`.
     """
     images, start = entry.images.contiguous(), entry.start.contiguous()
@@ -286,12 +288,13 @@ def fused_forward(
     if classify:
         assert weights.head is not None
         norm, head, classes = weights.head[0], weights.head[1].struct, len(weights.head[1].bias)
-    blocks, linear = torch.tensor(stages, device="cpu", dtype=torch.long), linear.contiguous()
+    blocks = torch.tensor(stages, device="cpu", dtype=torch.long)
+    linear, packed = None if linear is None else linear.contiguous(), None if actor is None else PackedActor.of(actor)
     game = FusedGameStruct(
         ctypes.addressof(weights.blocks), len(weights.blocks), patches, head, norm, start.data_ptr(),
         weights.last_qkv.data_ptr(), *shape, entry.patch, prefix, rows - prefix, classes, merges, entry.class_query,
-        end, blocks.data_ptr(), len(blocks), linear.data_ptr(), dither.data_ptr(), thresholds.data_ptr(),
-        0 if shares is None else shares.data_ptr(), AnglesStruct.of(angles),
+        end, blocks.data_ptr(), len(blocks), *map(_address, (linear, dither, thresholds, shares)),
+        ActorStruct() if packed is None else packed.struct, AnglesStruct.of(angles),
     )  # fmt: skip
     logits = images.new_empty(number, classes) if classify else None
     tokens = images.new_empty(number, *start.shape) if tokens_before else None
@@ -299,8 +302,7 @@ def fused_forward(
     sizes = torch.empty(number, rows, device="cpu") if merges and stages and not classify else None
     kept = torch.empty(len(blocks), number, dtype=torch.long, device="cpu")
     alive = torch.zeros(number, rows - prefix, dtype=torch.bool, device="cpu")
-    pointers = (0 if t is None else t.data_ptr() for t in (logits, tokens, kept, alive, left, sizes))
-    _play(game, images, FusedResultsStruct(*pointers))
+    _play(game, images, FusedResultsStruct(*map(_address, (logits, tokens, kept, alive, left, sizes))))
     if left is None:
         assert weights.head is not None
         return FusedGame(logits[:, : weights.head[1].outputs], kept.unbind(0), alive, tokens, None, None)  # type: ignore[index]
@@ -315,6 +317,10 @@ def _play(game: FusedGameStruct, images: Tensor, results: FusedResultsStruct) ->
     size = call("fused_workspace", images.dtype, where, len(images), threads)
     memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     call("fused_forward", images.dtype, where, images, len(images), ctypes.addressof(results), memory, threads)
+
+
+def _address(numbers: Tensor | None) -> int:
+    return 0 if numbers is None else numbers.data_ptr()
 
 
 def _strided(heads: Tensor) -> tuple[Tensor, int, int]:

@@ -68,3 +68,12 @@ class ModelWeights:
     """patch embedding [C, channels * patch^2]; None where the family must embed itself"""
     head: tuple[NormWeights, LinearWeights] | None
     """final norm and classifier of the class token; None where the head is more than that"""
+
+
+@dataclass(frozen=True)
+class ActorWeights:
+    """RL4EViT's actor: layers with tanh between them, from a token [C] to (prune, keep), in float32."""
+
+    layers: tuple[LinearWeights, ...]
+    identity: Tensor
+    """[N, outputs of the first layer] what an agent's id adds to the first layer"""

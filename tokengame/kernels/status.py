@@ -18,8 +18,7 @@ FAST = {
 """number formats that are slow on a processor without one of these, by PyTorch's name of it"""
 STEP_BY_STEP = (
     "training, which draws its actions",
-    "policies that are not linear in what they observe (the paper's actor)",
-    "games that drop tokens before the first block",
+    "policies of your own that are not linear in what they observe",
     "rotary positions of a NaFlexViT",
     "blocks with relative positions, normed queries and keys, norms after, or hooks",
 )

@@ -109,6 +109,12 @@ class RotaryStruct(ctypes.Structure):
     _fields_ = (("position", ctypes.c_void_p), ("angles", AnglesStruct))
 
 
+class ActorStruct(ctypes.Structure):
+    """Actor in csrc/interface.h."""
+
+    _fields_ = (*[(name, ctypes.c_void_p) for name in ("layers", "widths", "identity")], ("count", ctypes.c_long))
+
+
 class FusedGameStruct(ctypes.Structure):
     """FusedGame in csrc/interface.h."""
 
@@ -123,6 +129,7 @@ class FusedGameStruct(ctypes.Structure):
         ("stages", ctypes.c_void_p),
         ("stage_count", ctypes.c_long),
         *[(name, ctypes.c_void_p) for name in ("linear", "dither", "thresholds", "shares")],
+        ("actor", ActorStruct),
         ("angles", AnglesStruct),
     )
 
@@ -168,6 +175,6 @@ class TableStruct(ctypes.Structure):
 
 STRUCTS = (
     NormStruct, LinearStruct, MlpStruct, BlockStruct, CachedKeysValuesStruct, ObservationRequestStruct, AnglesStruct,
-    RotaryStruct, FusedGameStruct, FusedResultsStruct, TableStruct,
+    RotaryStruct, ActorStruct, FusedGameStruct, FusedResultsStruct, TableStruct,
 )  # fmt: skip
 """in the order of struct_bytes in csrc/processor.cpp"""

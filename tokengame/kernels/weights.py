@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokengame.kernels.library import INSTRUCTIONS, TILE, call, level, operand_bytes, weight_version
-from tokengame.kernels.plain import Activation, BlockWeights, LinearWeights, ModelWeights, NormWeights
-from tokengame.kernels.structs import BlockStruct, LinearStruct, MlpStruct, NormStruct, PackedLinear
+from tokengame.kernels.plain import Activation, ActorWeights, BlockWeights, LinearWeights, ModelWeights, NormWeights
+from tokengame.kernels.structs import ActorStruct, BlockStruct, LinearStruct, MlpStruct, NormStruct, PackedLinear
 from tokengame.kernels.widths import fits, slots_of, widened
 from tokengame.modules import Watch, global_hooks
 
@@ -180,3 +180,23 @@ def _block(block: BlockWeights, tensors: list[Tensor]) -> BlockStruct:
     mlp = MlpStruct(*norms[2:], *linears[2:], hidden, activation, block.gated)
     sizes = block.qkv.weight.shape[1], block.heads, block.head_dim
     return BlockStruct(*norms[:2], *linears[:2], mlp, *sizes, block.scale)
+
+
+@dataclass(frozen=True)
+class PackedActor:
+    """RL4EViT's actor, packed for the kernels. It is small, so every call packs it anew and none has old weights."""
+
+    struct: ActorStruct
+    """pointers for the kernels"""
+    tensors: tuple[Any, ...]
+    """what it points at"""
+
+    @classmethod
+    def of(cls, actor: ActorWeights) -> PackedActor:
+        """Packed; widths are filled up with zeros, of which tanh makes zeros."""
+        layers = [pack(layer) for layer in actor.layers]
+        structs = (LinearStruct * len(layers))(*(layer.struct for layer in layers))
+        widths = torch.tensor([layers[0].inputs, *(len(layer.bias) for layer in layers)], device="cpu")
+        identity = F.pad(actor.identity.detach(), (0, int(widths[1]) - actor.identity.shape[1])).contiguous()
+        struct = ActorStruct(ctypes.addressof(structs), widths.data_ptr(), identity.data_ptr(), len(layers))
+        return cls(struct, (layers, structs, widths, identity))

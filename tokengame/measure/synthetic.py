@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import Observation
-from tokengame.policies.networks import Actor, LinearDecision, actor_shape, build_actor, linear_decision
+from tokengame.policies.networks import Actor, Decision, actor_shape, build_actor, decision_of
 from tokengame.runtime import PrunedViT, prune_by
 
 SPREAD = 0.15
@@ -60,10 +60,10 @@ class SyntheticDecisions(nn.Module):
         return lambda obs: self._shifted(obs, self.actor(obs), self.rows[first:last])
 
     @property
-    def linear(self) -> LinearDecision | None:
-        """The actor's linear decision with the shifts of each image that `fit` found; None while it runs."""
-        linear = linear_decision(self.actor)
-        return LinearDecision(linear.weights, self.table) if linear is not None and len(self.table) else None
+    def decision(self) -> Decision | None:
+        """The actor's decision with the shifts of each image that `fit` found; None while it runs."""
+        decision = decision_of(self.actor)
+        return decision._replace(shift=self.table) if decision is not None and len(self.table) else None
 
     def fit(self, fast: PrunedViT, images: Tensor, draws: int = 1) -> Tensor:
         """Find the shifts for a batch [B, channels, height, width].

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tokengame.backbones import Backbone
 from tokengame.config import MOST_WEIGHTS, ActorConfig, GameConfig
 from tokengame.game.state import Observation
+from tokengame.kernels.plain import ActorWeights, LinearWeights
+from tokengame.modules import hooks_of
 from tokengame.packed.heads import EXTRA_FEATURES
 from tokengame.ranges import require
 
@@ -85,35 +87,52 @@ class TokenActor(nn.Module):
         """The policy for some images of a batch: the same, it decides for every image alone."""
         return self
 
+    @property
+    def decision(self) -> Decision | None:
+        """The layers; None where one was replaced."""
+        layers, between = [self.token, *self.rest[::2]], self.rest[1::2]
+        if not all(type(layer) is nn.Linear for layer in layers) or not all(type(step) is nn.Tanh for step in between):
+            return None
+        weights = tuple(LinearWeights(layer.weight, layer.bias) for layer in layers)
+        return Decision(actor=ActorWeights(weights, self.identity))
+
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision; the identity look-up costs none."""
         return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
 
 
-class LinearDecision(NamedTuple):
-    """A policy that is linear in the observed features; a fused forward can compute its decisions."""
+class Decision(NamedTuple):
+    """What a forward pass in one call needs of a policy: weights of a line, or an actor that reads tokens and ids."""
 
-    weights: Tensor
-    """[T, F] of each stage, a bias last"""
+    weights: Tensor | None = None
+    """[T, F] of the observed features at each stage, a bias last"""
+    actor: ActorWeights | None = None
+    """of the same layers at all stages"""
     shift: Tensor | None = None
     """[T, B] subtracted from the logits of each image, or None"""
     shares: tuple[float, ...] | None = None
     """of T: logits are taken relative to that of the last token in this share of an image's (see `BudgetActor`)"""
 
+    @property
+    def plain(self) -> bool:
+        """Whether all weights are float32 in this machine's memory."""
+        tensors = [self.weights]
+        if self.actor is not None:
+            tensors += [self.actor.identity, *(t for layer in self.actor.layers for t in (layer.weight, layer.bias))]
+        return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
 
-def linear_decision(policy: Any) -> LinearDecision | None:
-    """The policy as a linear decision; None where it is more than that, has hooks, or lies on another device.
 
-    Only a class that defines `linear` itself counts: a subclass may have another `forward`.
+def decision_of(policy: Any) -> Decision | None:
+    """What the compiled kernels play a policy by; None where it is more than that, has hooks, or lies elsewhere.
+
+    Only a class that defines `decision` itself counts: a subclass may have another `forward`.
     """
-    if not isinstance(policy, nn.Module) or "linear" not in vars(type(policy)):
+    if not isinstance(policy, nn.Module) or "decision" not in vars(type(policy)):
         return None
-    if policy._forward_hooks or policy._forward_pre_hooks or "forward" in vars(policy):
+    if any(hooks_of(module) or "forward" in vars(module) for module in policy.modules()):
         return None
-    linear: LinearDecision | None = policy.linear  # type: ignore[assignment]
-    if linear is None or linear.weights.dtype != torch.float32 or linear.weights.device.type != "cpu":
-        return None
-    return linear
+    decision: Decision | None = policy.decision  # type: ignore[assignment]
+    return decision if decision is not None and decision.plain else None
 
 
 class ContextActor(nn.Module):
@@ -156,7 +175,7 @@ class ContextActor(nn.Module):
 
     def by_rows(self, obs: Observation) -> Tensor:
         """[A] keep logits, each computed on its own: bitwise the same whatever else is in the batch."""
-        weights = self.linear.weights.index_select(0, obs.stage).index_select(0, obs.image)  # [A, F]
+        weights = self.line.index_select(0, obs.stage).index_select(0, obs.image)  # [A, F]
         return (obs.features.to(weights.dtype) * weights[:, :-1]).sum(1) + weights[:, -1]
 
     def of_images(self, _first: int, _last: int) -> ContextActor:
@@ -164,9 +183,14 @@ class ContextActor(nn.Module):
         return self
 
     @property
-    def linear(self) -> LinearDecision:
-        """Of each stage, in features as they are observed."""
-        return LinearDecision(self.weight @ self.fold.T)
+    def line(self) -> Tensor:
+        """[T, F] weights of each stage for features as they are observed, a bias last."""
+        return self.weight @ self.fold.T
+
+    @property
+    def decision(self) -> Decision:
+        """The line."""
+        return Decision(self.line)
 
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision."""
@@ -208,9 +232,9 @@ class BudgetActor(ContextActor):
         return layout.unpad(torch.where(rank < number, within, relative.clamp(max=0.0)))
 
     @property
-    def linear(self) -> LinearDecision:
-        """Of each stage, in features as they are observed."""
-        return super().linear._replace(shares=self.shares)
+    def decision(self) -> Decision:
+        """The line, and the budgets."""
+        return Decision(self.line, shares=self.shares)
 
     def _share(self, obs: Observation) -> Tensor | float:
         """Of each image [B], or one of all of them, which copies nothing from the host."""

@@ -189,7 +189,7 @@ def check_weights(actor: nn.Module) -> None:
     """Raise TokenGameError unless all weights, in float32 and as features meet them, are finite and at most LARGEST."""
     weights = {name: tensor.detach().float() for name, tensor in actor.state_dict().items()}
     if isinstance(actor, ContextActor):
-        weights |= {"weight": actor.linear.weights.detach().float()}
+        weights |= {"weight": actor.line.detach().float()}
     for name, tensor in weights.items():
         require(bool(tensor.isfinite().all()), f"the actor's weights are not finite in {name}; train it again")
         largest = float(tensor.abs().max())
