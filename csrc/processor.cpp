@@ -143,7 +143,9 @@ struct Sampled {  // rows of tensors [number] of [rows, columns] numbers of 16 b
 EXPORTED unsigned long long weight_version(const uint16_t* const* tensors, const long* rows, const long* columns, long number,
                                            long part, long parts) {
     const Sampled sampled{tensors, rows, columns, number, part, parts};
-    sampled.each([](const uint16_t* values, long) { __builtin_prefetch(values); });
+    sampled.each([](const uint16_t* values, long count) {
+        for (long k = 0; k < count; k += 32) __builtin_prefetch(values + k);
+    });
     unsigned long long sum = 0, factor = 0;
     sampled.each([&](const uint16_t* values, long count) {
         for (long k = 0; k < count; k++) sum += values[k] * (factor += 0xbf58476d1ce4e5b9ull);

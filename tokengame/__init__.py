@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokengame.policies import Policy
     from tokengame.runtime import PrunedOutput, PrunedViT, prune
 
-__version__ = "0.19.0"
+__version__ = "0.20.0"
 __all__ = [
     "Policy", "PrunedOutput", "PrunedViT", "TokenGameError", "calibrate", "evaluate", "export", "kernels", "prune",
     "train",
