@@ -199,11 +199,11 @@ inline Vector activated(long activation, Vector x) {
     }
 }
 
-// Error for float32 2e-7.
+// Error for float32 2e-7; of what is not a number it makes none.
 template <class Number>
 inline Vector tanh(Vector x) {
     const Vector size = vmax(x, -x), small = exp<Number>(-2 * size), y = (1 - small) / (1 + small);
-    return x < 0 ? -y : y;
+    return x < 0 ? -y : x >= 0 ? y : x;
 }
 
 // What a debug build (-DTOKENGAME_DEBUG, as by scripts/sanitize) checks of the arguments of every function of the table, and

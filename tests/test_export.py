@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import tokengame
 from tokengame import kernels
+from tokengame.config import GameConfig
 from tokengame.deploy import FORMATS, PrunedGraph, export
 from tokengame.deploy.fixed import best, with_fixed_counts
 from tokengame.deploy.game import absorbers
@@ -24,7 +25,7 @@ from tokengame.deploy.graph import FixedGraph
 from tokengame.deploy.parity import compare
 from tokengame.errors import TokenGameError
 from tokengame.policies.networks import TokenActor
-from tokengame.runtime import PrunedViT
+from tokengame.runtime import PrunedViT, prune_by
 
 IMAGES = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
@@ -245,6 +246,8 @@ def test_policies_of_all_kinds_are_exported(tmp_path):
     torch.manual_seed(2)
     paper.actor = TokenActor(32, 16, (16, 8)).eval()
     assert export(paper, tmp_path / "paper.pt2", IMAGES[:8])["max_abs_difference"] < 1e-4
+    early = prune_by(model, GameConfig(stages=(0, 2), transition="drop"), paper.actor, features=False)
+    assert export(early, tmp_path / "early.pt2", IMAGES[:8])["max_abs_difference"] < 1e-4
 
 
 def test_bfloat16_is_exported_in_float32(tmp_path):

@@ -357,14 +357,7 @@ def test_other_games_policies_and_models_are_played_step_by_step():
     assert not runs(CompiledGame(game.backbone, game.config))
     assert not runs(TokenGame(game.backbone, game.config, features=False))
     assert not runs(actor=lambda obs: obs.attention)
-    paper = paper_actor_of(game)
-    assert runs(actor=paper)
-    paper.rest[1].register_forward_hook(lambda *_: None)
-    assert not runs(actor=paper)
-    other, relu = paper_actor_of(game), paper_actor_of(game)
-    other.token, relu.rest[1] = nn.Sequential(other.token), nn.ReLU()
-    assert not runs(actor=other)
-    assert not runs(actor=relu)
+    assert runs(actor=paper_actor_of(game))
     with pytest.raises((IndexError, RuntimeError)):
         cascade.predict(game, images, TokenActor(64, 15, (8, 8)), 0.0)  # an id is missing
     assert not runs(actor=actor_of(game).double())
@@ -385,6 +378,68 @@ def test_other_games_policies_and_models_are_played_step_by_step():
     model.blocks[1].mlp.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="see packed rows"):
         assert not runs()
+
+
+class Twice(nn.Sequential):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def hooked(actor):
+    actor.rest[1].register_forward_hook(lambda *_: None)
+
+
+def in_int8(actor):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs tokengame[int8]")
+    torchao.quantize_(actor, torchao.Int8WeightOnlyConfig())
+
+
+CHANGES = {
+    "a hook": hooked,
+    "a module around a layer": lambda actor: actor.rest.__setitem__(0, nn.Sequential(actor.rest[0])),
+    "another activation": lambda actor: actor.rest.__setitem__(1, nn.ReLU()),
+    "another forward": lambda actor: setattr(actor, "rest", Twice(*actor.rest)),
+    "one more activation": lambda actor: actor.rest.append(nn.Tanh()),
+    "nothing but a layer": lambda actor: setattr(actor, "rest", nn.Linear(64, 2)),
+    "ids of one number": lambda actor: setattr(actor, "identity", nn.Parameter(actor.identity[:, :1].clone())),
+    "a bias of one number": lambda actor: setattr(actor.token, "bias", nn.Parameter(torch.ones(1))),
+    "in int8": in_int8,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_changed_actor_of_the_paper_is_played_step_by_step(change):
+    model = MODELS["plain"]
+    game, images = game_of(model, (0, 1), "drop"), images_for(model, 3)
+    actor = paper_actor_of(game)
+    assert forward(game, images, actor) is not None
+    CHANGES[change](actor)
+    assert forward(game, images, actor) is None
+    found, expected = cascade.predict(game, images, actor, 0.0), step_by_step(game, images, actor)
+    assert torch.equal(found.alive, expected.alive)
+
+
+@pytest.mark.parametrize("widths", [(32, 64, 2), (128, 64, 2), (64, 64, 1), (64, 64, 3)])
+@torch.no_grad()
+def test_layers_of_an_actor_that_do_not_fit_together_are_not_read(widths):
+    game, images = game_of(MODELS["plain"], (0,), "drop"), images_for(MODELS["plain"], 2)
+    actor = paper_actor_of(game, hidden=(64,))
+    first, hidden, last = widths
+    actor.rest = nn.Sequential(nn.Linear(first, hidden), nn.Tanh(), nn.Linear(hidden, last))
+    with pytest.raises((RuntimeError, ValueError)):
+        cascade.predict(game, images, actor, 0.0)
+
+
+@pytest.mark.usefixtures("level")
+@torch.no_grad()
+def test_a_token_that_is_not_a_number_is_dropped_as_step_by_step():
+    game, images = game_of(MODELS["plain"], (0, 2), "drop"), images_for(MODELS["plain"], 4)
+    images[1, 0, 0, 0] = math.nan
+    for seed in range(6):
+        found, expected = (play(game, images, paper_actor_of(game, seed)) for play in (forward, step_by_step))
+        assert torch.equal(found.alive, expected.alive)
+        assert not found.alive[1, 0]
 
 
 @torch.no_grad()

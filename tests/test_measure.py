@@ -139,6 +139,8 @@ def test_synthetic_decisions_keep_the_wanted_shares_spread_over_images():
         SyntheticDecisions(fast.actor, (0.3, 0.6))
     with pytest.raises(TokenGameError, match="3 shares to keep for 2 stages"):
         synthetic_model(tiny_vit(), GameConfig(stages=(1, 2)), (0.6, 0.4, 0.3))
+    with pytest.raises(TokenGameError, match="cannot be ranked before the first block"):
+        synthetic_model(tiny_vit(), GameConfig(stages=(0, 2), transition="drop"), (0.6, 0.4))
 
 
 @torch.no_grad()

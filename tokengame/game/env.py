@@ -108,7 +108,7 @@ class TokenGame:
         else:
             class_tokens = partial(segment_mean, state.x, layout)
         if seen is None:  # no attention has run
-            features, agent = no_features(agents, self.backbone.heads), state.of_agents(state.position)
+            features, agent = no_features(agents, self.backbone.heads), state.of_agents(state.position).long()
             image, row = agents.image, state.agent_rows
         else:
             features, agent, image, row = seen[:4]

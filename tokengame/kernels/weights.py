@@ -61,7 +61,7 @@ class PackedModel:
         self.counted = [t for t in (*self.tensors, *model.buffers()) if not t.is_inference()]
         self.places, self.versions = self._storage_state()
         self.pointers = (ctypes.c_void_p * len(self.places))(*self.places)
-        shapes = [_rows_and_columns(p) for p in self.tensors]
+        shapes = [(len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel()) for p in self.tensors]
         halves = [p.element_size() // 2 for p in self.tensors]  # numbers of 16 bits
         self.rows = (ctypes.c_long * len(shapes))(*[rows for rows, _ in shapes])
         self.columns = (ctypes.c_long * len(shapes))(*[n * each for (_, n), each in zip(shapes, halves, strict=True)])
@@ -125,13 +125,6 @@ def _is_plain(p: Tensor) -> bool:
     """Whether a parameter is plain numbers in this machine's memory, in a format that the kernels serve."""
     plain = type(p) is nn.Parameter and p.dtype in INSTRUCTIONS and p.device.type == "cpu"
     return plain and p.layout == torch.strided and p.is_contiguous()
-
-
-def _rows_and_columns(p: Tensor) -> tuple[int, int]:
-    """The matrix as which a weight is hashed; all numbers of a norm or bias are in one row, which is hashed whole."""
-    while p.ndim > 1 and len(p) == 1:  # position embeddings
-        p = p[0]
-    return (len(p), p[0].numel()) if p.ndim > 1 else (1, p.numel())
 
 
 def _packed(model: ModelWeights) -> PackedWeights | None:

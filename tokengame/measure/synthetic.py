@@ -12,6 +12,7 @@ from tokengame.config import ActorConfig, GameConfig
 from tokengame.errors import TokenGameError
 from tokengame.game import Observation
 from tokengame.policies.networks import Actor, Decision, actor_shape, build_actor, decision_of
+from tokengame.ranges import require
 from tokengame.runtime import PrunedViT, prune_by
 
 SPREAD = 0.15
@@ -121,9 +122,11 @@ def synthetic_model(model: nn.Module, game: GameConfig, keep: tuple[float, ...],
     """`model` under an untrained policy whose decisions keep the shares `keep`; speed does not depend on weights.
 
     Raises:
-        TokenGameError: not one share for each stage.
+        TokenGameError: not one share for each stage; or tokens are dropped before any attention ranks them.
     """
     fast = prune_by(model, game, nn.Identity())
+    blind = not fast.game.merge and fast.game.stages[0] == 0
+    require(not blind, "tokens cannot be ranked before the first block: give --stages from 1 on, or --transition merge")
     backbone, stages = fast.game.backbone, len(fast.game.stages)
     require_shares(keep, stages)
     actor = build_actor(ActorConfig("context", (32,)), actor_shape(backbone, game)).eval().to(backbone.device)

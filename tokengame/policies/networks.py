@@ -7,7 +7,7 @@ would not repeat bitwise.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +89,13 @@ class TokenActor(nn.Module):
 
     @property
     def decision(self) -> Decision | None:
-        """The layers; None where one was replaced."""
+        """The layers; None where one was replaced, or fits no other."""
+        if type(self.rest) is not nn.Sequential or len(self.rest) % 2 == 0:
+            return None
         layers, between = [self.token, *self.rest[::2]], self.rest[1::2]
         if not all(type(layer) is nn.Linear for layer in layers) or not all(type(step) is nn.Tanh for step in between):
+            return None
+        if not _fit_together(layers) or self.identity.shape[1:] != layers[0].weight.shape[:1]:
             return None
         weights = tuple(LinearWeights(layer.weight, layer.bias) for layer in layers)
         return Decision(actor=ActorWeights(weights, self.identity))
@@ -99,6 +103,13 @@ class TokenActor(nn.Module):
     def macs_per_agent(self) -> int:
         """Multiply-accumulates of one decision; the identity look-up costs none."""
         return self.token.weight.numel() + sum(m.weight.numel() for m in self.rest if isinstance(m, nn.Linear))
+
+
+def _fit_together(layers: list[nn.Linear]) -> bool:
+    """Whether each layer takes what the one before it gives, and the last gives (prune, keep)."""
+    outputs = [len(layer.weight) for layer in layers]
+    biases = all(layer.bias is None or layer.bias.shape == layer.weight.shape[:1] for layer in layers)
+    return biases and outputs == [*(layer.weight.shape[1] for layer in layers[1:]), 2]
 
 
 class Decision(NamedTuple):
@@ -113,14 +124,6 @@ class Decision(NamedTuple):
     shares: tuple[float, ...] | None = None
     """of T: logits are taken relative to that of the last token in this share of an image's (see `BudgetActor`)"""
 
-    @property
-    def plain(self) -> bool:
-        """Whether all weights are float32 in this machine's memory."""
-        tensors = [self.weights]
-        if self.actor is not None:
-            tensors += [self.actor.identity, *(t for layer in self.actor.layers for t in (layer.weight, layer.bias))]
-        return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-
 
 def decision_of(policy: Any) -> Decision | None:
     """What the compiled kernels play a policy by; None where it is more than that, has hooks, or lies elsewhere.
@@ -132,7 +135,14 @@ def decision_of(policy: Any) -> Decision | None:
     if any(hooks_of(module) or "forward" in vars(module) for module in policy.modules()):
         return None
     decision: Decision | None = policy.decision  # type: ignore[assignment]
-    return decision if decision is not None and decision.plain else None
+    plain = decision is not None and all(map(_is_plain, chain(policy.parameters(), policy.buffers())))
+    return decision if plain else None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is float32 numbers in this machine's memory, not a class of tensors of its own."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
+    return plain and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class ContextActor(nn.Module):
