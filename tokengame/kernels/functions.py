@@ -94,7 +94,7 @@ def _cached(cached: CachedKeysValues | None) -> tuple[CachedKeysValuesStruct, An
         return CachedKeysValuesStruct(), None
     keys, values, bias = _strided(cached.keys), _strided(cached.values), _floats(cached.bias)
     tensors = (keys[0], values[0], cached.layout.cu_seqlens, bias)
-    where = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    where = [*map(_address, tensors)]
     return CachedKeysValuesStruct(*where[:2], *keys[1:], *values[1:], *where[2:]), tensors
 
 

@@ -193,7 +193,7 @@ class PackedActor:
 
     @classmethod
     def of(cls, actor: ActorWeights) -> PackedActor:
-        """Packed; widths are filled up with zeros, of which tanh makes zeros."""
+        """Packed; widths are filled up with zeros, and what comes of them is multiplied by zeros."""
         layers = [pack(layer) for layer in actor.layers]
         structs = (LinearStruct * len(layers))(*(layer.struct for layer in layers))
         widths = torch.tensor([layers[0].inputs, *(len(layer.bias) for layer in layers)], device="cpu")
